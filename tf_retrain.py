@@ -1,0 +1,932 @@
+#!/usr/bin/env python3
+"""Teach Inception-v3 new classes with your own photographs.
+
+    python3 tf_retrain.py --image_dir=data/ --model_dir=inception/ --bottleneck_dir=bottlenecks/ \\
+        --output_graph=trained_model/unoptimized_model.pb --output_labels=trained_model/labels.txt
+
+--image_dir holds one folder of photographs a class. Each photograph goes once through Inception-v3 of 2015 (Szegedy et
+al., https://arxiv.org/abs/1512.00567), up to the layer before its last; the 2,048 numbers found there, the photograph's
+bottleneck, are kept on disk. A new last layer is trained on them, which is quick, as the rest stays as it is.
+"""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import gzip
+import hashlib
+import http.client
+import itertools
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import urllib.request
+import uuid
+import zlib
+from collections import Counter
+
+if __name__ == '__main__':  # Ctrl-C while the imports below run ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import numpy as np
+from tqdm import tqdm
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# TensorFlow's libraries write to stderr while they are loaded, whatever the log level.
+with open(os.devnull, 'w') as silence, os.fdopen(os.dup(2), 'w') as stderr:
+    os.dup2(silence.fileno(), 2)
+    try:
+        import tensorflow as tf
+    finally:
+        os.dup2(stderr.fileno(), 2)
+
+from google.protobuf.message import DecodeError
+from tensorflow.io import gfile
+
+tf.get_logger().setLevel('ERROR')
+
+# The model of 2015: its archive, its graph, and the tensors of that graph which this program touches.
+DATA_URL = 'http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz'
+MODEL_GRAPH_NAME = 'classify_image_graph_def.pb'
+JPEG_DATA_TENSOR_NAME = 'DecodeJpeg/contents:0'
+RESIZED_INPUT_TENSOR_NAME = 'ResizeBilinear:0'
+POOL_TENSOR_NAME = 'pool_3:0'  # any batch size; the bottleneck tensor is this one, reshaped to one row
+BOTTLENECK_TENSOR_NAME = 'pool_3/_reshape:0'
+BOTTLENECK_TENSOR_SIZE = 2048
+MODEL_INPUT_WIDTH = 299
+MODEL_INPUT_HEIGHT = 299
+MODEL_INPUT_DEPTH = 3
+
+MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo one more than this
+IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
+CATEGORIES = ('training', 'testing', 'validation')
+
+LOSS_TAGS = ('cross_entropy_1', 'accuracy_1')
+TENSOR_NAME_PATTERN = r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*'  # tensorflow/core/framework/node_def_util.cc
+LARGE_CONSTANT = 1024  # bytes: more than that is a weight
+NETWORK_BATCH_SIZE = 32  # images to a device at once: more are no faster on a CPU, and need more memory
+STEPS_PER_CALL = 100  # training steps in one call into TensorFlow, and so between two looks at Ctrl-C
+DOWNLOAD_ATTEMPTS = 3  # in a row that bring nothing new
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+
+
+class UserError(Exception):
+    """A failure that the user can mend. Its text names the file or flag, and says what to do."""
+
+
+# Small tools
+
+
+def write_whole(path: str, contents: bytes) -> None:
+    """Writes a file so that `path` holds all of `contents` or is left as it was, whenever the program is stopped."""
+    temporary = os.path.join(os.path.dirname(path), f'.{uuid.uuid4().hex}.tmp')
+    try:
+        with gfile.GFile(temporary, 'wb') as file:
+            file.write(contents)
+        gfile.rename(temporary, path, overwrite=True)
+    except BaseException:
+        with contextlib.suppress(tf.errors.OpError):
+            gfile.remove(temporary)
+        raise
+
+
+def ensure_writable_dir(path: str, flag: str) -> None:
+    """Creates a folder, and raises UserError if no file can be written there."""
+    probe = os.path.join(path, f'.{uuid.uuid4().hex}.tmp')
+    try:
+        gfile.makedirs(path or '.')
+        with gfile.GFile(probe, 'wb') as file:
+            file.write(b'probe')
+        gfile.remove(probe)
+    except tf.errors.OpError as error:
+        raise UserError(f"{flag}: nothing can be written in '{path}' ({error.message}). Name another folder.")
+
+
+def log(line: str) -> None:
+    """Prints a line with the time before it, as the original does."""
+    print(f'{datetime.datetime.now()}: {line}', flush=True)
+
+
+# Model
+
+
+def is_whole_archive(path: str) -> bool:
+    """Tells whether a .tgz unpacks to its end; gzip's checksum finds a byte that is wrong or missing."""
+    try:
+        with gfile.GFile(path, 'rb') as file, gzip.open(file) as archive:
+            while archive.read(1 << 20):
+                pass
+        return True
+    except (OSError, EOFError, zlib.error):
+        return False
+
+
+def download(url: str, path: str) -> None:
+    """Fetches an archive to `path`, which appears only when it is whole.
+
+    What has arrived waits in `path`.part, from where a later attempt, of this run or another, goes on.
+    Raises UserError when DOWNLOAD_ATTEMPTS in a row bring nothing new.
+    """
+    partial, failures = path + '.part', 0
+    while failures < DOWNLOAD_ATTEMPTS:
+        time.sleep(failures)
+        start = done = gfile.stat(partial).length if gfile.exists(partial) else 0
+        try:
+            request = urllib.request.Request(url, headers={'Range': f'bytes={start}-'} if start else {})
+            with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+                if response.status != 206:  # the server does not resume, and sends it all
+                    start = done = 0
+                total = start + int(response.headers.get('Content-Length', 0))
+                with gfile.GFile(partial, 'ab' if start else 'wb') as file:
+                    while block := response.read(1 << 16):
+                        file.write(block)
+                        done += len(block)
+                        share = f'{100 * done / total:.1f}%' if total > start else f'{done / 1e6:.1f} MB'
+                        print(f'\r>> Downloading {os.path.basename(path)} {share}', end='', file=sys.stderr)
+                print(file=sys.stderr)
+            if done >= total and is_whole_archive(partial):
+                return gfile.rename(partial, path, overwrite=True)
+            broken = done >= total
+            reason = f'its {done:,} bytes are no .tgz archive' if broken else f'{done:,} of {total:,} bytes came'
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            broken = getattr(error, 'code', None) == 416  # HTTP: there is nothing beyond what the part has
+            reason = f'{type(error).__name__}: {error}'
+        if broken:
+            gfile.remove(partial)
+        failures = failures + 1 if broken or done == start else 0
+    raise UserError(
+        f'--model_dir: {url} could not be fetched ({reason}). Fetch it in another way, save it as {path}, and run the '
+        'same command again.'
+    )
+
+
+def maybe_download_and_extract(model_dir: str) -> str:
+    """Returns the path of the model's GraphDef in `model_dir`, unpacking or downloading its archive if need be."""
+    graph_path = os.path.join(model_dir, MODEL_GRAPH_NAME)
+    if gfile.exists(graph_path):
+        return graph_path
+    ensure_writable_dir(model_dir, '--model_dir')
+    archive = os.path.join(model_dir, DATA_URL.rsplit('/', 1)[1])
+    if gfile.exists(archive) and not is_whole_archive(archive):
+        print(f'{archive} is broken: set aside as {archive}.broken, to be fetched again.')
+        gfile.rename(archive, archive + '.broken', overwrite=True)
+    if not gfile.exists(archive):
+        download(DATA_URL, archive)
+    # Unpacked next door first, so that a run which is stopped leaves no half-written graph behind.
+    with tempfile.TemporaryDirectory() as unpacked:
+        try:
+            with gfile.GFile(archive, 'rb') as file, tarfile.open(fileobj=file, mode='r|gz') as tar:
+                tar.extractall(unpacked, filter='data')
+        except (tarfile.TarError, OSError) as error:
+            raise UserError(f'{archive} cannot be unpacked ({error}). Delete it and run the same command again.')
+        for name in os.listdir(unpacked):
+            if os.path.isfile(os.path.join(unpacked, name)):
+                with open(os.path.join(unpacked, name), 'rb') as file:
+                    write_whole(os.path.join(model_dir, name), file.read())
+    if not gfile.exists(graph_path):
+        raise UserError(f'{archive} has no {MODEL_GRAPH_NAME} in it. Delete it and run the same command again.')
+    return graph_path
+
+
+def load_graph_def(path: str) -> tf.compat.v1.GraphDef:
+    """Reads a GraphDef and checks that it has the tensors which the program uses; raises UserError if not."""
+    graph_def = tf.compat.v1.GraphDef()
+    advice = f'Delete {path} and run the same command again to fetch the model anew.'
+    try:
+        with gfile.GFile(path, 'rb') as file:
+            graph_def.ParseFromString(file.read())
+    except DecodeError:
+        raise UserError(f'{path} is not a TensorFlow graph. {advice}')
+    names = {node.name for node in graph_def.node}
+    wanted = (JPEG_DATA_TENSOR_NAME, RESIZED_INPUT_TENSOR_NAME, POOL_TENSOR_NAME, BOTTLENECK_TENSOR_NAME)
+    missing = [tensor for tensor in wanted if tensor.split(':')[0] not in names]
+    if missing:
+        raise UserError(f'{path} is not the Inception-v3 of 2015: it lacks {", ".join(missing)}. {advice}')
+    return graph_def
+
+
+def fold_batch_norms(graph_def: tf.compat.v1.GraphDef) -> tf.compat.v1.GraphDef:
+    """Returns the graph up to pool_3 with its batch norms folded into its convolutions: TensorFlow 2 refuses the op.
+
+    BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts
+    only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). Behind a convolution with weights w, that is a
+    convolution with w * s, and a bias of beta - mean * s. CheckNumerics goes too: it guards what cannot change.
+    """
+    nodes = {node.name: node for node in graph_def.node}
+
+    def constant(name):
+        return tf.make_ndarray(nodes[name].attr['value'].tensor).astype(np.float64)
+
+    folded = tf.compat.v1.GraphDef()
+    folded.versions.producer = tf.version.GRAPH_DEF_VERSION
+
+    def add_constant(name, value):
+        node = folded.node.add(name=name, op='Const')
+        node.attr['dtype'].type = tf.float32.as_datatype_enum
+        node.attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value.astype(np.float32)))
+
+    for node in graph_def.node:
+        if node.op == 'CheckNumerics':
+            continue
+        if node.op != 'BatchNormWithGlobalNormalization':
+            copy = folded.node.add()
+            copy.CopyFrom(node)
+            del copy.input[:]
+            copy.input.extend(i for i in node.input if not (i[0] == '^' and nodes[i[1:]].op == 'CheckNumerics'))
+            continue
+        convolution, mean, variance, beta, gamma = node.input
+        scale = 1 / np.sqrt(constant(variance) + node.attr['variance_epsilon'].f)
+        if node.attr['scale_after_normalization'].b:
+            scale *= constant(gamma)
+        add_constant(f'{node.name}/folded_weights', constant(nodes[convolution].input[1]) * scale)
+        add_constant(f'{node.name}/folded_bias', constant(beta) - constant(mean) * scale)
+        copy = folded.node.add()
+        copy.CopyFrom(nodes[convolution])
+        copy.name = f'{node.name}/folded_convolution'
+        copy.input[1] = f'{node.name}/folded_weights'
+        bias_add = folded.node.add(name=node.name, op='BiasAdd', input=[copy.name, f'{node.name}/folded_bias'])
+        bias_add.attr['T'].CopyFrom(node.attr['T'])
+    return tf.compat.v1.graph_util.extract_sub_graph(folded, [POOL_TENSOR_NAME.split(':')[0]])
+
+
+def create_inception_networks(graph_def: tf.compat.v1.GraphDef, devices: list) -> list:
+    """Returns for each device a tf.function from images, float [N, 299, 299, 3] in 0..255, to bottlenecks [N, 2048].
+
+    The weights are tensors outside of the functions: TensorFlow takes five seconds longer, and twice the memory, to
+    optimise a graph with 87 MB of constants in it.
+    """
+    structure, weights = tf.compat.v1.GraphDef(versions=graph_def.versions), {}
+    for node in graph_def.node:
+        if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
+            weights[f'{node.name}:0'] = tf.make_ndarray(node.attr['value'].tensor)
+        else:
+            structure.node.add().CopyFrom(node)
+
+    def create_network(device):
+        with tf.device(device):
+            tensors = {name: tf.constant(value) for name, value in weights.items()}
+
+        @tf.function(input_signature=[tf.TensorSpec([None, MODEL_INPUT_HEIGHT, MODEL_INPUT_WIDTH, MODEL_INPUT_DEPTH])])
+        def network(images):
+            with tf.device(device):
+                inputs = {name: tf.identity(tensor) for name, tensor in tensors.items()}
+                inputs[RESIZED_INPUT_TENSOR_NAME] = images
+                (pool,) = tf.graph_util.import_graph_def(structure, inputs, [POOL_TENSOR_NAME])
+                return tf.reshape(pool, [-1, BOTTLENECK_TENSOR_SIZE])
+
+        return network
+
+    return [create_network(device) for device in devices]
+
+
+def run_networks(networks: list, batches: tf.data.Dataset):
+    """Yields (tags, bottlenecks) of each (tags, images): the devices work at once, while the next batches are made."""
+    batches = iter(batches.prefetch(2 * len(networks)))
+    while group := list(itertools.islice(batches, len(networks))):
+        results = [(tags, network(images)) for (tags, images), network in zip(group, networks, strict=False)]
+        for tags, bottlenecks in results:
+            yield tags.numpy(), bottlenecks.numpy()
+
+
+# Images and split
+
+
+def get_label(dir_name: str) -> str:
+    """Returns a class folder's label: lower case, every run of other characters than a-z and 0-9 one space.
+
+    A name with none of those keeps its own characters: the original gave every such folder the label ' '.
+    """
+    label = re.sub(r'[^a-z0-9]+', ' ', dir_name.lower())
+    return label if label.strip() else ' '.join(dir_name.split())
+
+
+def get_category(path: str, testing_percentage: int, validation_percentage: int) -> str:
+    """Returns the set that an image belongs to, by a hash of its path, so that it never changes sides.
+
+    What follows `_nohash_` in a name is not hashed: variants of one photograph stay in one set.
+    """
+    hash_name = re.sub(r'_nohash_.*$', '', path)
+    hashed = int(hashlib.sha1(hash_name.encode()).hexdigest(), 16) % (MAX_NUM_IMAGES_PER_CLASS + 1)
+    percentage_hash = hashed * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
+    if percentage_hash < validation_percentage:
+        return 'validation'
+    if percentage_hash < testing_percentage + validation_percentage:
+        return 'testing'
+    return 'training'
+
+
+def create_image_lists(image_dir: str, testing_percentage: int, validation_percentage: int) -> dict:
+    """Lists the images of each class folder of `image_dir`, split into three sets.
+
+    Returns {label: {'dir': folder name, 'training': [file name, ...], 'testing': [...], 'validation': [...]}}, classes
+    and files sorted by name. Raises UserError if that does not make two classes, each with a label of its own.
+    """
+    if not gfile.isdir(image_dir):
+        raise UserError(f"--image_dir: there is no folder '{image_dir}'. Name the one that holds your class folders.")
+    image_lists = {}
+    for dir_name in sorted(name.rstrip('/') for name in gfile.listdir(image_dir)):
+        folder = os.path.join(image_dir, dir_name)
+        if dir_name.startswith('.') or not gfile.isdir(folder):
+            continue
+        sets = {category: [] for category in CATEGORIES}
+        passed_over = Counter()
+        for name in sorted(gfile.listdir(folder)):
+            path = os.path.join(folder, name)
+            extension = os.path.splitext(name)[1].lower()
+            if name.startswith('.'):
+                passed_over['hidden'] += 1
+            elif extension in IMAGE_EXTENSIONS:
+                sets[get_category(path, testing_percentage, validation_percentage)].append(name)
+            else:
+                passed_over['folder' if gfile.isdir(path) else extension or 'without ending'] += 1
+        count = sum(map(len, sets.values()))
+        if passed_over:
+            kinds = ', '.join(f'{number} {kind}' for kind, number in sorted(passed_over.items()))
+            print(f'{folder}: {count} images; passed over: {kinds}')
+        if not count:
+            print(f'WARNING: {folder} has no images, and is not taken for a class.')
+            continue
+        if count < 20:
+            print(f'WARNING: Folder has less than 20 images, which may cause issues. ({folder}: {count})')
+        label = get_label(dir_name)
+        if not label:
+            raise UserError(f'{folder!r}: this folder name makes a blank label. Rename the folder.')
+        if label in image_lists:
+            other = os.path.join(image_dir, image_lists[label]['dir'])
+            raise UserError(f"{other} and {folder} have the same label '{label}'. Rename or merge the folders.")
+        image_lists[label] = {'dir': dir_name, **sets}
+    if len(image_lists) < 2:
+        raise UserError(
+            f"--image_dir: '{image_dir}' has {len(image_lists) or 'no'} class folder with images. Make two or more "
+            f'folders there, one a class, and put the images of each class ({" ".join(IMAGE_EXTENSIONS)}) into its own.'
+        )
+    return image_lists
+
+
+def list_images(image_lists: dict) -> list:
+    """Returns (label, category, 'folder/file') of every image: the order of the rows in all arrays."""
+    return [
+        (label, category, os.path.join(sets['dir'], name))
+        for label, sets in image_lists.items()
+        for category in CATEGORIES
+        for name in sets[category]
+    ]
+
+
+def get_rows(image_lists: dict, category: str) -> tuple:
+    """Returns the rows of a set: the first of each class and how many it has there, both int [classes]."""
+    sizes = np.array([[len(sets[c]) for c in CATEGORIES] for sets in image_lists.values()])
+    first = sizes.cumsum().reshape(sizes.shape) - sizes
+    column = CATEGORIES.index(category)
+    return first[:, column], sizes[:, column]
+
+
+def remove_images(image_lists: dict, images: set) -> None:
+    """Removes images, as list_images gives them; raises UserError if a class is left with none."""
+    for label, sets in image_lists.items():
+        for category in CATEGORIES:
+            gone = {os.path.basename(file) for *where, file in images if where == [label, category]}
+            sets[category] = [name for name in sets[category] if name not in gone]
+        if not any(sets[category] for category in CATEGORIES):
+            raise UserError(
+                f"No image in the class folder '{sets['dir']}' can be read. Add some, or remove the folder."
+            )
+
+
+def warn_of_empty_sets(image_lists: dict, percentages: dict) -> None:
+    """Says in one line a set which classes have no image in it; raises UserError if there is nothing to train on."""
+    for category, percentage in percentages.items():
+        empty = [label for label, sets in image_lists.items() if not sets[category]]
+        if empty and percentage:
+            print(
+                f'WARNING: no {category} image in {len(empty)} of {len(image_lists)} classes, which that set leaves out: '
+                f'{", ".join(empty)}. Add images to them, or change --testing_percentage or --validation_percentage.'
+            )
+    if not any(sets['training'] for sets in image_lists.values()):
+        raise UserError('--image_dir: no image fell into the training set. Add images, or lower --testing_percentage.')
+
+
+# Bottlenecks
+
+
+def read_bottlenecks(paths: list) -> tuple:
+    """Reads cache files; TensorFlow parses them on all cores.
+
+    Returns the bottlenecks, float32 [len(paths), 2048], and the indices of the files that do not hold 2,048 finite
+    numbers, or do not exist: their rows are undefined.
+    """
+
+    def parse(row, path):
+        numbers = tf.strings.to_number(tf.strings.split(tf.io.read_file(path), ','))
+        return row, tf.debugging.check_numerics(tf.ensure_shape(numbers, [BOTTLENECK_TENSOR_SIZE]), '')
+
+    files = tf.data.Dataset.from_tensor_slices((np.arange(len(paths)), paths))
+    files = files.map(parse, tf.data.AUTOTUNE, deterministic=False).ignore_errors()
+    bottlenecks = np.empty([len(paths), BOTTLENECK_TENSOR_SIZE], np.float32)
+    missing = np.ones(len(paths), bool)
+    for rows, numbers in files.batch(256).as_numpy_iterator():
+        bottlenecks[rows] = numbers
+        missing[rows] = False
+    return bottlenecks, np.flatnonzero(missing)
+
+
+def decode_image(path: tf.Tensor) -> tf.Tensor:
+    """Reads and decodes an image file with the graph's own op: uint8 [height, width, 3]."""
+    return tf.io.decode_jpeg(tf.io.read_file(path), channels=MODEL_INPUT_DEPTH)
+
+
+def resize_image(image: tf.Tensor, size=(MODEL_INPUT_HEIGHT, MODEL_INPUT_WIDTH)) -> tf.Tensor:
+    """Resizes with the graph's own op, which tf.image.resize does not use: float [height, width, 3]."""
+    return tf.compat.v1.image.resize_bilinear(image[tf.newaxis], size)[0]
+
+
+def compute_bottlenecks(paths: list, networks: list, data_service: str | None):
+    """Yields (indices of paths, their bottlenecks) in batches, and leaves out the images that cannot be read.
+
+    With a data service, its workers do all of it, each image on one of them. What a worker that died had in its hands
+    is computed here.
+    """
+    left = np.ones(len(paths), bool)
+    for service in [data_service, None] if data_service else [None]:
+        images = tf.data.Dataset.from_tensor_slices((np.flatnonzero(left), np.array(paths)[left]))
+        images = images.map(lambda row, path: (row, resize_image(decode_image(path))), tf.data.AUTOTUNE)
+        images = images.ignore_errors().batch(NETWORK_BATCH_SIZE)
+        if service:
+            images = images.map(lambda rows, batch: (rows, networks[0](batch)))
+            policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
+            batches = images.apply(tf.data.experimental.service.distribute(policy, service)).as_numpy_iterator()
+        else:
+            batches = run_networks(networks, images)
+        for rows, bottlenecks in batches:
+            left[rows] = False
+            yield rows, bottlenecks
+
+
+def why_unreadable(path: str) -> str:
+    """Returns the reason why an image cannot be decoded."""
+    try:
+        resize_image(decode_image(path))
+        return 'it changed while it was read'
+    except tf.errors.OpError as error:
+        return error.message.split('\n')[0]
+
+
+def cache_bottlenecks(image_lists: dict, flags: argparse.Namespace, get_networks) -> np.ndarray:
+    """Returns all images' bottlenecks, float32 [images, 2048] in the order of list_images, from the cache.
+
+    Those that the cache lacks are first computed by get_networks() and written. An image that cannot be decoded is
+    named, and removed from `image_lists`.
+    """
+    while True:
+        images = list_images(image_lists)
+        cache_paths = [os.path.join(flags.bottleneck_dir, f'{file}.txt') for _, _, file in images]
+        bottlenecks, missing = read_bottlenecks(cache_paths)
+        if not len(missing):
+            return bottlenecks
+        del bottlenecks  # all are read again later: memory holds the network or the bottlenecks, not both
+        for folder in {os.path.dirname(cache_paths[row]) for row in missing}:
+            gfile.makedirs(folder)
+        for row in missing:
+            if gfile.exists(cache_paths[row]):
+                print(f'Invalid float found, recreating bottleneck {cache_paths[row]}')
+        paths = [os.path.join(flags.image_dir, images[row][2]) for row in missing]
+        unreadable = set(range(len(paths)))
+        on_screen = sys.stderr.isatty()
+        with tqdm(total=len(paths), desc='Bottlenecks', unit='image', mininterval=0.1 if on_screen else 10) as bar:
+            say = bar.write if on_screen else print  # the bar stays below the lines where both are on one screen
+            for indices, batch in compute_bottlenecks(paths, get_networks(), flags.data_service):
+                for index, values in zip(indices, batch, strict=True):
+                    cache_path = cache_paths[missing[index]]
+                    write_whole(cache_path, ','.join(map(str, values)).encode())
+                    unreadable.remove(index)
+                    say(f'Creating bottleneck at {cache_path}')
+                    if (len(paths) - len(unreadable)) % 100 == 0:
+                        say(f'{len(paths) - len(unreadable)} bottleneck files created.')
+                bar.update(len(indices))
+        for index in sorted(unreadable):
+            print(f'WARNING: {paths[index]} is left out: {why_unreadable(paths[index])}')
+        if unreadable:
+            print(f'WARNING: {len(unreadable)} of {len(images)} images are left out. Replace or delete them.')
+        remove_images(image_lists, {images[missing[index]] for index in unreadable})
+
+
+def get_random_cached_bottlenecks(rng: np.random.Generator, rows: tuple, how_many) -> tuple:
+    """Draws from a set, as get_rows gives it: each time a class uniformly at random, and an image of it likewise.
+
+    Returns rows and class indices, int of shape `how_many`; every image once if that is -1. A class without an image
+    in the set is never drawn.
+    """
+    first, count = rows
+    if how_many == -1:
+        all_rows = [start + np.arange(number) for start, number in zip(first, count, strict=True)]
+        return np.concatenate(all_rows), np.repeat(np.arange(len(count)), count)
+    classes = rng.choice(np.flatnonzero(count), how_many)
+    return first[classes] + rng.integers(count[classes]), classes
+
+
+# Distortions
+
+
+def should_distort_images(flags: argparse.Namespace) -> bool:
+    """Tells whether a distortion is asked for, so that every training step needs bottlenecks of its own."""
+    return bool(flags.flip_left_right or flags.random_crop or flags.random_scale or flags.random_brightness)
+
+
+def distort_image(image: tf.Tensor, seed: tf.Tensor, flags: argparse.Namespace) -> tf.Tensor:
+    """Crops, scales, mirrors and brightens an image at random, as the flags say: float [299, 299, 3].
+
+    It is resized to 299 * (1 + random_crop / 100) * U(1, 1 + random_scale / 100) pixels a side, 299 x 299 of them are
+    kept, mirrored half the time, and multiplied by U(1 - b / 100, 1 + b / 100) for a random_brightness of b.
+    """
+    scale_seed, crop_seed, flip_seed, brightness_seed = tf.unstack(tf.random.split(seed, 4))
+    margin_scale = 1.0 + flags.random_crop / 100.0
+    resize_scale = tf.random.stateless_uniform([], scale_seed, 1.0, 1.0 + flags.random_scale / 100.0)
+    precrop_shape = tf.cast(margin_scale * resize_scale * [MODEL_INPUT_HEIGHT, MODEL_INPUT_WIDTH], tf.int32)
+    size = [MODEL_INPUT_HEIGHT, MODEL_INPUT_WIDTH, MODEL_INPUT_DEPTH]
+    image = tf.image.stateless_random_crop(resize_image(image, precrop_shape), size, crop_seed)
+    if flags.flip_left_right:
+        image = tf.image.stateless_random_flip_left_right(image, flip_seed)
+    spread = flags.random_brightness / 100.0
+    return image * tf.random.stateless_uniform([], brightness_seed, 1.0 - spread, 1.0 + spread)
+
+
+def get_random_distorted_bottlenecks(paths: list, rows: np.ndarray, classes: np.ndarray, seed, networks, flags):
+    """Yields (bottleneck, class index) of every drawn row, its image distorted afresh."""
+    paths = tf.constant(paths)
+
+    def distort(index, draw):
+        row, class_index = draw
+        return class_index, distort_image(decode_image(paths[row]), tf.random.fold_in(seed, index), flags)
+
+    images = tf.data.Dataset.from_tensor_slices((rows, classes)).enumerate()
+    images = images.map(distort, tf.data.AUTOTUNE).ignore_errors().batch(NETWORK_BATCH_SIZE)
+    for batch_classes, bottlenecks in run_networks(networks, images):
+        yield from zip(bottlenecks, batch_classes, strict=True)
+
+
+# Final layer
+
+
+class FinalLayer:
+    """The new last layer: softmax(bottlenecks @ weights + biases), with weights [2048, classes] and biases [classes].
+
+    Weights start from a truncated normal of stddev 0.001, biases from 0. The loss is the softmax cross entropy, mean
+    over the batch; every step is one of plain gradient descent.
+    """
+
+    def __init__(self, class_count: int, learning_rate: float, seed) -> None:
+        shape = [BOTTLENECK_TENSOR_SIZE, class_count]
+        self.weights = tf.Variable(tf.random.stateless_truncated_normal(shape, seed, stddev=0.001))
+        self.biases = tf.Variable(tf.zeros([class_count]))
+        self.learning_rate = learning_rate
+
+    @tf.function(reduce_retracing=True)
+    def evaluate(self, bottlenecks: tf.Tensor, rows: tf.Tensor, classes: tf.Tensor) -> tuple:
+        """Returns logits [N, classes], cross entropy and accuracy of N rows of `bottlenecks` and their classes."""
+        logits = tf.matmul(tf.gather(bottlenecks, rows), self.weights) + self.biases
+        cross_entropy = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(classes, logits))
+        return logits, cross_entropy, tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == classes, tf.float32))
+
+    @tf.function(reduce_retracing=True)
+    def train(self, bottlenecks: tf.Tensor, rows: tf.Tensor, classes: tf.Tensor) -> tuple:
+        """Takes a step for each batch of `rows` and `classes`, int [steps, batch].
+
+        Returns the batches' cross entropies and accuracies, float [steps], each from before its step.
+        """
+        cross_entropies = tf.TensorArray(tf.float32, tf.shape(rows)[0])
+        accuracies = tf.TensorArray(tf.float32, tf.shape(rows)[0])
+        for step in tf.range(tf.shape(rows)[0]):
+            with tf.GradientTape() as tape:
+                _, cross_entropy, accuracy = self.evaluate(bottlenecks, rows[step], classes[step])
+            variables = [self.weights, self.biases]
+            for variable, gradient in zip(variables, tape.gradient(cross_entropy, variables), strict=True):
+                variable.assign_sub(self.learning_rate * gradient)
+            cross_entropies = cross_entropies.write(step, cross_entropy)
+            accuracies = accuracies.write(step, accuracy)
+        return cross_entropies.stack(), accuracies.stack()
+
+
+# Summaries
+
+
+def variable_summaries(scope: str, values: np.ndarray) -> dict:
+    """Returns the original's five summaries of a variable."""
+    statistics = {'mean_1': values.mean(), 'stddev_1': values.std(), 'max_1': values.max(), 'min_1': values.min()}
+    return {f'{scope}/summaries/{name}': value for name, value in (statistics | {'histogram': values}).items()}
+
+
+def layer_summaries(layer: FinalLayer) -> dict:
+    """Returns the original's summaries of the final layer."""
+    weights = variable_summaries('final_training_ops/weights', layer.weights.numpy())
+    return weights | variable_summaries('final_training_ops/biases', layer.biases.numpy())
+
+
+def activation_summaries(logits: np.ndarray) -> dict:
+    """Returns the original's summaries of what the layer makes of a batch, logits [N, classes]."""
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    activations = exponentials / exponentials.sum(axis=1, keepdims=True)
+    return {'final_training_ops/Wx_plus_b/pre_activations': logits, 'activations': activations}
+
+
+def histogram(values: np.ndarray) -> tf.compat.v1.HistogramProto:
+    """Returns the distribution of some values, in 30 buckets of equal width."""
+    values = values.astype(np.float64).ravel()
+    bucket, edges = np.histogram(values, 30)
+    moments = dict(num=values.size, sum=values.sum(), sum_squares=np.square(values).sum())
+    return tf.compat.v1.HistogramProto(min=edges[0], max=edges[-1], **moments, bucket_limit=edges[1:], bucket=bucket)
+
+
+class SummaryWriter:
+    """Writes what TensorBoard reads: a TFRecord file of Event protos (tensorflow/core/util/events_writer.cc).
+
+    All that is known of a step goes into one event, as tf.summary takes 0.3 to 5 ms for each tag.
+    """
+
+    def __init__(self, folder: str) -> None:
+        for path in gfile.glob(os.path.join(folder, 'events.out.tfevents.*')):
+            gfile.remove(path)
+        name = f'events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}'
+        self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
+        self.write(file_version='brain.Event:2')
+
+    def write(self, values: dict | None = None, **event) -> None:
+        """Writes an event: {tag: number, or array to show as a histogram}, and fields of the Event such as `step`."""
+        event = tf.compat.v1.Event(wall_time=time.time(), **event)
+        for tag, value in (values or {}).items():
+            shown = {'histo': histogram(value)} if np.ndim(value) else {'simple_value': value}
+            event.summary.value.add(tag=tag, **shown)
+        self.file.write(event.SerializeToString())
+
+
+def strip_weights(graph_def: tf.compat.v1.GraphDef) -> tf.compat.v1.GraphDef:
+    """Empties the large constants of a graph, as TensorBoard shows no more than their shape, and returns it."""
+    for node in graph_def.node:
+        if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
+            node.attr['value'].tensor.ClearField('tensor_content')
+    return graph_def
+
+
+# Export
+
+
+def add_final_training_ops(
+    graph_def: tf.compat.v1.GraphDef, layer: FinalLayer, final_tensor_name: str
+) -> tf.compat.v1.GraphDef:
+    """Returns the frozen graph: the model's nodes up to the bottleneck as they are, and the new layer behind them.
+
+    The new nodes have no more attributes than TensorFlow 1 knows, and `versions` stays as the model has it: with a
+    producer of 9 or more, no TensorFlow would load the graph for its batch norms.
+    """
+    bottleneck = BOTTLENECK_TENSOR_NAME.split(':')[0]
+    frozen = tf.compat.v1.graph_util.extract_sub_graph(graph_def, [bottleneck])
+    float32 = tf.compat.v1.AttrValue(type=tf.float32.as_datatype_enum)
+
+    def add(name, op, *inputs, **attributes):
+        frozen.node.add(name=name, op=op, input=inputs, attr=attributes)
+        return name
+
+    def add_constant(name, value):
+        tensor = tf.compat.v1.AttrValue(tensor=tf.make_tensor_proto(value))
+        return add(f'{name}/read', 'Identity', add(name, 'Const', dtype=float32, value=tensor), T=float32)
+
+    shape = tf.compat.v1.AttrValue(shape=tf.TensorShape([None, BOTTLENECK_TENSOR_SIZE]).as_proto())
+    no = tf.compat.v1.AttrValue(b=False)
+    fed = add('input/BottleneckInputPlaceholder', 'PlaceholderWithDefault', bottleneck, dtype=float32, shape=shape)
+    weights = add_constant('final_training_ops/weights/final_weights', layer.weights.numpy())
+    biases = add_constant('final_training_ops/biases/final_biases', layer.biases.numpy())
+    scope = 'final_training_ops/Wx_plus_b'
+    product = add(f'{scope}/MatMul', 'MatMul', fed, weights, T=float32, transpose_a=no, transpose_b=no)
+    add(final_tensor_name, 'Softmax', add(f'{scope}/add', 'AddV2', product, biases, T=float32), T=float32)
+    return frozen
+
+
+# Main
+
+
+@contextlib.contextmanager
+def ctrl_c_stops_training():
+    """Within, the first Ctrl-C only fills the list that this yields; the second is a KeyboardInterrupt again."""
+    stopped = []
+
+    def handle(signum, frame):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.', flush=True)
+        stopped.append(signum)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def train_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: FinalLayer, graph_def, get_networks):
+    """Trains the layer; logs accuracy and cross entropy every --eval_step_interval steps and at the last one."""
+    seeds = np.random.SeedSequence(flags.random_seed).spawn(3)
+    training_rng, validation_rng = np.random.default_rng(seeds[0]), np.random.default_rng(seeds[1])
+    training_rows, validation_rows = get_rows(image_lists, 'training'), get_rows(image_lists, 'validation')
+    steps, batch_size, interval = flags.how_many_training_steps, flags.train_batch_size, flags.eval_step_interval
+    distort = should_distort_images(flags)
+    bottlenecks = tf.constant(bottlenecks)
+    if distort:
+        paths = [os.path.join(flags.image_dir, file) for _, _, file in list_images(image_lists)]
+        draws = get_random_cached_bottlenecks(training_rng, training_rows, steps * batch_size)
+        distorted = get_random_distorted_bottlenecks(paths, *draws, seeds[2].generate_state(2), get_networks(), flags)
+    writers = [SummaryWriter(os.path.join(flags.summaries_dir, name)) for name in ('train', 'validation')]
+    untrained = strip_weights(add_final_training_ops(graph_def, layer, flags.final_tensor_name))
+    writers[0].write(graph_def=untrained.SerializeToString())
+    step = 0
+    with ctrl_c_stops_training() as stopped:
+        while step < steps and not stopped:
+            # A call takes the steps up to the next evaluation, which follows step 0, interval, 2 * interval ...
+            count = min(-step % interval + 1, steps - step, 1 if distort else STEPS_PER_CALL)
+            if distort:
+                drawn = list(itertools.islice(distorted, batch_size))
+                if not drawn:
+                    raise UserError('--image_dir: the images can no longer be read. Put them back, and start again.')
+                source = np.stack([bottleneck for bottleneck, _ in drawn])
+                rows, classes = np.arange(len(drawn))[np.newaxis], np.array([[index for _, index in drawn]])
+            else:
+                source = bottlenecks
+                rows, classes = get_random_cached_bottlenecks(training_rng, training_rows, (count, batch_size))
+            losses = np.transpose(layer.train(source, rows, classes))
+            for i, loss in enumerate(losses):
+                writers[0].write(dict(zip(LOSS_TAGS, loss, strict=True)), step=step + i)
+            step += count
+            if (step - 1) % interval and step < steps:
+                continue
+            variables = layer_summaries(layer)
+            logits, cross_entropy, accuracy = (x.numpy() for x in layer.evaluate(source, rows[-1], classes[-1]))
+            writers[0].write(variables | activation_summaries(logits), step=step - 1)
+            log(f'Step {step - 1}: Train accuracy = {100 * accuracy:.1f}%')
+            log(f'Step {step - 1}: Cross entropy = {cross_entropy:f}')
+            if validation_rows[1].any():
+                sample = get_random_cached_bottlenecks(validation_rng, validation_rows, flags.validation_batch_size)
+                logits, cross_entropy, accuracy = (x.numpy() for x in layer.evaluate(bottlenecks, *sample))
+                losses = dict(zip(LOSS_TAGS, (cross_entropy, accuracy), strict=True))
+                writers[1].write(variables | activation_summaries(logits) | losses, step=step - 1)
+                log(f'Step {step - 1}: Validation accuracy = {100 * accuracy:.1f}% (N={len(sample[0])})')
+            for writer in writers:
+                writer.file.flush()
+
+
+def test_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: FinalLayer) -> None:
+    """Prints the accuracy on the test set, and, if asked for, which of its images are mistaken."""
+    testing_rows = get_rows(image_lists, 'testing')
+    if not testing_rows[1].any():
+        print('Final test accuracy: unknown, as the test set is empty. Add images, or raise --testing_percentage.')
+        return
+    rng = np.random.default_rng(flags.random_seed)
+    rows, classes = get_random_cached_bottlenecks(rng, testing_rows, flags.test_batch_size)
+    logits, _, accuracy = layer.evaluate(bottlenecks, rows, classes)
+    print(f'Final test accuracy = {100 * accuracy:.1f}% (N={len(rows)})')
+    if flags.print_misclassified_test_images:
+        print('=== MISCLASSIFIED TEST IMAGES ===')
+        labels, images = list(image_lists), list_images(image_lists)
+        predictions = np.argmax(logits, axis=1)
+        for row, prediction in zip(rows[predictions != classes], predictions[predictions != classes], strict=True):
+            print(f'{os.path.join(flags.image_dir, images[row][2]):>70}  {labels[prediction]}')
+
+
+def main(flags: argparse.Namespace) -> None:
+    """Does the whole job; raises UserError for what the user can mend."""
+    image_lists = create_image_lists(flags.image_dir, flags.testing_percentage, flags.validation_percentage)
+    # What the end of the run needs is tried out before anything is computed.
+    for flag, path in (('--output_graph', flags.output_graph), ('--output_labels', flags.output_labels)):
+        if gfile.isdir(path) or not os.path.basename(path):
+            raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
+        ensure_writable_dir(os.path.dirname(path), flag)
+    ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
+    for name in ('train', 'validation'):
+        ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
+
+    graph_def = load_graph_def(maybe_download_and_extract(flags.model_dir))
+    if flags.final_tensor_name in {node.name for node in graph_def.node}:
+        raise UserError(f'--final_tensor_name: the model has its own {flags.final_tensor_name}. Choose another name.')
+    devices = [gpu.name for gpu in tf.config.list_logical_devices('GPU') if not flags.data_service] or ['/CPU:0']
+    get_networks = functools.cache(lambda: create_inception_networks(fold_batch_norms(graph_def), devices))
+    bottlenecks = cache_bottlenecks(image_lists, flags, get_networks)
+    percentages = {'testing': flags.testing_percentage, 'validation': flags.validation_percentage, 'training': 100}
+    warn_of_empty_sets(image_lists, percentages)
+
+    layer_seed = np.random.SeedSequence(flags.random_seed).generate_state(2)
+    layer = FinalLayer(len(image_lists), flags.learning_rate, layer_seed)
+    train_final_layer(flags, image_lists, bottlenecks, layer, graph_def, get_networks)
+    test_final_layer(flags, image_lists, bottlenecks, layer)
+    del bottlenecks  # writing the graph takes memory too
+
+    frozen = add_final_training_ops(graph_def, layer, flags.final_tensor_name)
+    write_whole(flags.output_graph, frozen.SerializeToString())
+    write_whole(flags.output_labels, ''.join(f'{label}\n' for label in image_lists).encode())
+    graph, labels = shlex.quote(flags.output_graph), shlex.quote(flags.output_labels)
+    print(f'Wrote the graph {graph} and the labels {labels}. To label an image with them:')
+    print(f'python3 tf_test.py <path to image> {graph} {labels}')
+
+
+# Flags
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the defaults, and leaves the line breaks of the command at the end alone."""
+
+
+def number(convert, is_valid, bounds: str):
+    """Returns an argparse type: a number for which is_valid holds, which `bounds` puts in words."""
+
+    def parse(text):
+        value = convert(text)
+        if not is_valid(value):
+            raise argparse.ArgumentTypeError(f'{text} is not {bounds}')
+        return value
+
+    parse.__name__ = convert.__name__  # what argparse calls a text that is no number
+    return parse
+
+
+def grpc_address(text: str) -> str:
+    """Returns the text, if it is an address that tf.data takes: an argparse type."""
+    if not re.fullmatch(r'grpc://.+:\d+', text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form grpc://HOST:PORT")
+    return text
+
+
+def parse_flags(arguments=None) -> argparse.Namespace:
+    """Parses the command line; a wrong flag ends the program with exit code 2."""
+    parser = argparse.ArgumentParser(
+        description='Teach Inception-v3 new classes with your own photographs.',
+        formatter_class=HelpFormatter,
+        epilog='the usual command:\n' + __doc__.split('\n\n')[1],
+    )
+    percentage = number(int, lambda value: 0 <= value <= 100, 'a percentage from 0 to 100')
+    count = number(int, lambda value: value >= 0, '0 or more')
+    size = number(int, lambda value: value >= 1, '1 or more')
+    size_or_all = number(int, lambda value: value >= 1 or value == -1, '1 or more, nor -1 for all images')
+    rate = number(float, lambda value: 0 < value < math.inf, 'above 0')
+
+    add = parser.add_argument_group('data').add_argument
+    add('--image_dir', metavar='DIR', required=True, help='folder with a folder of images for each class')
+    add('--testing_percentage', metavar='P', type=percentage, default=10, help='percent of the images to test with')
+    add('--validation_percentage', metavar='P', type=percentage, default=10, help='percent to validate with')
+    add('--bottleneck_dir', metavar='DIR', default='/tmp/bottleneck', help='where bottlenecks are kept for later runs')
+    add('--data_service', metavar='grpc://HOST:PORT', type=grpc_address, help='tf.data service to share the work')
+
+    add = parser.add_argument_group('model').add_argument
+    add('--model_dir', metavar='DIR', default='/tmp/imagenet', help='where the pretrained model is, or is fetched to')
+
+    add = parser.add_argument_group('training').add_argument
+    add('--how_many_training_steps', metavar='N', type=count, default=4000, help='how many steps to train')
+    add('--learning_rate', metavar='RATE', type=rate, default=0.01, help='how far each step goes')
+    add('--train_batch_size', metavar='N', type=size, default=100, help='images in a training step')
+    add('--validation_batch_size', metavar='N', type=size_or_all, default=100, help='images to validate with; -1: all')
+    add('--test_batch_size', metavar='N', type=size_or_all, default=-1, help='images in the final test; -1: all')
+    add('--eval_step_interval', metavar='N', type=size, default=10, help='steps from one evaluation to the next')
+    add('--random_seed', metavar='N', type=count, help='makes runs with the same number alike')
+    add('--print_misclassified_test_images', action='store_true', help='list the test images that are mistaken')
+
+    add = parser.add_argument_group('distortions of the training images (training takes far longer)').add_argument
+    add('--flip_left_right', action='store_true', help='mirror every second one, at random')
+    add('--random_crop', metavar='P', type=percentage, default=0, help='crop at random, this margin in percent')
+    add('--random_scale', metavar='P', type=percentage, default=0, help='enlarge at random, by so many percent at most')
+    add('--random_brightness', metavar='P', type=percentage, default=0, help='brighten or darken, by so many percent')
+
+    add = parser.add_argument_group('output').add_argument
+    add('--output_graph', metavar='FILE', default='/tmp/output_graph.pb', help='the trained graph')
+    add('--output_labels', metavar='FILE', default='/tmp/output_labels.txt', help='the labels, one a line')
+    add('--summaries_dir', metavar='DIR', default='/tmp/retrain_logs', help='logs for TensorBoard')
+    add('--final_tensor_name', metavar='NAME', default='final_result', help="the name of the graph's result")
+
+    flags = parser.parse_args(arguments)
+    if not flags.image_dir:
+        parser.error('argument --image_dir: name the folder that holds one folder of images a class')
+    if flags.testing_percentage + flags.validation_percentage >= 100:
+        parser.error(
+            '--testing_percentage and --validation_percentage together must leave images to train on: below 100'
+        )
+    if not re.fullmatch(TENSOR_NAME_PATTERN, flags.final_tensor_name):
+        parser.error(
+            f"argument --final_tensor_name: '{flags.final_tensor_name}' may have only letters, digits, _ . - /"
+        )
+    return flags
+
+
+if __name__ == '__main__':
+    command_line = parse_flags()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        main(command_line)
+    except UserError as error:
+        sys.exit(f'ERROR: {error}')
+    except (tf.errors.OpError, OSError) as error:
+        sys.exit(f'ERROR: {getattr(error, "message", error)}')
+    except KeyboardInterrupt:
+        print(
+            '\nStopped. All bottlenecks computed so far are kept: the same command goes on from there.', file=sys.stderr
+        )
+        sys.exit(130)
