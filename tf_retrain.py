@@ -20,12 +20,15 @@ import itertools
 import math
 import os
 import platform
+import queue
 import re
 import shlex
 import signal
+import socket
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import urllib.request
 import uuid
@@ -71,10 +74,12 @@ CATEGORIES = ('training', 'testing', 'validation')
 LOSS_TAGS = ('cross_entropy_1', 'accuracy_1')
 TENSOR_NAME_PATTERN = r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*'  # tensorflow/core/framework/node_def_util.cc
 LARGE_CONSTANT = 1024  # bytes: more than that is a weight
-NETWORK_BATCH_SIZE = 32  # images to a device at once: more are no faster on a CPU, and need more memory
+# Images to a device at once: more are no faster on a CPU, and need more memory.
+NETWORK_BATCH_SIZE = 128 if tf.config.list_physical_devices('GPU') else 32
 STEPS_PER_CALL = 100  # training steps in one call into TensorFlow, and so between two looks at Ctrl-C
 DOWNLOAD_ATTEMPTS = 3  # in a row that bring nothing new
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
 
 
 class UserError(Exception):
@@ -106,7 +111,7 @@ def ensure_writable_dir(path: str, flag: str) -> None:
             file.write(b'probe')
         gfile.remove(probe)
     except tf.errors.OpError as error:
-        raise UserError(f"{flag}: nothing can be written in '{path}' ({error.message}). Name another folder.")
+        raise UserError(f"{flag}: nothing can be written in '{path or '.'}' ({error.message}). Name another folder.")
 
 
 def log(line: str) -> None:
@@ -157,7 +162,7 @@ def download(url: str, path: str) -> None:
             reason = f'its {done:,} bytes are no .tgz archive' if broken else f'{done:,} of {total:,} bytes came'
         except (OSError, http.client.HTTPException, ValueError) as error:
             broken = getattr(error, 'code', None) == 416  # HTTP: there is nothing beyond what the part has
-            reason = f'{type(error).__name__}: {error}'
+            reason = f'{type(error).__name__}: {error}'.strip()
         if broken:
             gfile.remove(partial)
         failures = failures + 1 if broken or done == start else 0
@@ -295,6 +300,35 @@ def run_networks(networks: list, batches: tf.data.Dataset):
             yield tags.numpy(), bottlenecks.numpy()
 
 
+def run_service(address: str, network, batches: tf.data.Dataset):
+    """Yields (tags, bottlenecks) of each (tags, images), both made by the workers of a tf.data service.
+
+    This gives up when DATA_SERVICE_TIMEOUT seconds bring nothing: the service would wait for a dead worker forever.
+    """
+    host, port = address.removeprefix('grpc://').rsplit(':', 1)
+    try:
+        socket.create_connection((host, int(port)), timeout=DATA_SERVICE_TIMEOUT).close()
+    except OSError as error:
+        raise UserError(
+            f'--data_service: no dispatcher answers at {address} ({error}). Start one there, or leave it out.'
+        )
+    policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
+    batches = batches.map(lambda tags, images: (tags, network(images)))
+    batches = batches.apply(tf.data.experimental.service.distribute(policy, address))
+    arrived = queue.Queue(2)
+
+    def fetch():
+        for batch in itertools.chain(batches.as_numpy_iterator(), [None]):
+            arrived.put(batch)
+
+    threading.Thread(target=fetch, daemon=True).start()
+    try:
+        while batch := arrived.get(timeout=DATA_SERVICE_TIMEOUT):
+            yield batch
+    except queue.Empty:
+        print(f'WARNING: {address} has sent nothing for {DATA_SERVICE_TIMEOUT} s. The rest is computed here.')
+
+
 # Images and split
 
 
@@ -322,6 +356,21 @@ def get_category(path: str, testing_percentage: int, validation_percentage: int)
     return 'training'
 
 
+def list_dir(path: str) -> list:
+    """Returns the names in a folder, sorted; raises UserError if one of them is not Unicode."""
+    try:
+        return sorted(gfile.listdir(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{path}' has a file whose name is not UTF-8, {error.object!r}. Rename it.")
+
+
+def print_passed_over(folder: str, count, passed_over: Counter) -> None:
+    """Says in one line how many files of each kind a folder has that are not images of its class."""
+    if passed_over:
+        kinds = ', '.join(f'{number} {kind or "without ending"}' for kind, number in sorted(passed_over.items()))
+        print(f'{folder}: {count} images; passed over: {kinds}')
+
+
 def create_image_lists(image_dir: str, testing_percentage: int, validation_percentage: int) -> dict:
     """Lists the images of each class folder of `image_dir`, split into three sets.
 
@@ -330,14 +379,15 @@ def create_image_lists(image_dir: str, testing_percentage: int, validation_perce
     """
     if not gfile.isdir(image_dir):
         raise UserError(f"--image_dir: there is no folder '{image_dir}'. Name the one that holds your class folders.")
-    image_lists = {}
-    for dir_name in sorted(name.rstrip('/') for name in gfile.listdir(image_dir)):
+    image_lists, loose = {}, Counter()
+    for dir_name in (name.rstrip('/') for name in list_dir(image_dir) if not name.startswith('.')):
         folder = os.path.join(image_dir, dir_name)
-        if dir_name.startswith('.') or not gfile.isdir(folder):
+        if not gfile.isdir(folder):
+            loose[os.path.splitext(dir_name)[1].lower()] += 1
             continue
         sets = {category: [] for category in CATEGORIES}
         passed_over = Counter()
-        for name in sorted(gfile.listdir(folder)):
+        for name in list_dir(folder):
             path = os.path.join(folder, name)
             extension = os.path.splitext(name)[1].lower()
             if name.startswith('.'):
@@ -345,11 +395,9 @@ def create_image_lists(image_dir: str, testing_percentage: int, validation_perce
             elif extension in IMAGE_EXTENSIONS:
                 sets[get_category(path, testing_percentage, validation_percentage)].append(name)
             else:
-                passed_over['folder' if gfile.isdir(path) else extension or 'without ending'] += 1
+                passed_over['folder' if gfile.isdir(path) else extension] += 1
         count = sum(map(len, sets.values()))
-        if passed_over:
-            kinds = ', '.join(f'{number} {kind}' for kind, number in sorted(passed_over.items()))
-            print(f'{folder}: {count} images; passed over: {kinds}')
+        print_passed_over(folder, count, passed_over)
         if not count:
             print(f'WARNING: {folder} has no images, and is not taken for a class.')
             continue
@@ -362,6 +410,7 @@ def create_image_lists(image_dir: str, testing_percentage: int, validation_perce
             other = os.path.join(image_dir, image_lists[label]['dir'])
             raise UserError(f"{other} and {folder} have the same label '{label}'. Rename or merge the folders.")
         image_lists[label] = {'dir': dir_name, **sets}
+    print_passed_over(image_dir, 'no', loose)
     if len(image_lists) < 2:
         raise UserError(
             f"--image_dir: '{image_dir}' has {len(image_lists) or 'no'} class folder with images. Make two or more "
@@ -406,7 +455,7 @@ def warn_of_empty_sets(image_lists: dict, percentages: dict) -> None:
         empty = [label for label, sets in image_lists.items() if not sets[category]]
         if empty and percentage:
             print(
-                f'WARNING: no {category} image in {len(empty)} of {len(image_lists)} classes, which that set leaves out: '
+                f'WARNING: no {category} image in {len(empty)} of {len(image_lists)} classes, left out of that set: '
                 f'{", ".join(empty)}. Add images to them, or change --testing_percentage or --validation_percentage.'
             )
     if not any(sets['training'] for sets in image_lists.values()):
@@ -447,24 +496,18 @@ def resize_image(image: tf.Tensor, size=(MODEL_INPUT_HEIGHT, MODEL_INPUT_WIDTH))
     return tf.compat.v1.image.resize_bilinear(image[tf.newaxis], size)[0]
 
 
-def compute_bottlenecks(paths: list, networks: list, data_service: str | None):
+def compute_bottlenecks(paths: list, networks: list, data_service: str | None = None):
     """Yields (indices of paths, their bottlenecks) in batches, and leaves out the images that cannot be read.
 
-    With a data service, its workers do all of it, each image on one of them. What a worker that died had in its hands
-    is computed here.
+    The workers of a data service do all of it, each image on one of them; what one of them loses is computed here.
     """
     left = np.ones(len(paths), bool)
     for service in [data_service, None] if data_service else [None]:
         images = tf.data.Dataset.from_tensor_slices((np.flatnonzero(left), np.array(paths)[left]))
         images = images.map(lambda row, path: (row, resize_image(decode_image(path))), tf.data.AUTOTUNE)
         images = images.ignore_errors().batch(NETWORK_BATCH_SIZE)
-        if service:
-            images = images.map(lambda rows, batch: (rows, networks[0](batch)))
-            policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
-            batches = images.apply(tf.data.experimental.service.distribute(policy, service)).as_numpy_iterator()
-        else:
-            batches = run_networks(networks, images)
-        for rows, bottlenecks in batches:
+        batches = run_service(service, networks[0], images) if service else run_networks(networks, images)
+        for rows, bottlenecks in batches if left.any() else ():
             left[rows] = False
             yield rows, bottlenecks
 
@@ -475,7 +518,7 @@ def why_unreadable(path: str) -> str:
         resize_image(decode_image(path))
         return 'it changed while it was read'
     except tf.errors.OpError as error:
-        return error.message.split('\n')[0]
+        return re.sub(r'{{.*?}} *| \[Op:.*', '', error.message, flags=re.DOTALL)
 
 
 def cache_bottlenecks(image_lists: dict, flags: argparse.Namespace, get_networks) -> np.ndarray:
@@ -502,6 +545,10 @@ def cache_bottlenecks(image_lists: dict, flags: argparse.Namespace, get_networks
         with tqdm(total=len(paths), desc='Bottlenecks', unit='image', mininterval=0.1 if on_screen else 10) as bar:
             say = bar.write if on_screen else print  # the bar stays below the lines where both are on one screen
             for indices, batch in compute_bottlenecks(paths, get_networks(), flags.data_service):
+                if not np.isfinite(batch).all():
+                    raise UserError(
+                        f'--model_dir: the model in {flags.model_dir} is broken: it gives no finite numbers.'
+                    )
                 for index, values in zip(indices, batch, strict=True):
                     cache_path = cache_paths[missing[index]]
                     write_whole(cache_path, ','.join(map(str, values)).encode())
@@ -557,16 +604,21 @@ def distort_image(image: tf.Tensor, seed: tf.Tensor, flags: argparse.Namespace) 
     return image * tf.random.stateless_uniform([], brightness_seed, 1.0 - spread, 1.0 + spread)
 
 
-def get_random_distorted_bottlenecks(paths: list, rows: np.ndarray, classes: np.ndarray, seed, networks, flags):
-    """Yields (bottleneck, class index) of every drawn row, its image distorted afresh."""
+def get_random_distorted_bottlenecks(paths: list, draw, how_many: int, seed, networks: list, flags: argparse.Namespace):
+    """Calls draw() for rows and class indices, both int [N], `how_many` times.
+
+    Yields (bottleneck, class index) of every drawn row, its image distorted afresh.
+    """
     paths = tf.constant(paths)
 
-    def distort(index, draw):
-        row, class_index = draw
+    def distort(index, drawn):
+        row, class_index = drawn
         return class_index, distort_image(decode_image(paths[row]), tf.random.fold_in(seed, index), flags)
 
-    images = tf.data.Dataset.from_tensor_slices((rows, classes)).enumerate()
-    images = images.map(distort, tf.data.AUTOTUNE).ignore_errors().batch(NETWORK_BATCH_SIZE)
+    draws = tf.data.Dataset.from_generator(
+        lambda: (draw() for _ in range(how_many)), output_signature=(tf.TensorSpec([None], tf.int64),) * 2
+    )
+    images = draws.unbatch().enumerate().map(distort, tf.data.AUTOTUNE).ignore_errors().batch(NETWORK_BATCH_SIZE)
     for batch_classes, bottlenecks in run_networks(networks, images):
         yield from zip(bottlenecks, batch_classes, strict=True)
 
@@ -737,8 +789,9 @@ def train_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: 
     bottlenecks = tf.constant(bottlenecks)
     if distort:
         paths = [os.path.join(flags.image_dir, file) for _, _, file in list_images(image_lists)]
-        draws = get_random_cached_bottlenecks(training_rng, training_rows, steps * batch_size)
-        distorted = get_random_distorted_bottlenecks(paths, *draws, seeds[2].generate_state(2), get_networks(), flags)
+        draw = functools.partial(get_random_cached_bottlenecks, training_rng, training_rows, batch_size)
+        seed = seeds[2].generate_state(2)
+        distorted = get_random_distorted_bottlenecks(paths, draw, steps, seed, get_networks(), flags)
     writers = [SummaryWriter(os.path.join(flags.summaries_dir, name)) for name in ('train', 'validation')]
     untrained = strip_weights(add_final_training_ops(graph_def, layer, flags.final_tensor_name))
     writers[0].write(graph_def=untrained.SerializeToString())
@@ -808,8 +861,9 @@ def main(flags: argparse.Namespace) -> None:
         ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
 
     graph_def = load_graph_def(maybe_download_and_extract(flags.model_dir))
-    if flags.final_tensor_name in {node.name for node in graph_def.node}:
-        raise UserError(f'--final_tensor_name: the model has its own {flags.final_tensor_name}. Choose another name.')
+    name = flags.final_tensor_name
+    if name in {node.name for node in graph_def.node} or name.startswith(('final_training_ops/', 'input/')):
+        raise UserError(f'--final_tensor_name: the graph has another {name}. Choose another name.')
     devices = [gpu.name for gpu in tf.config.list_logical_devices('GPU') if not flags.data_service] or ['/CPU:0']
     get_networks = functools.cache(lambda: create_inception_networks(fold_batch_norms(graph_def), devices))
     bottlenecks = cache_bottlenecks(image_lists, flags, get_networks)
@@ -823,7 +877,7 @@ def main(flags: argparse.Namespace) -> None:
     del bottlenecks  # writing the graph takes memory too
 
     frozen = add_final_training_ops(graph_def, layer, flags.final_tensor_name)
-    write_whole(flags.output_graph, frozen.SerializeToString())
+    write_whole(flags.output_graph, frozen.SerializeToString(deterministic=True))
     write_whole(flags.output_labels, ''.join(f'{label}\n' for label in image_lists).encode())
     graph, labels = shlex.quote(flags.output_graph), shlex.quote(flags.output_labels)
     print(f'Wrote the graph {graph} and the labels {labels}. To label an image with them:')
@@ -850,13 +904,6 @@ def number(convert, is_valid, bounds: str):
     return parse
 
 
-def grpc_address(text: str) -> str:
-    """Returns the text, if it is an address that tf.data takes: an argparse type."""
-    if not re.fullmatch(r'grpc://.+:\d+', text):
-        raise argparse.ArgumentTypeError(f"'{text}' is not of the form grpc://HOST:PORT")
-    return text
-
-
 def parse_flags(arguments=None) -> argparse.Namespace:
     """Parses the command line; a wrong flag ends the program with exit code 2."""
     parser = argparse.ArgumentParser(
@@ -875,7 +922,7 @@ def parse_flags(arguments=None) -> argparse.Namespace:
     add('--testing_percentage', metavar='P', type=percentage, default=10, help='percent of the images to test with')
     add('--validation_percentage', metavar='P', type=percentage, default=10, help='percent to validate with')
     add('--bottleneck_dir', metavar='DIR', default='/tmp/bottleneck', help='where bottlenecks are kept for later runs')
-    add('--data_service', metavar='grpc://HOST:PORT', type=grpc_address, help='tf.data service to share the work')
+    add('--data_service', metavar='grpc://HOST:PORT', help='tf.data service to share the work')
 
     add = parser.add_argument_group('model').add_argument
     add('--model_dir', metavar='DIR', default='/tmp/imagenet', help='where the pretrained model is, or is fetched to')
@@ -909,6 +956,8 @@ def parse_flags(arguments=None) -> argparse.Namespace:
         parser.error(
             '--testing_percentage and --validation_percentage together must leave images to train on: below 100'
         )
+    if flags.data_service and not re.fullmatch(r'grpc://.+:\d+', flags.data_service):
+        parser.error(f"argument --data_service: '{flags.data_service}' is not of the form grpc://HOST:PORT")
     if not re.fullmatch(TENSOR_NAME_PATTERN, flags.final_tensor_name):
         parser.error(
             f"argument --final_tensor_name: '{flags.final_tensor_name}' may have only letters, digits, _ . - /"
@@ -922,7 +971,7 @@ if __name__ == '__main__':
     try:
         main(command_line)
     except UserError as error:
-        sys.exit(f'ERROR: {error}')
+        sys.exit('ERROR: ' + str(error).replace('\n', ' '))
     except (tf.errors.OpError, OSError) as error:
         sys.exit(f'ERROR: {getattr(error, "message", error)}')
     except KeyboardInterrupt:

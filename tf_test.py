@@ -90,11 +90,13 @@ def main(image: str, graph: str, labels: str) -> None:
     """Prints the labels and scores of an image; raises UserError for what the user can mend."""
     image_data = load_file(image, 'image')
     names = load_labels(labels)
+    graph_def = load_graph(graph)
     try:
-        scores = run_graph(load_graph(graph), image_data)
+        scores = run_graph(graph_def, image_data)
+    except tf.errors.InvalidArgumentError:
+        raise UserError(f"'{image}' is not an image that the graph decodes. Save it as JPEG, PNG or still GIF.")
     except (tf.errors.OpError, ValueError) as error:
-        reason = str(getattr(error, 'message', error)).split('\n')[0]
-        raise UserError(f"'{image}' with '{graph}': {reason}")
+        raise UserError(f"'{graph}' cannot be run: {str(error).splitlines()[0]}")
     if len(names) != len(scores):
         raise UserError(
             f"'{labels}' has {len(names)} labels, but '{graph}' has {len(scores)} classes. Name files of one training."
@@ -116,4 +118,4 @@ if __name__ == '__main__':
     try:
         main(**vars(arguments))
     except UserError as error:
-        sys.exit(f'ERROR: {error}')
+        sys.exit('ERROR: ' + str(error).replace('\n', ' '))

@@ -1,0 +1,216 @@
+"""A small model with the ops, names, wiring and version of the 2015 graph; photographs; a way to run the scripts."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / 'shared'
+sys.path.insert(0, str(ROOT))
+
+import tf_retrain  # noqa: E402
+
+tf = tf_retrain.tf
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'slow: takes more than ten seconds; runs in CI all the same')
+
+
+class GraphWriter:
+    """Appends nodes to a GraphDef whose producer version stays 0, as that of the 2015 graph is."""
+
+    def __init__(self):
+        self.graph_def = tf.compat.v1.GraphDef()
+        self.rng = np.random.default_rng(0)
+
+    def node(self, name, op, inputs=(), **attrs):
+        node = self.graph_def.node.add(name=name, op=op, input=list(inputs))
+        for key, value in attrs.items():
+            node.attr[key].CopyFrom(value)
+        return name
+
+    def const(self, name, value):
+        tensor = tf.make_tensor_proto(value)
+        return self.node(name, 'Const', dtype=attr(type=tensor.dtype), value=attr(tensor=tensor))
+
+    def conv(self, name, source, size, channels, filters, stride=1, padding=b'SAME', scale_after=False):
+        """A convolution, its batch norm, the check of its numbers, and a Relu: as in the 2015 graph."""
+        rng = self.rng
+        weights = rng.normal(0, np.sqrt(2 / (size * size * channels)), [size, size, channels, filters])
+        self.const(f'{name}/conv2d_params', weights.astype(np.float32))
+        strides = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, stride, stride, 1]))
+        conv_inputs = [source, f'{name}/conv2d_params']
+        self.node(f'{name}/Conv2D', 'Conv2D', conv_inputs, T=FLOAT, strides=strides, padding=attr(s=padding))
+        statistics = {
+            'moving_mean': rng.normal(0, 0.1, filters),
+            'moving_variance': rng.uniform(0.5, 1.5, filters),
+            'beta': rng.normal(0, 0.1, filters),
+            'gamma': rng.uniform(0.5, 1.5, filters),
+        }
+        inputs = [self.const(f'{name}/batchnorm/{k}', v.astype(np.float32)) for k, v in statistics.items()]
+        norm = self.node(
+            f'{name}/batchnorm',
+            'BatchNormWithGlobalNormalization',
+            [f'{name}/Conv2D', *inputs],
+            T=FLOAT,
+            variance_epsilon=attr(f=0.001),
+            scale_after_normalization=attr(b=scale_after),
+        )
+        check = self.node(f'{name}/CheckNumerics', 'CheckNumerics', [norm], T=FLOAT, message=attr(s=b'batchnorm'))
+        self.node(f'{name}/control_dependency', 'Identity', [norm, f'^{check}'], T=FLOAT)
+        return self.node(name, 'Relu', [f'{name}/control_dependency'], T=FLOAT)
+
+    def pool(self, name, op, source, size, stride):
+        window = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, size, size, 1]))
+        strides = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, stride, stride, 1]))
+        return self.node(name, op, [source], T=FLOAT, ksize=window, strides=strides, padding=attr(s=b'VALID'))
+
+
+def attr(**value):
+    return tf.compat.v1.AttrValue(**value)
+
+
+FLOAT = attr(type=tf.float32.as_datatype_enum)
+
+
+def build_model():
+    """Returns the small model: JPEG bytes in, 2,048 numbers and the old softmax out, a millisecond an image."""
+    g = GraphWriter()
+    g.const('DecodeJpeg/contents', b'')
+    g.node('DecodeJpeg', 'DecodeJpeg', ['DecodeJpeg/contents'], channels=attr(i=3), fancy_upscaling=attr(b=True))
+    g.node('Cast', 'Cast', ['DecodeJpeg'], SrcT=attr(type=tf.uint8.as_datatype_enum), DstT=FLOAT)
+    g.node('ExpandDims', 'ExpandDims', ['Cast', g.const('ExpandDims/dim', np.int32(0))], T=FLOAT)
+    size = g.const('ResizeBilinear/size', np.array([299, 299], np.int32))
+    g.node('ResizeBilinear', 'ResizeBilinear', ['ExpandDims', size], T=FLOAT)
+    g.node('Sub', 'Sub', ['ResizeBilinear', g.const('Sub/y', np.float32(128))], T=FLOAT)
+    g.node('Mul', 'Mul', ['Sub', g.const('Mul/y', np.float32(0.0078125))], T=FLOAT)
+    g.conv('conv', 'Mul', 16, 3, 8, stride=16, padding=b'VALID', scale_after=True)
+    g.pool('pool', 'MaxPool', 'conv', 3, 3)
+    towers = [g.conv('mixed/conv', 'pool', 1, 8, 16), g.conv('mixed/tower/conv', 'pool', 3, 8, 16)]
+    dim = g.const('mixed/concat_dim', np.int32(3))
+    g.node('mixed/join', 'Concat', [dim, *towers], T=FLOAT, N=attr(i=2))
+    g.conv('mixed_10/conv', 'mixed/join', 1, 32, 2048)
+    g.pool('pool_3', 'AvgPool', 'mixed_10/conv', 6, 1)
+    shape = g.const('pool_3/_reshape/shape', np.array([1, 2048], np.int32))
+    g.node('pool_3/_reshape', 'Reshape', ['pool_3', shape], T=FLOAT)
+    weights = g.const('softmax/weights', g.rng.normal(0, 0.03, [2048, 10]).astype(np.float32))
+    g.node('softmax/logits', 'MatMul', ['pool_3/_reshape', weights], T=FLOAT)
+    g.node('softmax', 'Softmax', ['softmax/logits'], T=FLOAT)
+    return g.graph_def
+
+
+COLOURS = [(200, 60, 60), (60, 60, 200), (60, 200, 60), (200, 200, 60)]
+
+
+def write_photographs(folder, label, count, colour, **save):
+    """Writes `count` JPEG files of noise around a colour, which the small model tells apart with ease."""
+    rng = np.random.default_rng(len(label))
+    target = folder / label
+    target.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        pixels = np.clip(rng.normal(colour, 40, [30, 40, 3]), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(target / f'{label} {i}.jpg', **save)
+
+
+def run(script, *arguments, check=True, **options):
+    """Runs a script as a user does; returns the finished process with what it printed."""
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+    if check:
+        assert process.returncode == 0, process.stdout + process.stderr
+    return process
+
+
+class Job:
+    """A folder with photographs and a model, and the flags that train on them there."""
+
+    def __init__(self, folder, model):
+        self.folder = folder
+        self.data = folder / 'data'
+        (folder / 'inception').mkdir()
+        os.link(model, folder / 'inception' / 'classify_image_graph_def.pb')
+        self.flags = {
+            'image_dir': 'data/',
+            'model_dir': 'inception/',
+            'bottleneck_dir': 'bottlenecks/',
+            'output_graph': 'trained_model/unoptimized_model.pb',
+            'output_labels': 'trained_model/labels.txt',
+            'summaries_dir': 'logs',
+            'how_many_training_steps': '30',
+            'random_seed': '1',
+        }
+
+    def photographs(self, **counts):
+        for (label, count), colour in zip(counts.items(), COLOURS, strict=False):
+            write_photographs(self.data, label, count, colour)
+        return self
+
+    def arguments(self, *more, **changes):
+        return [*(f'--{name}={value}' for name, value in {**self.flags, **changes}.items()), *more]
+
+    def run(self, *more, check=True, **changes):
+        return run('tf_retrain.py', *self.arguments(*more, **changes), cwd=self.folder, check=check)
+
+    def start(self, *more, **changes):
+        """Starts the training and returns the process; its output can be read while it runs."""
+        command = [sys.executable, '-u', str(ROOT / 'tf_retrain.py'), *self.arguments(*more, **changes)]
+        pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+        return subprocess.Popen(command, cwd=self.folder, **pipes, preexec_fn=default_ctrl_c)
+
+    def main(self, monkeypatch, *more, **changes):
+        """Does the same job inside of this process, which saves the import of TensorFlow."""
+        monkeypatch.chdir(self.folder)
+        tf_retrain.main(tf_retrain.parse_flags(self.arguments(*more, **changes)))
+
+    def graph(self):
+        return tf.compat.v1.GraphDef.FromString((self.folder / self.flags['output_graph']).read_bytes())
+
+    def test_image(self):
+        return next(path for path in sorted(self.data.rglob('*.jpg')) if category(self.folder, path) == 'testing')
+
+
+def category(folder, path):
+    return tf_retrain.get_category(str(path.relative_to(folder)), 10, 10)
+
+
+def default_ctrl_c():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run_v1_on_all(graph_def, images, tensor):
+    """Returns a tensor of a graph for each of some encoded images, by the v1 Session that the original used."""
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        tf.import_graph_def(graph_def, name='')
+        return [session.run(tensor, {'DecodeJpeg/contents:0': image_data}) for image_data in images]
+
+
+def run_v1(graph_def, image_data, tensor):
+    return run_v1_on_all(graph_def, [image_data], tensor)[0]
+
+
+@pytest.fixture(scope='session')
+def model(tmp_path_factory):
+    """The path of the small model's GraphDef."""
+    path = tmp_path_factory.mktemp('model') / 'classify_image_graph_def.pb'
+    path.write_bytes(build_model().SerializeToString())
+    return path
+
+
+@pytest.fixture
+def job(tmp_path, model):
+    return Job(tmp_path, model)
+
+
+@pytest.fixture(scope='session')
+def trained(tmp_path_factory, model):
+    """A finished run of tf_retrain.py, for tests that only look at what it left; .process is the finished process."""
+    job = Job(tmp_path_factory.mktemp('trained'), model).photographs(cat=60, dog=60, Red_Fox=25)
+    job.process = job.run('--print_misclassified_test_images')
+    return job

@@ -1,0 +1,216 @@
+"""How the model gets into --model_dir: found, unpacked, or downloaded from a server that misbehaves."""
+
+import contextlib
+import http.server
+import io
+import re
+import tarfile
+import threading
+
+import pytest
+from conftest import build_model
+
+import tf_retrain
+
+GRAPH = 'classify_image_graph_def.pb'
+ARCHIVE = 'inception-2015-12-05.tgz'
+
+
+def archive(**files):
+    """Returns a .tgz with the given files; {name: contents, or a TarInfo}."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w:gz') as tar:
+        for name, contents in files.items():
+            if isinstance(contents, tarfile.TarInfo):
+                tar.addfile(contents)
+            else:
+                info = tarfile.TarInfo(name)
+                info.size = len(contents)
+                tar.addfile(info, io.BytesIO(contents))
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope='module')
+def whole():
+    return archive(**{GRAPH: build_model().SerializeToString(), 'LICENSE': b'free'})
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(tf_retrain.time, 'sleep', lambda seconds: None)
+
+
+@contextlib.contextmanager
+def server(monkeypatch, answer):
+    """Serves DATA_URL by answer(handler, number of the request); yields the list of the Range headers that came."""
+    ranges = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            ranges.append(self.headers.get('Range'))
+            answer(self, len(ranges))
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        monkeypatch.setattr(tf_retrain, 'DATA_URL', f'http://127.0.0.1:{httpd.server_port}/{ARCHIVE}')
+        yield ranges
+        httpd.shutdown()
+
+
+def send(handler, body, length=None, status=200):
+    handler.send_response(status)
+    handler.send_header('Content-Length', str(len(body) if length is None else length))
+    handler.end_headers()
+    handler.wfile.write(body)
+
+
+def resume(handler, contents, end=None):
+    """Answers a Range request as a server does that can resume."""
+    start = int((handler.headers.get('Range') or 'bytes=0-')[6:-1])
+    if start >= len(contents):
+        return send(handler, b'', status=416)
+    send(handler, contents[start:end], len(contents) - start, 206 if start else 200)
+
+
+def fetch(folder):
+    return tf_retrain.maybe_download_and_extract(str(folder))
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_graph_is_used_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / GRAPH).write_bytes(b'x')
+    monkeypatch.setattr(tf_retrain, 'download', None)
+    assert fetch(tmp_path) == str(tmp_path / GRAPH)
+    assert names(tmp_path) == [GRAPH]
+
+
+def test_the_archive_is_unpacked_without_a_network(tmp_path, monkeypatch, whole):
+    (tmp_path / ARCHIVE).write_bytes(whole)
+    monkeypatch.setattr(tf_retrain, 'download', None)
+    tf_retrain.load_graph_def(fetch(tmp_path))
+    assert names(tmp_path) == ['LICENSE', GRAPH, ARCHIVE]
+
+
+def test_download(tmp_path, monkeypatch, capsys, whole):
+    with server(monkeypatch, lambda handler, _: send(handler, whole)) as ranges:
+        tf_retrain.load_graph_def(fetch(tmp_path / 'new'))
+    assert ranges == [None]
+    assert names(tmp_path / 'new') == ['LICENSE', GRAPH, ARCHIVE]
+    assert re.search(rf'>> Downloading {ARCHIVE} 100\.0%\n$', capsys.readouterr().err)
+
+
+def test_a_broken_connection_is_resumed(tmp_path, monkeypatch, whole):
+    third = len(whole) // 3
+    with server(monkeypatch, lambda h, n: resume(h, whole, end=n * third if n < 3 else None)) as ranges:
+        tf_retrain.load_graph_def(fetch(tmp_path))
+    assert ranges == [None, f'bytes={third}-', f'bytes={2 * third}-']
+
+
+def test_a_later_run_resumes(tmp_path, monkeypatch, whole):
+    (tmp_path / f'{ARCHIVE}.part').write_bytes(whole[:1000])
+    with server(monkeypatch, lambda handler, _: resume(handler, whole)) as ranges:
+        tf_retrain.load_graph_def(fetch(tmp_path))
+    assert ranges == ['bytes=1000-']
+    assert names(tmp_path) == ['LICENSE', GRAPH, ARCHIVE]
+
+
+def test_a_server_that_cannot_resume_is_asked_for_all(tmp_path, monkeypatch, whole):
+    (tmp_path / f'{ARCHIVE}.part').write_bytes(whole[:1000])
+    with server(monkeypatch, lambda handler, _: send(handler, whole)):
+        tf_retrain.load_graph_def(fetch(tmp_path))
+
+
+@pytest.mark.parametrize('part', [b'x' * 1000, b'x' * 100_000_000], ids=['wrong start', 'longer than the file'])
+def test_a_part_that_does_not_fit_is_dropped(tmp_path, monkeypatch, whole, part):
+    (tmp_path / f'{ARCHIVE}.part').write_bytes(part)
+    with server(monkeypatch, lambda handler, _: resume(handler, whole)):
+        tf_retrain.load_graph_def(fetch(tmp_path))
+
+
+def test_a_broken_archive_is_set_aside_and_fetched_again(tmp_path, monkeypatch, capsys, whole):
+    (tmp_path / ARCHIVE).write_bytes(whole[:-100])
+    with server(monkeypatch, lambda handler, _: send(handler, whole)):
+        tf_retrain.load_graph_def(fetch(tmp_path))
+    assert names(tmp_path) == ['LICENSE', GRAPH, ARCHIVE, f'{ARCHIVE}.broken']
+    assert 'is broken: set aside' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('answer', 'reason'),
+    [
+        (lambda h, n, body: send(h, b'', status=500), 'HTTPError: HTTP Error 500'),
+        (lambda h, n, body: send(h, b'', status=404), 'HTTPError: HTTP Error 404'),
+        (lambda h, n, body: send(h, b'<html>Sign in</html>'), 'its 20 bytes are no .tgz archive'),
+        (lambda h, n, body: send(h, body[:-9]), 'bytes are no .tgz archive'),
+        (lambda h, n, body: send(h, body + b'more'), 'bytes are no .tgz archive'),
+        (lambda h, n, body: send(h, b'', length=50), '0 of 50 bytes came'),
+        (lambda h, n, body: h.wfile.write(b'hello\n'), 'BadStatusLine'),
+        (lambda h, n, body: None, 'RemoteDisconnected'),
+    ],
+    ids=['500', '404', 'HTML', 'short', 'long', 'nothing', 'no HTTP', 'hangs up'],
+)
+def test_no_whole_archive(tmp_path, monkeypatch, whole, answer, reason):
+    with server(monkeypatch, lambda handler, number: answer(handler, number, whole)) as ranges:
+        with pytest.raises(tf_retrain.UserError) as error:
+            fetch(tmp_path)
+    assert len(ranges) == tf_retrain.DOWNLOAD_ATTEMPTS
+    message = str(error.value)
+    assert reason in message
+    assert tf_retrain.DATA_URL in message
+    assert f'save it as {tmp_path / ARCHIVE}' in message
+    assert '\n' not in message
+    assert ARCHIVE not in names(tmp_path)
+
+
+def test_a_server_that_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(tf_retrain, 'DOWNLOAD_TIMEOUT', 0.2)
+    done = threading.Event()
+    with server(monkeypatch, lambda handler, number: done.wait(10)):
+        with pytest.raises(tf_retrain.UserError, match='timed out'):
+            fetch(tmp_path)
+        done.set()
+
+
+def test_an_unreachable_server(tmp_path, monkeypatch):
+    monkeypatch.setattr(tf_retrain, 'DATA_URL', f'http://127.0.0.1:1/{ARCHIVE}')
+    with pytest.raises(tf_retrain.UserError, match='Connection refused'):
+        fetch(tmp_path)
+
+
+def link(name, kind, target=''):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+@pytest.mark.parametrize(
+    'member',
+    [
+        {'../outside': b'x'},
+        {'/tmp/outside': link('/tmp/outside/../../../etc/x', tarfile.REGTYPE)},
+        {'link': link('link', tarfile.SYMTYPE, '/etc/passwd')},
+        {'hard': link('hard', tarfile.LNKTYPE, '../../etc/passwd')},
+        {'device': link('device', tarfile.CHRTYPE)},
+    ],
+    ids=['parent', 'absolute', 'link', 'hard link', 'device'],
+)
+def test_archives_that_reach_out_are_refused(tmp_path, member):
+    folder = tmp_path / 'model'
+    folder.mkdir()
+    (folder / ARCHIVE).write_bytes(archive(**member, **{GRAPH: b'x'}))
+    with pytest.raises(tf_retrain.UserError, match='cannot be unpacked'):
+        fetch(folder)
+    assert names(folder) == [ARCHIVE]
+    assert names(tmp_path) == ['model']
+
+
+def test_an_archive_without_the_graph(tmp_path):
+    (tmp_path / ARCHIVE).write_bytes(archive(LICENSE=b'free'))
+    with pytest.raises(tf_retrain.UserError, match=f'has no {GRAPH} in it'):
+        fetch(tmp_path)
