@@ -9,6 +9,11 @@ al., https://arxiv.org/abs/1512.00567), up to the layer before its last; the 2,0
 bottleneck, are kept on disk. A new last layer is trained on them, which is quick, as the rest stays as it is.
 """
 
+import signal
+
+if __name__ == '__main__':  # Ctrl-C while the imports below run ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import datetime
@@ -17,13 +22,13 @@ import gzip
 import hashlib
 import http.client
 import itertools
+import json
 import math
 import os
 import platform
 import queue
 import re
 import shlex
-import signal
 import socket
 import sys
 import tarfile
@@ -34,9 +39,6 @@ import urllib.request
 import uuid
 import zlib
 from collections import Counter
-
-if __name__ == '__main__':  # Ctrl-C while the imports below run ends the program without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 from tqdm import tqdm
@@ -69,6 +71,15 @@ MODEL_INPUT_DEPTH = 3
 
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo one more than this
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
+FILE_KINDS = {  # the first bytes of files that users take for images which DecodeJpeg can decode
+    b'\0\5\x16\7': 'what macOS keeps beside a file, not an image',
+    b'BM': 'a BMP image, not JPEG, PNG or still GIF',
+    b'RIFF': 'a WebP image, not JPEG, PNG or still GIF',
+    b'II*\0': 'a TIFF image, not JPEG, PNG or still GIF',
+    b'MM\0*': 'a TIFF image, not JPEG, PNG or still GIF',
+    b'\0\0\0': 'a HEIC or AVIF image, not JPEG, PNG or still GIF',
+    b'<': 'a web page, not an image',
+}
 CATEGORIES = ('training', 'testing', 'validation')
 
 LOSS_TAGS = ('cross_entropy_1', 'accuracy_1')
@@ -200,13 +211,17 @@ def maybe_download_and_extract(model_dir: str) -> str:
     return graph_path
 
 
-def load_graph_def(path: str) -> tf.compat.v1.GraphDef:
-    """Reads a GraphDef and checks that it has the tensors which the program uses; raises UserError if not."""
+def load_graph_def(path: str) -> tuple:
+    """Reads a GraphDef and checks that it has the tensors which the program uses; raises UserError if not.
+
+    Returns it, and a checksum of the file.
+    """
     graph_def = tf.compat.v1.GraphDef()
     advice = f'Delete {path} and run the same command again to fetch the model anew.'
     try:
         with gfile.GFile(path, 'rb') as file:
-            graph_def.ParseFromString(file.read())
+            contents = file.read()
+        graph_def.ParseFromString(contents)
     except DecodeError:
         raise UserError(f'{path} is not a TensorFlow graph. {advice}')
     names = {node.name for node in graph_def.node}
@@ -214,7 +229,9 @@ def load_graph_def(path: str) -> tf.compat.v1.GraphDef:
     missing = [tensor for tensor in wanted if tensor.split(':')[0] not in names]
     if missing:
         raise UserError(f'{path} is not the Inception-v3 of 2015: it lacks {", ".join(missing)}. {advice}')
-    return graph_def
+    if {name.lstrip('^').split(':')[0] for node in graph_def.node for name in node.input} - names:
+        raise UserError(f'{path} is a damaged graph. {advice}')
+    return graph_def, zlib.crc32(contents)
 
 
 def fold_batch_norms(graph_def: tf.compat.v1.GraphDef) -> tf.compat.v1.GraphDef:
@@ -264,8 +281,8 @@ def fold_batch_norms(graph_def: tf.compat.v1.GraphDef) -> tf.compat.v1.GraphDef:
 def create_inception_networks(graph_def: tf.compat.v1.GraphDef, devices: list) -> list:
     """Returns for each device a tf.function from images, float [N, 299, 299, 3] in 0..255, to bottlenecks [N, 2048].
 
-    The weights are tensors outside of the functions: TensorFlow takes five seconds longer, and twice the memory, to
-    optimise a graph with 87 MB of constants in it.
+    The graph is a folded one. Its weights are tensors outside of the functions: TensorFlow takes five seconds longer,
+    and twice the memory, to optimise a graph with 87 MB of constants in it.
     """
     structure, weights = tf.compat.v1.GraphDef(versions=graph_def.versions), {}
     for node in graph_def.node:
@@ -286,6 +303,7 @@ def create_inception_networks(graph_def: tf.compat.v1.GraphDef, devices: list) -
                 (pool,) = tf.graph_util.import_graph_def(structure, inputs, [POOL_TENSOR_NAME])
                 return tf.reshape(pool, [-1, BOTTLENECK_TENSOR_SIZE])
 
+        network.get_concrete_function()  # finds out now whether TensorFlow takes the graph
         return network
 
     return [create_network(device) for device in devices]
@@ -310,7 +328,7 @@ def run_service(address: str, network, batches: tf.data.Dataset):
         socket.create_connection((host, int(port)), timeout=DATA_SERVICE_TIMEOUT).close()
     except OSError as error:
         raise UserError(
-            f'--data_service: no dispatcher answers at {address} ({error}). Start one there, or leave it out.'
+            f'--data_service: no dispatcher answers at {address} ({error}). Start it, or leave the flag out.'
         )
     policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
     batches = batches.map(lambda tags, images: (tags, network(images)))
@@ -437,12 +455,11 @@ def get_rows(image_lists: dict, category: str) -> tuple:
     return first[:, column], sizes[:, column]
 
 
-def remove_images(image_lists: dict, images: set) -> None:
-    """Removes images, as list_images gives them; raises UserError if a class is left with none."""
-    for label, sets in image_lists.items():
+def remove_images(image_lists: dict, files: set) -> None:
+    """Removes images, given as 'folder/file'; raises UserError if a class is left with none."""
+    for sets in image_lists.values():
         for category in CATEGORIES:
-            gone = {os.path.basename(file) for *where, file in images if where == [label, category]}
-            sets[category] = [name for name in sets[category] if name not in gone]
+            sets[category] = [name for name in sets[category] if os.path.join(sets['dir'], name) not in files]
         if not any(sets[category] for category in CATEGORIES):
             raise UserError(
                 f"No image in the class folder '{sets['dir']}' can be read. Add some, or remove the folder."
@@ -468,22 +485,73 @@ def warn_of_empty_sets(image_lists: dict, percentages: dict) -> None:
 def read_bottlenecks(paths: list) -> tuple:
     """Reads cache files; TensorFlow parses them on all cores.
 
-    Returns the bottlenecks, float32 [len(paths), 2048], and the indices of the files that do not hold 2,048 finite
-    numbers, or do not exist: their rows are undefined.
+    Returns the bottlenecks, float32 [len(paths), 2048], fingerprints of the files, int64, and which of them hold
+    2,048 finite numbers, bool; the rows of the others are undefined.
     """
 
     def parse(row, path):
-        numbers = tf.strings.to_number(tf.strings.split(tf.io.read_file(path), ','))
-        return row, tf.debugging.check_numerics(tf.ensure_shape(numbers, [BOTTLENECK_TENSOR_SIZE]), '')
+        text = tf.io.read_file(path)
+        numbers = tf.strings.to_number(tf.strings.split(text, ','))
+        numbers = tf.debugging.check_numerics(tf.ensure_shape(numbers, [BOTTLENECK_TENSOR_SIZE]), '')
+        return row, numbers, fingerprint(text)
 
     files = tf.data.Dataset.from_tensor_slices((np.arange(len(paths)), paths))
     files = files.map(parse, tf.data.AUTOTUNE, deterministic=False).ignore_errors()
     bottlenecks = np.empty([len(paths), BOTTLENECK_TENSOR_SIZE], np.float32)
-    missing = np.ones(len(paths), bool)
-    for rows, numbers in files.batch(256).as_numpy_iterator():
-        bottlenecks[rows] = numbers
-        missing[rows] = False
-    return bottlenecks, np.flatnonzero(missing)
+    fingerprints, valid = np.zeros(len(paths), np.int64), np.zeros(len(paths), bool)
+    for rows, numbers, prints in files.batch(256).as_numpy_iterator():
+        bottlenecks[rows], fingerprints[rows], valid[rows] = numbers, prints, True
+    return bottlenecks, fingerprints, valid
+
+
+def fingerprint(contents):
+    """Returns FarmHash's 62-bit fingerprint of strings, which is the same on every machine: int64."""
+    return tf.strings.to_hash_bucket_fast(contents, 2**62)
+
+
+class Provenance:
+    """Knows which image and model each cache file was made of, and which images could not be read.
+
+    Each run appends lines [file, fingerprint of its cache file or why it is unreadable, source] to a JSON Lines file of
+    its own in the bottleneck folder, so that runs at the same time do not meet; a line that a kill cut short counts for
+    nothing. A cache file of which there is no line, as the original wrote it, is believed as it stands.
+    """
+
+    def __init__(self, bottleneck_dir: str, model: int) -> None:
+        self.model, self.known = model, {}
+        self.path = os.path.join(bottleneck_dir, f'.provenance-{uuid.uuid4().hex}.jsonl')
+        self.journal = None
+        for path in gfile.glob(os.path.join(bottleneck_dir, '.provenance-*.jsonl')):
+            with gfile.GFile(path, 'rb') as file:
+                for line in file.read().splitlines():
+                    with contextlib.suppress(ValueError, TypeError):
+                        name, made, source = json.loads(line)
+                        self.known.setdefault(name, {})[made] = tuple(source)
+
+    def source(self, path: str) -> tuple:
+        """Returns what a bottleneck depends on: size and time (ns) of the image, and the model's checksum."""
+        try:
+            status = gfile.stat(path)
+            return status.length, status.mtime_nsec, self.model
+        except tf.errors.OpError:
+            return -1, -1, self.model
+
+    def is_current(self, file: str, fingerprint: int, source: tuple) -> bool:
+        """Tells whether a cache file may be used: no line speaks against it."""
+        lines = self.known[file]
+        return lines[fingerprint] == source if fingerprint in lines else source not in lines.values()
+
+    def why_unreadable(self, file: str, source: tuple) -> str | None:
+        """Returns why an image could not be read when it was as it is now."""
+        reasons = (made for made, old in self.known.get(file, {}).items() if old == source and isinstance(made, str))
+        return next(reasons, None)
+
+    def add(self, file: str, made, source: tuple) -> None:
+        """Appends a line; flush() makes it last."""
+        if not self.journal:
+            self.journal = gfile.GFile(self.path, 'w')
+        self.known.setdefault(file, {})[made] = source
+        self.journal.write(json.dumps([file, made, source]) + '\n')
 
 
 def decode_image(path: tf.Tensor) -> tf.Tensor:
@@ -515,53 +583,96 @@ def compute_bottlenecks(paths: list, networks: list, data_service: str | None = 
 def why_unreadable(path: str) -> str:
     """Returns the reason why an image cannot be decoded."""
     try:
+        contents = tf.io.read_file(path).numpy()
+        if not contents:
+            return 'it is empty'
+        for start, kind in FILE_KINDS.items():
+            if contents.startswith(start):
+                return f'it is {kind}'
         resize_image(decode_image(path))
         return 'it changed while it was read'
     except tf.errors.OpError as error:
         return re.sub(r'{{.*?}} *| \[Op:.*', '', error.message, flags=re.DOTALL)
 
 
-def cache_bottlenecks(image_lists: dict, flags: argparse.Namespace, get_networks) -> np.ndarray:
+def cache_bottlenecks(image_lists: dict, flags: argparse.Namespace, model: int, get_networks) -> np.ndarray:
     """Returns all images' bottlenecks, float32 [images, 2048] in the order of list_images, from the cache.
 
     Those that the cache lacks are first computed by get_networks() and written. An image that cannot be decoded is
-    named, and removed from `image_lists`.
+    named, and removed from `image_lists`; with --strict, it is a UserError. `model` is a checksum of the model.
     """
+    provenance = Provenance(flags.bottleneck_dir, model)
     while True:
-        images = list_images(image_lists)
-        cache_paths = [os.path.join(flags.bottleneck_dir, f'{file}.txt') for _, _, file in images]
-        bottlenecks, missing = read_bottlenecks(cache_paths)
-        if not len(missing):
+        files = [file for _, _, file in list_images(image_lists)]
+        cache_paths = [os.path.join(flags.bottleneck_dir, f'{file}.txt') for file in files]
+        bottlenecks, fingerprints, valid = read_bottlenecks(cache_paths)
+        sources, unreadable = {}, {}
+        for row, file in enumerate(files):
+            if not valid[row] or file in provenance.known:
+                sources[row] = provenance.source(os.path.join(flags.image_dir, file))
+            if valid[row] and file in provenance.known:
+                valid[row] = provenance.is_current(file, int(fingerprints[row]), sources[row])
+            if not valid[row] and (reason := provenance.why_unreadable(file, sources[row])):
+                unreadable[file] = reason
+        missing = [row for row in np.flatnonzero(~valid) if files[row] not in unreadable]
+        if valid.all():
             return bottlenecks
         del bottlenecks  # all are read again later: memory holds the network or the bottlenecks, not both
-        for folder in {os.path.dirname(cache_paths[row]) for row in missing}:
-            gfile.makedirs(folder)
-        for row in missing:
-            if gfile.exists(cache_paths[row]):
-                print(f'Invalid float found, recreating bottleneck {cache_paths[row]}')
-        paths = [os.path.join(flags.image_dir, images[row][2]) for row in missing]
-        unreadable = set(range(len(paths)))
-        on_screen = sys.stderr.isatty()
-        with tqdm(total=len(paths), desc='Bottlenecks', unit='image', mininterval=0.1 if on_screen else 10) as bar:
-            say = bar.write if on_screen else print  # the bar stays below the lines where both are on one screen
-            for indices, batch in compute_bottlenecks(paths, get_networks(), flags.data_service):
-                if not np.isfinite(batch).all():
-                    raise UserError(
-                        f'--model_dir: the model in {flags.model_dir} is broken: it gives no finite numbers.'
-                    )
-                for index, values in zip(indices, batch, strict=True):
-                    cache_path = cache_paths[missing[index]]
-                    write_whole(cache_path, ','.join(map(str, values)).encode())
-                    unreadable.remove(index)
-                    say(f'Creating bottleneck at {cache_path}')
-                    if (len(paths) - len(unreadable)) % 100 == 0:
-                        say(f'{len(paths) - len(unreadable)} bottleneck files created.')
-                bar.update(len(indices))
-        for index in sorted(unreadable):
-            print(f'WARNING: {paths[index]} is left out: {why_unreadable(paths[index])}')
+        if missing:
+            unreadable.update(
+                create_bottlenecks(missing, files, cache_paths, sources, provenance, flags, get_networks())
+            )
+        for file, reason in sorted(unreadable.items()):
+            line = f'{os.path.join(flags.image_dir, file)!r} is left out: {reason}'
+            if flags.strict:
+                raise UserError(f'--strict: {line}. Replace or delete it.')
+            print(f'WARNING: {line}')
         if unreadable:
-            print(f'WARNING: {len(unreadable)} of {len(images)} images are left out. Replace or delete them.')
-        remove_images(image_lists, {images[missing[index]] for index in unreadable})
+            print(f'WARNING: {len(unreadable)} of {len(files)} images are left out. Replace or delete them.')
+        remove_images(image_lists, set(unreadable))
+
+
+def create_bottlenecks(
+    rows: list,
+    files: list,
+    cache_paths: list,
+    sources: dict,
+    provenance: Provenance,
+    flags: argparse.Namespace,
+    networks: list,
+) -> dict:
+    """Computes and writes the bottlenecks of some files; returns {file: reason} of those that cannot be read."""
+    for folder in {os.path.dirname(cache_paths[row]) for row in rows}:
+        gfile.makedirs(folder)
+    for row in rows:
+        if gfile.exists(cache_paths[row]):
+            print(f'Invalid float found, recreating bottleneck {cache_paths[row]}')
+    left = set(rows)
+    on_screen = sys.stderr.isatty()
+    with tqdm(total=len(rows), desc='Bottlenecks', unit='image', mininterval=0.1 if on_screen else 10) as bar:
+        say = bar.write if on_screen else print  # the bar stays below the lines where both are on one screen
+        paths = [os.path.join(flags.image_dir, files[row]) for row in rows]
+        for indices, batch in compute_bottlenecks(paths, networks, flags.data_service):
+            if not np.isfinite(batch).all():
+                raise UserError(f'--model_dir: the model in {flags.model_dir} gives no finite numbers. Fetch it anew.')
+            batch_rows = [rows[index] for index in indices]
+            texts = [','.join(map(str, values)) for values in batch]
+            for row, print_ in zip(batch_rows, fingerprint(texts).numpy(), strict=True):
+                provenance.add(files[row], int(print_), sources[row])
+            provenance.journal.flush()
+            for row, text in zip(batch_rows, texts, strict=True):
+                write_whole(cache_paths[row], text.encode())
+                left.remove(row)
+                say(f'Creating bottleneck at {cache_paths[row]}')
+                if (len(rows) - len(left)) % 100 == 0:
+                    say(f'{len(rows) - len(left)} bottleneck files created.')
+            bar.update(len(batch))
+    unreadable = {row: why_unreadable(os.path.join(flags.image_dir, files[row])) for row in sorted(left)}
+    for row, reason in unreadable.items():
+        provenance.add(files[row], reason, sources[row])
+    if unreadable:
+        provenance.journal.flush()
+    return {files[row]: reason for row, reason in unreadable.items()}
 
 
 def get_random_cached_bottlenecks(rng: np.random.Generator, rows: tuple, how_many) -> tuple:
@@ -759,6 +870,21 @@ def add_final_training_ops(
     return frozen
 
 
+def write_outputs(outputs: dict) -> None:
+    """Writes {path: contents}; if that fails, writes all of it elsewhere, and raises UserError to say where."""
+    try:
+        for path, contents in outputs.items():
+            write_whole(path, contents)
+    except tf.errors.OpError as error:
+        for parent in (tempfile.gettempdir(), os.path.expanduser('~'), '.'):
+            with contextlib.suppress(OSError, tf.errors.OpError):
+                spare = tempfile.mkdtemp(prefix='trained_model_', dir=parent)
+                for path, contents in outputs.items():
+                    write_whole(os.path.join(spare, os.path.basename(path)), contents)
+                raise UserError(f'{path}: {error.message}. The trained graph and its labels are in {spare}: move them.')
+        raise
+
+
 # Main
 
 
@@ -852,6 +978,9 @@ def main(flags: argparse.Namespace) -> None:
     """Does the whole job; raises UserError for what the user can mend."""
     image_lists = create_image_lists(flags.image_dir, flags.testing_percentage, flags.validation_percentage)
     # What the end of the run needs is tried out before anything is computed.
+    model_path = os.path.join(flags.model_dir, MODEL_GRAPH_NAME)
+    if len({os.path.realpath(path) for path in (flags.output_graph, flags.output_labels, model_path)}) < 3:
+        raise UserError('--output_graph, --output_labels and the model must be three files. Name others.')
     for flag, path in (('--output_graph', flags.output_graph), ('--output_labels', flags.output_labels)):
         if gfile.isdir(path) or not os.path.basename(path):
             raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
@@ -860,13 +989,20 @@ def main(flags: argparse.Namespace) -> None:
     for name in ('train', 'validation'):
         ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
 
-    graph_def = load_graph_def(maybe_download_and_extract(flags.model_dir))
+    graph_def, model = load_graph_def(maybe_download_and_extract(flags.model_dir))
     name = flags.final_tensor_name
     if name in {node.name for node in graph_def.node} or name.startswith(('final_training_ops/', 'input/')):
         raise UserError(f'--final_tensor_name: the graph has another {name}. Choose another name.')
-    devices = [gpu.name for gpu in tf.config.list_logical_devices('GPU') if not flags.data_service] or ['/CPU:0']
-    get_networks = functools.cache(lambda: create_inception_networks(fold_batch_norms(graph_def), devices))
-    bottlenecks = cache_bottlenecks(image_lists, flags, get_networks)
+
+    @functools.cache
+    def get_networks():
+        devices = [gpu.name for gpu in tf.config.list_logical_devices('GPU') if not flags.data_service] or ['/CPU:0']
+        try:
+            return create_inception_networks(fold_batch_norms(graph_def), devices)
+        except (KeyError, TypeError, ValueError, tf.errors.OpError) as error:
+            raise UserError(f'--model_dir: the graph in {flags.model_dir} is damaged ({error}). Fetch the model anew.')
+
+    bottlenecks = cache_bottlenecks(image_lists, flags, model, get_networks)
     percentages = {'testing': flags.testing_percentage, 'validation': flags.validation_percentage, 'training': 100}
     warn_of_empty_sets(image_lists, percentages)
 
@@ -877,8 +1013,12 @@ def main(flags: argparse.Namespace) -> None:
     del bottlenecks  # writing the graph takes memory too
 
     frozen = add_final_training_ops(graph_def, layer, flags.final_tensor_name)
-    write_whole(flags.output_graph, frozen.SerializeToString(deterministic=True))
-    write_whole(flags.output_labels, ''.join(f'{label}\n' for label in image_lists).encode())
+    write_outputs(
+        {
+            flags.output_graph: frozen.SerializeToString(deterministic=True),
+            flags.output_labels: ''.join(f'{label}\n' for label in image_lists).encode(),
+        }
+    )
     graph, labels = shlex.quote(flags.output_graph), shlex.quote(flags.output_labels)
     print(f'Wrote the graph {graph} and the labels {labels}. To label an image with them:')
     print(f'python3 tf_test.py <path to image> {graph} {labels}')
@@ -921,6 +1061,7 @@ def parse_flags(arguments=None) -> argparse.Namespace:
     add('--image_dir', metavar='DIR', required=True, help='folder with a folder of images for each class')
     add('--testing_percentage', metavar='P', type=percentage, default=10, help='percent of the images to test with')
     add('--validation_percentage', metavar='P', type=percentage, default=10, help='percent to validate with')
+    add('--strict', action='store_true', help='stop at an image that cannot be read, rather than leave it out')
     add('--bottleneck_dir', metavar='DIR', default='/tmp/bottleneck', help='where bottlenecks are kept for later runs')
     add('--data_service', metavar='grpc://HOST:PORT', help='tf.data service to share the work')
 
@@ -968,12 +1109,14 @@ def parse_flags(arguments=None) -> argparse.Namespace:
 if __name__ == '__main__':
     command_line = parse_flags()
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(command_line)
     except UserError as error:
         sys.exit('ERROR: ' + str(error).replace('\n', ' '))
     except (tf.errors.OpError, OSError) as error:
-        sys.exit(f'ERROR: {getattr(error, "message", error)}')
+        reason = getattr(error, 'message', str(error)).replace('\n', ' ')
+        sys.exit(f'ERROR: {reason}. What was computed so far is kept: mend this, and run the same command again.')
     except KeyboardInterrupt:
         print(
             '\nStopped. All bottlenecks computed so far are kept: the same command goes on from there.', file=sys.stderr

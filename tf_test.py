@@ -1,18 +1,19 @@
 #!/usr/bin/env python3
-"""Label an image with a graph that tf_retrain.py or retrain_serving.py has written.
+"""Label an image with a graph that tf_retrain.py has written.
 
     python3 tf_test.py <path to image> trained_model/unoptimized_model.pb trained_model/labels.txt
 
 prints every label with its score, the best first.
 """
 
+import signal
+
+if __name__ == '__main__':  # Ctrl-C ends the program without a traceback, while the imports below run too.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import os
-import signal
 import sys
-
-if __name__ == '__main__':  # Ctrl-C while the imports below run ends the program without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 
@@ -107,7 +108,7 @@ def main(image: str, graph: str, labels: str) -> None:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(
-        description='Label an image with a graph that tf_retrain.py or retrain_serving.py has written.',
+        description='Label an image with a graph that tf_retrain.py has written.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='the usual command:\n' + __doc__.split('\n\n')[1],
     )

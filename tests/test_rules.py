@@ -192,15 +192,16 @@ def test_a_broken_cache_file_is_missing(tmp_path, text):
     (tmp_path / 'good.txt').write_text(TEXT)
     (tmp_path / 'bad.txt').write_text(text, encoding='latin-1')
     paths = [str(tmp_path / name) for name in ('good.txt', 'bad.txt', 'absent.txt', 'good.txt')]
-    bottlenecks, missing = tf_retrain.read_bottlenecks(paths)
-    assert list(missing) == [1, 2]
+    bottlenecks, fingerprints, valid = tf_retrain.read_bottlenecks(paths)
+    assert list(valid) == [True, False, False, True]
+    assert fingerprints[0] == fingerprints[3] == tf_retrain.fingerprint(TEXT).numpy()
     np.testing.assert_array_equal(bottlenecks[[0, 3]], [NUMBERS, NUMBERS])
 
 
 def test_cache_files_of_older_numpy_are_read(tmp_path):
     (tmp_path / 'old.txt').write_text(','.join(f'{x:.6g}' for x in NUMBERS))
-    bottlenecks, missing = tf_retrain.read_bottlenecks([str(tmp_path / 'old.txt')])
-    assert not len(missing)
+    bottlenecks, _, valid = tf_retrain.read_bottlenecks([str(tmp_path / 'old.txt')])
+    assert valid.all()
     np.testing.assert_allclose(bottlenecks[0], NUMBERS, rtol=1e-5)
 
 
@@ -373,6 +374,7 @@ def test_defaults_are_those_of_the_original():
         'random_scale': 0,
         'random_brightness': 0,
         'random_seed': None,
+        'strict': False,
         'data_service': None,
     }
 

@@ -40,12 +40,12 @@ def test_cats_and_dogs(stand_in, tmp_path):
     image = next((tmp_path / 'data/cat').iterdir())
     scores = run('tf_test.py', image, graph, labels, cwd=tmp_path).stdout
     assert sorted(line.split(' (score = ')[0] for line in scores.splitlines()) == ['cat', 'dog']
-    assert len(tf_retrain.load_graph_def(str(tmp_path / graph)).node) == 997
+    assert len(tf_retrain.load_graph_def(str(tmp_path / graph))[0].node) == 997
 
     paths = sorted((tmp_path / 'data/dog').iterdir())[:20]
-    found, missing = tf_retrain.read_bottlenecks([f'{tmp_path}/bottlenecks/dog/{path.name}.txt' for path in paths])
-    assert not len(missing)
-    unfolded = tf_retrain.load_graph_def(str(stand_in / tf_retrain.MODEL_GRAPH_NAME))
+    found, _, valid = tf_retrain.read_bottlenecks([f'{tmp_path}/bottlenecks/dog/{path.name}.txt' for path in paths])
+    assert valid.all()
+    unfolded, _ = tf_retrain.load_graph_def(str(stand_in / tf_retrain.MODEL_GRAPH_NAME))
     images = [path.read_bytes() for path in paths]
     expected = np.concatenate(run_v1_on_all(unfolded, images, 'pool_3/_reshape:0'))
     largest = np.abs(expected).max(axis=1, keepdims=True)
