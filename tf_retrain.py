@@ -601,27 +601,31 @@ def cache_bottlenecks(image_lists: dict, flags: argparse.Namespace, model: int, 
     Those that the cache lacks are first computed by get_networks() and written. An image that cannot be decoded is
     named, and removed from `image_lists`; with --strict, it is a UserError. `model` is a checksum of the model.
     """
-    provenance = Provenance(flags.bottleneck_dir, model)
     while True:
+        provenance = Provenance(flags.bottleneck_dir, model)
         files = [file for _, _, file in list_images(image_lists)]
         cache_paths = [os.path.join(flags.bottleneck_dir, f'{file}.txt') for file in files]
-        bottlenecks, fingerprints, valid = read_bottlenecks(cache_paths)
-        sources, unreadable = {}, {}
-        for row, file in enumerate(files):
-            if not valid[row] or file in provenance.known:
-                sources[row] = provenance.source(os.path.join(flags.image_dir, file))
-            if valid[row] and file in provenance.known:
-                valid[row] = provenance.is_current(file, int(fingerprints[row]), sources[row])
-            if not valid[row] and (reason := provenance.why_unreadable(file, sources[row])):
+        bottlenecks, *read = read_bottlenecks(cache_paths)
+        missing, unreadable = {}, {}
+        for file, cache_path, mark, valid in zip(files, cache_paths, *read, strict=True):
+            if valid and file not in provenance.known:
+                continue
+            source = provenance.source(os.path.join(flags.image_dir, file))
+            if valid and provenance.is_current(file, int(mark), source):
+                continue
+            if reason := provenance.why_unreadable(file, source):
                 unreadable[file] = reason
-        missing = [row for row in np.flatnonzero(~valid) if files[row] not in unreadable]
-        if valid.all():
+                continue
+            missing[file] = source
+            if valid:
+                print(f'The image or the model changed, recreating bottleneck {cache_path}')
+            elif gfile.exists(cache_path):
+                print(f'Invalid float found, recreating bottleneck {cache_path}')
+        if not missing and not unreadable:
             return bottlenecks
         del bottlenecks  # all are read again later: memory holds the network or the bottlenecks, not both
         if missing:
-            unreadable.update(
-                create_bottlenecks(missing, files, cache_paths, sources, provenance, flags, get_networks())
-            )
+            unreadable |= create_bottlenecks(missing, provenance, flags, get_networks())
         for file, reason in sorted(unreadable.items()):
             line = f'{os.path.join(flags.image_dir, file)!r} is left out: {reason}'
             if flags.strict:
@@ -632,47 +636,37 @@ def cache_bottlenecks(image_lists: dict, flags: argparse.Namespace, model: int, 
         remove_images(image_lists, set(unreadable))
 
 
-def create_bottlenecks(
-    rows: list,
-    files: list,
-    cache_paths: list,
-    sources: dict,
-    provenance: Provenance,
-    flags: argparse.Namespace,
-    networks: list,
-) -> dict:
-    """Computes and writes the bottlenecks of some files; returns {file: reason} of those that cannot be read."""
-    for folder in {os.path.dirname(cache_paths[row]) for row in rows}:
-        gfile.makedirs(folder)
-    for row in rows:
-        if gfile.exists(cache_paths[row]):
-            print(f'Invalid float found, recreating bottleneck {cache_paths[row]}')
-    left = set(rows)
+def create_bottlenecks(sources: dict, provenance: Provenance, flags: argparse.Namespace, networks: list) -> dict:
+    """Computes and writes the bottlenecks of {file: source}; returns {file: reason} of those that cannot be read."""
+    files = list(sources)
+    for folder in {os.path.dirname(file) for file in files}:
+        gfile.makedirs(os.path.join(flags.bottleneck_dir, folder))
+    paths = [os.path.join(flags.image_dir, file) for file in files]
+    left = set(files)
     on_screen = sys.stderr.isatty()
-    with tqdm(total=len(rows), desc='Bottlenecks', unit='image', mininterval=0.1 if on_screen else 10) as bar:
+    with tqdm(total=len(files), desc='Bottlenecks', unit='image', mininterval=0.1 if on_screen else 10) as bar:
         say = bar.write if on_screen else print  # the bar stays below the lines where both are on one screen
-        paths = [os.path.join(flags.image_dir, files[row]) for row in rows]
         for indices, batch in compute_bottlenecks(paths, networks, flags.data_service):
             if not np.isfinite(batch).all():
                 raise UserError(f'--model_dir: the model in {flags.model_dir} gives no finite numbers. Fetch it anew.')
-            batch_rows = [rows[index] for index in indices]
-            texts = [','.join(map(str, values)) for values in batch]
-            for row, print_ in zip(batch_rows, fingerprint(texts).numpy(), strict=True):
-                provenance.add(files[row], int(print_), sources[row])
+            texts = {files[i]: ','.join(map(str, values)) for i, values in zip(indices, batch, strict=True)}
+            for file, mark in zip(texts, fingerprint(list(texts.values())).numpy(), strict=True):
+                provenance.add(file, int(mark), sources[file])
             provenance.journal.flush()
-            for row, text in zip(batch_rows, texts, strict=True):
-                write_whole(cache_paths[row], text.encode())
-                left.remove(row)
-                say(f'Creating bottleneck at {cache_paths[row]}')
-                if (len(rows) - len(left)) % 100 == 0:
-                    say(f'{len(rows) - len(left)} bottleneck files created.')
+            for file, text in texts.items():
+                cache_path = os.path.join(flags.bottleneck_dir, f'{file}.txt')
+                write_whole(cache_path, text.encode())
+                left.remove(file)
+                say(f'Creating bottleneck at {cache_path}')
+                if (len(files) - len(left)) % 100 == 0:
+                    say(f'{len(files) - len(left)} bottleneck files created.')
             bar.update(len(batch))
-    unreadable = {row: why_unreadable(os.path.join(flags.image_dir, files[row])) for row in sorted(left)}
-    for row, reason in unreadable.items():
-        provenance.add(files[row], reason, sources[row])
+    unreadable = {file: why_unreadable(os.path.join(flags.image_dir, file)) for file in left}
+    for file, reason in unreadable.items():
+        provenance.add(file, reason, sources[file])
     if unreadable:
         provenance.journal.flush()
-    return {files[row]: reason for row, reason in unreadable.items()}
+    return unreadable
 
 
 def get_random_cached_bottlenecks(rng: np.random.Generator, rows: tuple, how_many) -> tuple:
