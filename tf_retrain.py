@@ -87,7 +87,7 @@ TENSOR_NAME_PATTERN = r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*'  # tensorflow/core/frame
 LARGE_CONSTANT = 1024  # bytes: more than that is a weight
 # Images to a device at once: more are no faster on a CPU, and need more memory.
 NETWORK_BATCH_SIZE = 128 if tf.config.list_physical_devices('GPU') else 32
-STEPS_PER_CALL = 100  # training steps in one call into TensorFlow, and so between two looks at Ctrl-C
+STEPS_PER_CALL = 20  # training steps in one call into TensorFlow, and so between two looks at Ctrl-C
 DOWNLOAD_ATTEMPTS = 3  # in a row that bring nothing new
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
@@ -745,23 +745,23 @@ class FinalLayer:
         self.learning_rate = learning_rate
 
     @tf.function(reduce_retracing=True)
-    def evaluate(self, bottlenecks: tf.Tensor, rows: tf.Tensor, classes: tf.Tensor) -> tuple:
-        """Returns logits [N, classes], cross entropy and accuracy of N rows of `bottlenecks` and their classes."""
-        logits = tf.matmul(tf.gather(bottlenecks, rows), self.weights) + self.biases
+    def evaluate(self, bottlenecks: tf.Tensor, classes: tf.Tensor) -> tuple:
+        """Returns logits [N, classes], cross entropy and accuracy of bottlenecks [N, 2048] and classes, int [N]."""
+        logits = tf.matmul(bottlenecks, self.weights) + self.biases
         cross_entropy = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(classes, logits))
         return logits, cross_entropy, tf.reduce_mean(tf.cast(tf.argmax(logits, 1) == classes, tf.float32))
 
     @tf.function(reduce_retracing=True)
-    def train(self, bottlenecks: tf.Tensor, rows: tf.Tensor, classes: tf.Tensor) -> tuple:
-        """Takes a step for each batch of `rows` and `classes`, int [steps, batch].
+    def train(self, bottlenecks: tf.Tensor, classes: tf.Tensor) -> tuple:
+        """Takes a step for each batch of bottlenecks, float [steps, batch, 2048], and classes, int [steps, batch].
 
         Returns the batches' cross entropies and accuracies, float [steps], each from before its step.
         """
-        cross_entropies = tf.TensorArray(tf.float32, tf.shape(rows)[0])
-        accuracies = tf.TensorArray(tf.float32, tf.shape(rows)[0])
-        for step in tf.range(tf.shape(rows)[0]):
+        cross_entropies = tf.TensorArray(tf.float32, tf.shape(classes)[0])
+        accuracies = tf.TensorArray(tf.float32, tf.shape(classes)[0])
+        for step in tf.range(tf.shape(classes)[0]):
             with tf.GradientTape() as tape:
-                _, cross_entropy, accuracy = self.evaluate(bottlenecks, rows[step], classes[step])
+                _, cross_entropy, accuracy = self.evaluate(bottlenecks[step], classes[step])
             variables = [self.weights, self.biases]
             for variable, gradient in zip(variables, tape.gradient(cross_entropy, variables), strict=True):
                 variable.assign_sub(self.learning_rate * gradient)
@@ -823,11 +823,18 @@ class SummaryWriter:
 
 
 def strip_weights(graph_def: tf.compat.v1.GraphDef) -> tf.compat.v1.GraphDef:
-    """Empties the large constants of a graph, as TensorBoard shows no more than their shape, and returns it."""
+    """Returns a copy with no more than type and shape of the large constants, which is what TensorBoard shows."""
+    stripped = tf.compat.v1.GraphDef()
     for node in graph_def.node:
-        if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
-            node.attr['value'].tensor.ClearField('tensor_content')
-    return graph_def
+        copy = stripped.node.add(name=node.name, op=node.op)
+        if node.ByteSize() <= LARGE_CONSTANT:
+            copy.CopyFrom(node)
+        else:
+            tensor = node.attr['value'].tensor
+            copy.attr['dtype'].type = tensor.dtype
+            copy.attr['value'].tensor.dtype = tensor.dtype
+            copy.attr['value'].tensor.tensor_shape.CopyFrom(tensor.tensor_shape)
+    return stripped
 
 
 # Export
@@ -906,14 +913,13 @@ def train_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: 
     training_rows, validation_rows = get_rows(image_lists, 'training'), get_rows(image_lists, 'validation')
     steps, batch_size, interval = flags.how_many_training_steps, flags.train_batch_size, flags.eval_step_interval
     distort = should_distort_images(flags)
-    bottlenecks = tf.constant(bottlenecks)
     if distort:
         paths = [os.path.join(flags.image_dir, file) for _, _, file in list_images(image_lists)]
         draw = functools.partial(get_random_cached_bottlenecks, training_rng, training_rows, batch_size)
         seed = seeds[2].generate_state(2)
         distorted = get_random_distorted_bottlenecks(paths, draw, steps, seed, get_networks(), flags)
     writers = [SummaryWriter(os.path.join(flags.summaries_dir, name)) for name in ('train', 'validation')]
-    untrained = strip_weights(add_final_training_ops(graph_def, layer, flags.final_tensor_name))
+    untrained = add_final_training_ops(strip_weights(graph_def), layer, flags.final_tensor_name)
     writers[0].write(graph_def=untrained.SerializeToString())
     step = 0
     with ctrl_c_stops_training() as stopped:
@@ -924,28 +930,30 @@ def train_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: 
                 drawn = list(itertools.islice(distorted, batch_size))
                 if not drawn:
                     raise UserError('--image_dir: the images can no longer be read. Put them back, and start again.')
-                source = np.stack([bottleneck for bottleneck, _ in drawn])
-                rows, classes = np.arange(len(drawn))[np.newaxis], np.array([[index for _, index in drawn]])
+                batches = np.array([[bottleneck for bottleneck, _ in drawn]])
+                classes = np.array([[class_index for _, class_index in drawn]])
             else:
-                source = bottlenecks
                 rows, classes = get_random_cached_bottlenecks(training_rng, training_rows, (count, batch_size))
-            losses = np.transpose(layer.train(source, rows, classes))
+                batches = bottlenecks[rows]
+            losses = np.transpose(layer.train(batches, classes))
             for i, loss in enumerate(losses):
                 writers[0].write(dict(zip(LOSS_TAGS, loss, strict=True)), step=step + i)
             step += count
             if (step - 1) % interval and step < steps:
                 continue
             variables = layer_summaries(layer)
-            logits, cross_entropy, accuracy = (x.numpy() for x in layer.evaluate(source, rows[-1], classes[-1]))
+            logits, cross_entropy, accuracy = (x.numpy() for x in layer.evaluate(batches[-1], classes[-1]))
             writers[0].write(variables | activation_summaries(logits), step=step - 1)
             log(f'Step {step - 1}: Train accuracy = {100 * accuracy:.1f}%')
             log(f'Step {step - 1}: Cross entropy = {cross_entropy:f}')
             if validation_rows[1].any():
-                sample = get_random_cached_bottlenecks(validation_rng, validation_rows, flags.validation_batch_size)
-                logits, cross_entropy, accuracy = (x.numpy() for x in layer.evaluate(bottlenecks, *sample))
+                rows, classes = get_random_cached_bottlenecks(
+                    validation_rng, validation_rows, flags.validation_batch_size
+                )
+                logits, cross_entropy, accuracy = (x.numpy() for x in layer.evaluate(bottlenecks[rows], classes))
                 losses = dict(zip(LOSS_TAGS, (cross_entropy, accuracy), strict=True))
                 writers[1].write(variables | activation_summaries(logits) | losses, step=step - 1)
-                log(f'Step {step - 1}: Validation accuracy = {100 * accuracy:.1f}% (N={len(sample[0])})')
+                log(f'Step {step - 1}: Validation accuracy = {100 * accuracy:.1f}% (N={len(rows)})')
             for writer in writers:
                 writer.file.flush()
 
@@ -958,7 +966,7 @@ def test_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: F
         return
     rng = np.random.default_rng(flags.random_seed)
     rows, classes = get_random_cached_bottlenecks(rng, testing_rows, flags.test_batch_size)
-    logits, _, accuracy = layer.evaluate(bottlenecks, rows, classes)
+    logits, _, accuracy = layer.evaluate(bottlenecks[rows], classes)
     print(f'Final test accuracy = {100 * accuracy:.1f}% (N={len(rows)})')
     if flags.print_misclassified_test_images:
         print('=== MISCLASSIFIED TEST IMAGES ===')

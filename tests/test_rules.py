@@ -296,10 +296,10 @@ def test_final_layer_descends_the_gradient_of_the_cross_entropy():
         expected.append([-np.log(probability[np.arange(20), label]).mean(), (logits.argmax(axis=1) == label).mean()])
         error = (probability - np.eye(4)[label]) / 20
         weights, biases = weights - 0.5 * x.T @ error, biases - 0.5 * error.sum(axis=0)
-    np.testing.assert_allclose(np.transpose(layer.train(bottlenecks, rows, classes)), expected, rtol=1e-4)
+    np.testing.assert_allclose(np.transpose(layer.train(bottlenecks[rows], classes)), expected, rtol=1e-4)
     np.testing.assert_allclose(layer.weights, weights, atol=1e-5)
     np.testing.assert_allclose(layer.biases, biases, atol=1e-5)
-    logits, cross_entropy, accuracy = layer.evaluate(bottlenecks, rows[0], classes[0])
+    logits, cross_entropy, accuracy = layer.evaluate(bottlenecks[rows[0]], classes[0])
     np.testing.assert_allclose(logits, bottlenecks[rows[0]] @ weights + biases, atol=1e-4)
 
 
