@@ -161,7 +161,7 @@ def download(url: str, path: str) -> None:
                     start = done = 0
                 total = start + int(response.headers.get('Content-Length', 0))
                 with gfile.GFile(partial, 'ab' if start else 'wb') as file:
-                    while block := response.read(1 << 16):
+                    while block := response.read1(1 << 16):
                         file.write(block)
                         done += len(block)
                         share = f'{100 * done / total:.1f}%' if total > start else f'{done / 1e6:.1f} MB'

@@ -1,21 +1,29 @@
 """Whatever is in a folder, wherever a run is stopped: nothing is lost, and one line says what is wrong."""
 
 import contextlib
+import fcntl
+import http.server
 import json
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
+import sys
+import termios
+import threading
 import time
 
 import numpy as np
 import pytest
-from conftest import Job, build_model, run, run_v1
-from hypothesis import HealthCheck, given, settings
+from conftest import ROOT, Job, build_model, run, run_v1
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import tf_retrain
+import tf_test
 from tf_retrain import UserError, tf
 
 PIXELS = np.random.default_rng(0).integers(0, 256, [30, 40, 3], np.uint8)
@@ -342,6 +350,63 @@ def test_sigterm_says_that_the_run_stopped(job):
     assert out.splitlines()[-1].startswith('Stopped.')
 
 
+def test_ctrl_c_while_downloading_keeps_what_came(job):
+    """A server sends a thousand bytes, and then nothing more."""
+    job.photographs(cat=20, dog=20)
+    (job.folder / 'inception/classify_image_graph_def.pb').unlink()
+    release = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header('Content-Length', '5000')
+            self.end_headers()
+            self.wfile.write(b'x' * 1000)
+            release.wait(60)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        program = (
+            f'import runpy, sys, urllib.request as r; o = r.urlopen; '
+            f'r.urlopen = lambda q, **k: o("http://127.0.0.1:{httpd.server_port}/", **k); '
+            f'sys.argv[0] = {str(ROOT / "tf_retrain.py")!r}; runpy.run_path(sys.argv[0], run_name="__main__")'
+        )
+        command = [sys.executable, '-c', program, *job.arguments()]
+        pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+        process = subprocess.Popen(command, cwd=job.folder, **pipes)
+        time.sleep(8)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        release.set()
+        httpd.shutdown()
+    assert process.returncode == 130
+    assert 'Traceback' not in out
+    assert out.splitlines()[-1].startswith('Stopped.')
+    assert (job.folder / 'inception' / 'inception-2015-12-05.tgz.part').exists()
+
+
+def test_in_a_terminal_of_20_columns(job):
+    """The bar is drawn again and again, below the lines."""
+    job.photographs(cat=100, dog=100)
+    screen, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 20, 0, 0))
+    command = [sys.executable, str(ROOT / 'tf_retrain.py'), *job.arguments()]
+    process = subprocess.Popen(command, cwd=job.folder, stdin=terminal, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    out = b''
+    with contextlib.suppress(OSError):  # what Linux raises when the other side has closed
+        while block := os.read(screen, 1 << 16):
+            out += block
+    assert process.wait(timeout=60) == 0
+    lines = out.decode().splitlines()
+    assert lines[-1].startswith('python3 tf_test.py ')
+    assert sum('Creating bottleneck at' in line for line in lines) == 200
+    assert sum('Bottlenecks' in part for part in out.decode().split('\r')) > 2
+
+
 @pytest.mark.parametrize('seconds', [0.2, 0.5, 1, 2])
 def test_ctrl_c_at_the_start(job, seconds):
     job.photographs(cat=30, dog=30)
@@ -414,6 +479,7 @@ def test_fuzzed_images(tmp_path, junk, at, image_format, cut):
 
 @FUZZ
 @given(st.binary(max_size=200), st.integers(0, 300_000), st.booleans())
+@example(b'\0', 152, False)  # renames a node that others read
 def test_fuzzed_graphs(tmp_path, junk, at, cut):
     contents = build_model().SerializeToString()
     path = tmp_path / 'g.pb'
@@ -425,6 +491,24 @@ def test_fuzzed_graphs(tmp_path, junk, at, cut):
         return
     with contextlib.suppress(KeyError, TypeError, ValueError, tf.errors.OpError):  # as main() does
         tf_retrain.create_inception_networks(tf_retrain.fold_batch_norms(graph_def), ['/CPU:0'])
+
+
+@FUZZ
+@given(st.sampled_from(['image', 'graph', 'labels']), st.binary(max_size=200), st.integers(0, 300_000), st.booleans())
+@example('graph', b'', 0, True)
+@example('labels', b'\xff', 0, True)
+def test_fuzzed_labelling(trained, tmp_path, which, junk, at, cut):
+    """Whatever is in the three files of tf_test.py, it answers with scores or with one line."""
+    files = {
+        'image': trained.data / 'cat/cat 0.jpg',
+        'graph': trained.folder / 'trained_model/unoptimized_model.pb',
+        'labels': trained.folder / 'trained_model/labels.txt',
+    }
+    contents = files[which].read_bytes()
+    at %= len(contents)
+    (tmp_path / which).write_bytes(contents[:at] + junk + (b'' if cut else contents[at + len(junk) :]))
+    with contextlib.suppress(tf_test.UserError):
+        tf_test.main(**{name: str(path) for name, path in {**files, which: tmp_path / which}.items()})
 
 
 @FUZZ

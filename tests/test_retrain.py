@@ -539,3 +539,23 @@ def test_data_service_that_is_not_there(job, monkeypatch):
     job.photographs(cat=20, dog=20)
     with pytest.raises(tf_retrain.UserError, match='--data_service: no dispatcher answers at grpc://localhost:1 '):
         job.main(monkeypatch, data_service='grpc://localhost:1')
+
+
+def test_every_path_may_be_any_that_tensorflow_reads(job, monkeypatch, capsys):
+    """All folders in TensorFlow's file system in memory, which stands for gs:// and its like."""
+    job.photographs(cat=25, dog=25)
+    for path in [*job.data.rglob('*.jpg'), *(job.folder / 'inception').iterdir()]:
+        target = f'ram://job/{path.relative_to(job.folder)}'
+        tf.io.gfile.makedirs(target.rpartition('/')[0])
+        tf.io.gfile.copy(str(path), target)
+    paths = {name: f'ram://job/{value}' for name, value in job.flags.items() if '/' in value or value == 'logs'}
+    job.main(monkeypatch, **paths)
+    out = capsys.readouterr().out
+    assert out.count('Creating bottleneck at ram://job/bottlenecks/') == 50
+    job.main(monkeypatch, **paths)
+    assert 'Creating' not in capsys.readouterr().out
+    with tf.io.gfile.GFile('ram://job/trained_model/unoptimized_model.pb', 'rb') as file:
+        graph_def = tf.compat.v1.GraphDef.FromString(file.read())
+    scores = run_v1(graph_def, (job.data / 'dog/dog 0.jpg').read_bytes(), 'final_result:0')[0]
+    assert scores.argmax() == 1
+    assert tf.io.gfile.glob('ram://job/logs/train/events.*')

@@ -8,7 +8,7 @@ import pytest
 from conftest import build_model, run_v1, write_photographs
 
 import tf_retrain
-from tf_retrain import UserError, gfile, tf
+from tf_retrain import UserError, tf
 
 
 @pytest.mark.parametrize(
@@ -377,11 +377,3 @@ def test_defaults_are_those_of_the_original():
         'strict': False,
         'data_service': None,
     }
-
-
-def test_any_filesystem_of_tensorflow_will_do():
-    """The in-memory one stands for gs:// and its like."""
-    gfile.makedirs('ram://bucket/model')
-    tf_retrain.write_whole('ram://bucket/model/x', b'abc')
-    with gfile.GFile('ram://bucket/model/x', 'rb') as file:
-        assert file.read() == b'abc'
