@@ -284,7 +284,7 @@ def test_final_layer_descends_the_gradient_of_the_cross_entropy():
     bottlenecks = rng.uniform(size=[50, 2048]).astype(np.float32)
     rows, classes = rng.integers(50, size=[3, 20]), rng.integers(4, size=[3, 20])
     layer = tf_retrain.FinalLayer(4, 0.5, [1, 2])
-    weights, biases = layer.weights.numpy().astype(float), layer.biases.numpy().astype(float)
+    weights, biases = layer.weights.astype(float), layer.biases.astype(float)
     assert np.abs(weights).max() < 0.002  # truncated at two standard deviations
     assert 0.0008 < weights.std() < 0.00095
     assert not biases.any()
@@ -296,15 +296,17 @@ def test_final_layer_descends_the_gradient_of_the_cross_entropy():
         expected.append([-np.log(probability[np.arange(20), label]).mean(), (logits.argmax(axis=1) == label).mean()])
         error = (probability - np.eye(4)[label]) / 20
         weights, biases = weights - 0.5 * x.T @ error, biases - 0.5 * error.sum(axis=0)
-    np.testing.assert_allclose(np.transpose(layer.train(bottlenecks[rows], classes)), expected, rtol=1e-4)
+    found = [layer.train(bottlenecks[row], label) for row, label in zip(rows, classes, strict=True)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
     np.testing.assert_allclose(layer.weights, weights, atol=1e-5)
     np.testing.assert_allclose(layer.biases, biases, atol=1e-5)
-    logits, cross_entropy, accuracy = layer.evaluate(bottlenecks[rows[0]], classes[0])
+    logits, activations, _, _ = layer.evaluate(bottlenecks[rows[0]], classes[0])
+    np.testing.assert_allclose(activations, tf.nn.softmax(logits), atol=1e-6)
     np.testing.assert_allclose(logits, bottlenecks[rows[0]] @ weights + biases, atol=1e-4)
 
 
 def test_seeds_make_layers_alike():
-    first, second, other = (tf_retrain.FinalLayer(3, 0.1, seed).weights.numpy() for seed in ([1, 2], [1, 2], [1, 3]))
+    first, second, other = (tf_retrain.FinalLayer(3, 0.1, seed).weights for seed in ([1, 2], [1, 2], [1, 3]))
     np.testing.assert_array_equal(first, second)
     assert (first != other).any()
 
