@@ -40,6 +40,8 @@ import uuid
 import zlib
 from collections import Counter
 
+# NumPy's products are small ones here: threads of OpenBLAS would cost a second more than they bring.
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 import numpy as np
 from tqdm import tqdm
 
