@@ -913,7 +913,8 @@ def train_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: 
         distorted = get_random_distorted_bottlenecks(paths, draw, steps, seed, get_networks(), flags)
     train_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'train'))
     validation_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'validation'))
-    untrained = add_final_training_ops(strip_weights(graph_def), layer, flags.final_tensor_name)
+    # Stripped first, as a copy would take 90 MB beside the bottlenecks, and again of the new weights.
+    untrained = strip_weights(add_final_training_ops(strip_weights(graph_def), layer, flags.final_tensor_name))
     train_writer.write(graph_def=untrained.SerializeToString())
     with ctrl_c_stops_training() as stopped:
         for step in range(steps):
