@@ -571,11 +571,13 @@ def compute_bottlenecks(paths: list, networks: list, data_service: str | None = 
     """
     left = np.ones(len(paths), bool)
     for service in [data_service, None] if data_service else [None]:
+        if not left.any():
+            return
         images = tf.data.Dataset.from_tensor_slices((np.flatnonzero(left), np.array(paths)[left]))
         images = images.map(lambda row, path: (row, resize_image(decode_image(path))), tf.data.AUTOTUNE)
         images = images.ignore_errors().batch(NETWORK_BATCH_SIZE)
         batches = run_service(service, networks[0], images) if service else run_networks(networks, images)
-        for rows, bottlenecks in batches if left.any() else ():
+        for rows, bottlenecks in batches:
             left[rows] = False
             yield rows, bottlenecks
 
