@@ -5,12 +5,14 @@ import fcntl
 import http.server
 import json
 import os
+import pathlib
 import pty
 import re
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -136,11 +138,29 @@ def test_huge_image(job, monkeypatch, capsys):
     assert 'cat/huge.jpg' in created(caching(job, monkeypatch, capsys))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason='root may read everything')
-def test_image_without_read_permission(job, monkeypatch, capsys):
-    job.photographs(cat=20, dog=20)
-    (job.data / 'cat/cat 0.jpg').chmod(0)
-    assert re.search(r"'data/cat/cat 0.jpg' is left out: .*[Pp]ermission denied", caching(job, monkeypatch, capsys))
+@pytest.fixture
+def open_job(model):
+    """A job in a folder that every user may enter, as the tests may run as root, who may read everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(pathlib.Path(folder), model).photographs(cat=20, dog=20)
+        for path in (job.folder, *job.folder.rglob('*')):
+            path.chmod(0o777)
+        yield job
+
+
+def test_image_without_read_permission(open_job, monkeypatch, capsys):
+    (open_job.data / 'cat/cat 0.jpg').chmod(0)
+    nobody = 65534
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(nobody)
+    try:
+        out = caching(open_job, monkeypatch, capsys)
+    finally:
+        monkeypatch.undo()
+        os.seteuid(user)
+    assert re.search(r"'data/cat/cat 0\.jpg' is left out: .*[Pp]ermission denied", out)
+    assert len(created(out)) == 39
 
 
 def test_image_that_vanishes(job, monkeypatch, capsys):
