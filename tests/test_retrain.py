@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -378,12 +379,13 @@ def test_a_model_of_another_kind(job, monkeypatch):
         job.main(monkeypatch)
 
 
-def interrupt_at(process, pattern):
-    """Reads the output up to a line that matches, sends Ctrl-C, and returns all lines so far."""
+def interrupt_at(process, pattern, wait=0):
+    """Reads the output up to a line that matches, waits, sends Ctrl-C, and returns all lines so far."""
     lines = []
     for line in process.stdout:
         lines.append(line)
         if re.search(pattern, line):
+            time.sleep(wait)
             process.send_signal(signal.SIGINT)
             return lines
     raise AssertionError(''.join(lines))
@@ -404,8 +406,8 @@ def test_ctrl_c_stops_training_and_keeps_what_was_learned(job):
 
 def test_a_second_ctrl_c_quits(job):
     job.photographs(cat=30, dog=30)
-    process = job.start('--random_brightness=1', how_many_training_steps='100000', train_batch_size='3000')
-    interrupt_at(process, 'Step 0: Train')
+    process = job.start('--random_brightness=1', how_many_training_steps='100000', train_batch_size='6000')
+    interrupt_at(process, 'Step 0: Train', wait=0.5)  # in the middle of step 1, which takes seconds
     interrupt_at(process, 'Ctrl-C: what was learned')
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130
