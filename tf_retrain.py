@@ -16,11 +16,14 @@ if __name__ == '__main__':  # Ctrl-C while the imports below run ends the progra
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
+import difflib
 import functools
 import gzip
 import hashlib
 import http.client
+import io
 import itertools
 import json
 import math
@@ -43,6 +46,7 @@ from collections import Counter
 # NumPy's products are small ones here: threads of OpenBLAS would cost a second more than they bring.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -56,20 +60,29 @@ with open(os.devnull, 'w') as silence, os.fdopen(os.dup(2), 'w') as stderr:
 
 from google.protobuf.message import DecodeError
 from tensorflow.io import gfile
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 tf.get_logger().setLevel('ERROR')
 
-# The model of 2015: its archive, its graph, and the tensors of that graph which this program touches.
+# The model of 2015: its archive, and its graph.
 DATA_URL = 'http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz'
 MODEL_GRAPH_NAME = 'classify_image_graph_def.pb'
-JPEG_DATA_TENSOR_NAME = 'DecodeJpeg/contents:0'
-RESIZED_INPUT_TENSOR_NAME = 'ResizeBilinear:0'
-POOL_TENSOR_NAME = 'pool_3:0'  # any batch size; the bottleneck tensor is this one, reshaped to one row
 BOTTLENECK_TENSOR_NAME = 'pool_3/_reshape:0'
 BOTTLENECK_TENSOR_SIZE = 2048
 MODEL_INPUT_WIDTH = 299
 MODEL_INPUT_HEIGHT = 299
 MODEL_INPUT_DEPTH = 3
+# Tensors that every graph here has, whatever the network, as the graph of 2015 has them.
+JPEG_DATA_TENSOR_NAME = 'DecodeJpeg/contents:0'
+RESIZED_INPUT_TENSOR_NAME = 'ResizeBilinear:0'  # float, 0..255
+SCALED_INPUT_TENSOR_NAME = 'Mul:0'
+
+MOBILENET_URL = 'http://download.tensorflow.org/models/mobilenet_v1_{}_frozen.tgz'
+MOBILENET_GRAPH_NAME = 'mobilenet_v1_{}/frozen_graph.pb'
+MOBILENET_SIZES = [f'{size}_{side}' for size in ('1.0', '0.75', '0.50', '0.25') for side in (224, 192, 160, 128)]
+ARCHITECTURES = ['inception_v3', *(f'mobilenet_{size}' for size in MOBILENET_SIZES)]
+MODEL_HELP = 'network to use: inception_v3, or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>'
+TFHUB_IMAGE_SIZE = (224, 224)  # for a module that takes any
 
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo one more than this
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
@@ -91,6 +104,20 @@ NETWORK_BATCH_SIZE = 128 if tf.config.list_physical_devices('GPU') else 32
 DOWNLOAD_ATTEMPTS = 3  # in a row that bring nothing new
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
+
+# The tested images in TensorBoard. No file there is called an image: --summaries_dir may be in --image_dir.
+SHOWN_IMAGES = 100  # misclassified ones, at most, in TensorBoard
+PROJECTED_IMAGES = 2000  # in TensorBoard's projector: more are slow in a browser
+THUMBNAIL_SIDE = 64
+Image.MAX_IMAGE_PIXELS = None  # no warning of images that TensorFlow has decoded before
+PROJECTOR_CONFIG = f"""
+embeddings {{
+  tensor_name: "bottlenecks"
+  tensor_path: "bottlenecks.tsv"
+  metadata_path: "metadata.tsv"
+  sprite {{ image_path: "thumbnails" single_image_dim: {THUMBNAIL_SIDE} single_image_dim: {THUMBNAIL_SIDE} }}
+}}
+"""
 
 
 class UserError(Exception):
@@ -183,18 +210,18 @@ def download(url: str, path: str) -> None:
     )
 
 
-def maybe_download_and_extract(model_dir: str) -> str:
-    """Returns the path of the model's GraphDef in `model_dir`, unpacking or downloading its archive if need be."""
-    graph_path = os.path.join(model_dir, MODEL_GRAPH_NAME)
+def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str:
+    """Returns the path of `graph_name` in `model_dir`, unpacking or downloading the archive at `url` if need be."""
+    graph_path = os.path.join(model_dir, graph_name)
     if gfile.exists(graph_path):
         return graph_path
-    ensure_writable_dir(model_dir, '--model_dir')
-    archive = os.path.join(model_dir, DATA_URL.rsplit('/', 1)[1])
+    ensure_writable_dir(os.path.dirname(graph_path), '--model_dir')
+    archive = os.path.join(model_dir, url.rsplit('/', 1)[1])
     if gfile.exists(archive) and not is_whole_archive(archive):
         print(f'{archive} is broken: set aside as {archive}.broken, to be fetched again.')
         gfile.rename(archive, archive + '.broken', overwrite=True)
     if not gfile.exists(archive):
-        download(DATA_URL, archive)
+        download(url, archive)
     # Unpacked next door first, so that a run which is stopped leaves no half-written graph behind.
     with tempfile.TemporaryDirectory() as unpacked:
         try:
@@ -202,17 +229,18 @@ def maybe_download_and_extract(model_dir: str) -> str:
                 tar.extractall(unpacked, filter='data')
         except (tarfile.TarError, OSError) as error:
             raise UserError(f'{archive} cannot be unpacked ({error}). Delete it and run the same command again.')
-        for name in os.listdir(unpacked):
-            if os.path.isfile(os.path.join(unpacked, name)):
-                with open(os.path.join(unpacked, name), 'rb') as file:
-                    write_whole(os.path.join(model_dir, name), file.read())
+        inner = os.path.dirname(graph_name)
+        for name in os.listdir(os.path.join(unpacked, inner)) if os.path.isdir(os.path.join(unpacked, inner)) else []:
+            if os.path.isfile(os.path.join(unpacked, inner, name)):
+                with open(os.path.join(unpacked, inner, name), 'rb') as file:
+                    write_whole(os.path.join(model_dir, inner, name), file.read())
     if not gfile.exists(graph_path):
-        raise UserError(f'{archive} has no {MODEL_GRAPH_NAME} in it. Delete it and run the same command again.')
+        raise UserError(f'{archive} has no {graph_name} in it. Delete it and run the same command again.')
     return graph_path
 
 
-def load_graph_def(path: str) -> tuple:
-    """Reads a GraphDef and checks that it has the tensors which the program uses; raises UserError if not.
+def load_graph_def(path: str, architecture: str, wanted: list) -> tuple:
+    """Reads a GraphDef up to the last of the `wanted` nodes; raises UserError if it lacks one of them.
 
     Returns it, and a checksum of the file.
     """
@@ -225,17 +253,167 @@ def load_graph_def(path: str) -> tuple:
     except DecodeError:
         raise UserError(f'{path} is not a TensorFlow graph. {advice}')
     names = {node.name for node in graph_def.node}
-    wanted = (JPEG_DATA_TENSOR_NAME, RESIZED_INPUT_TENSOR_NAME, POOL_TENSOR_NAME, BOTTLENECK_TENSOR_NAME)
-    missing = [tensor for tensor in wanted if tensor.split(':')[0] not in names]
+    missing = [name for name in wanted if name not in names]
     if missing:
-        raise UserError(f'{path} is not the Inception-v3 of 2015: it lacks {", ".join(missing)}. {advice}')
+        raise UserError(f'{path} is not the graph of {architecture}: it lacks {", ".join(missing)}. {advice}')
     if {name.lstrip('^').split(':')[0] for node in graph_def.node for name in node.input} - names:
         raise UserError(f'{path} is a damaged graph. {advice}')
-    return graph_def, zlib.crc32(contents)
+    return tf.compat.v1.graph_util.extract_sub_graph(graph_def, [wanted[-1]]), zlib.crc32(contents)
 
 
-def fold_batch_norms(graph_def: tf.compat.v1.GraphDef) -> tf.compat.v1.GraphDef:
-    """Returns the graph up to pool_3 with its batch norms folded into its convolutions: TensorFlow 2 refuses the op.
+@dataclasses.dataclass
+class Backbone:
+    """A pretrained network up to its bottleneck: the one thing here that knows which network it is.
+
+    `graph_def` loads in TensorFlow 1 too. It begins with the nodes DecodeJpeg/contents to Mul of the 2015 graph, and
+    ends with the node `bottleneck`, which makes float [N, bottleneck_size] of another shape of the same numbers.
+    """
+
+    name: str  # what the user calls it
+    graph_def: tf.compat.v1.GraphDef
+    checksum: int  # changes with the graph
+    bottleneck: str
+    bottleneck_size: int
+    image_size: tuple  # height and width of the image that ResizeBilinear gives to the network
+    cache_suffix: str  # between an image's name and the '.txt' of its cache file
+    use_gpus: bool = True
+
+    @property
+    def output(self) -> str:
+        """The node before `bottleneck`, which takes batches of any size: the 2015 graph's bottleneck is one row."""
+        return next(node.input[0] for node in self.graph_def.node if node.name == self.bottleneck)
+
+    def fold(self) -> tf.compat.v1.GraphDef:
+        """Returns the graph up to `output`, without the ops that TensorFlow 2 refuses."""
+        return fold_batch_norms(self.graph_def, self.output)
+
+    def create_network(self, structure: tf.compat.v1.GraphDef, weights: dict, device: str | None = None):
+        """Returns a tf.function from resized images, float [N, *image_size, 3] in 0..255, to bottlenecks.
+
+        It takes the folded graph as split_weights gives it, with the weights made tensors or variables.
+        """
+
+        @tf.function(input_signature=[tf.TensorSpec([None, *self.image_size, MODEL_INPUT_DEPTH])])
+        def network(images):
+            with tf.device(device):
+                inputs = {name: tf.identity(tensor) for name, tensor in weights.items()}
+                inputs[RESIZED_INPUT_TENSOR_NAME] = images
+                (rows,) = tf.graph_util.import_graph_def(structure, inputs, [f'{self.output}:0'])
+                return tf.reshape(rows, [-1, self.bottleneck_size])
+
+        network.get_concrete_function()  # finds out now whether TensorFlow takes the graph
+        return network
+
+    @functools.cached_property
+    def networks(self) -> list:
+        """The network on each device that is to compute bottlenecks; raises UserError if the graph is damaged."""
+        devices = [gpu.name for gpu in tf.config.list_logical_devices('GPU') if self.use_gpus] or ['/CPU:0']
+        networks = []
+        try:
+            structure, weights = split_weights(self.fold())
+            for device in devices:
+                with tf.device(device):
+                    tensors = {name: tf.constant(value) for name, value in weights.items()}
+                networks.append(self.create_network(structure, tensors, device))
+        except (LookupError, TypeError, ValueError, tf.errors.OpError) as error:
+            raise UserError(f'The graph of {self.name} is damaged ({error}). Fetch the model anew.')
+        return networks
+
+
+def load_backbone(
+    architecture: str, model_dir: str, tfhub_module: str | None = None, use_gpus: bool = True
+) -> Backbone:
+    """Returns the network that the flags of the same names ask for, fetching it if need be."""
+    if tfhub_module:
+        return load_tfhub_module(tfhub_module, use_gpus)
+    size = architecture.removeprefix('mobilenet_')
+    if size not in MOBILENET_SIZES:
+        path = maybe_download_and_extract(model_dir, DATA_URL, MODEL_GRAPH_NAME)
+        bottleneck = BOTTLENECK_TENSOR_NAME.split(':')[0]
+        wanted = ['DecodeJpeg/contents', 'ResizeBilinear', 'Mul', 'pool_3', bottleneck]
+        graph_def, checksum = load_graph_def(path, architecture, wanted)
+        image_size = (MODEL_INPUT_HEIGHT, MODEL_INPUT_WIDTH)
+        return Backbone(path, graph_def, checksum, bottleneck, BOTTLENECK_TENSOR_SIZE, image_size, '', use_gpus)
+    path = maybe_download_and_extract(model_dir, MOBILENET_URL.format(size), MOBILENET_GRAPH_NAME.format(size))
+    bottleneck = 'MobilenetV1/Predictions/Reshape'
+    graph_def, checksum = load_graph_def(path, architecture, ['input', bottleneck])
+    image_size = (int(size.split('_')[1]),) * 2
+    graph_def = prepend_decoding(graph_def, 'input:0', image_size, 127.5, 127.5)
+    return Backbone(path, graph_def, checksum, bottleneck, 1001, image_size, f'_{architecture}', use_gpus)
+
+
+def prepend_decoding(graph_def, input_name: str, image_size: tuple, mean: float, deviation: float, prefix: str = ''):
+    """Returns a graph that feeds the input of another from the bytes of a JPEG file, as (pixel - mean) / deviation.
+
+    The nodes that do it have the names of those in the 2015 graph; the others get a prefix. Attributes which have
+    their default value are left out: TensorFlow 1 does not know the newer ones.
+    """
+    with tf.Graph().as_default():
+        contents = tf.constant(b'', name=JPEG_DATA_TENSOR_NAME.split(':')[0])
+        image = tf.cast(tf.io.decode_jpeg(contents, MODEL_INPUT_DEPTH, name='DecodeJpeg'), tf.float32, name='Cast')
+        image = tf.expand_dims(image, 0, name='ExpandDims')
+        image = tf.compat.v1.image.resize_bilinear(image, image_size, name=RESIZED_INPUT_TENSOR_NAME.split(':')[0])
+        image = tf.subtract(image, mean, name='Sub')
+        image = tf.multiply(image, 1 / deviation, name=SCALED_INPUT_TENSOR_NAME.split(':')[0])
+        tf.graph_util.import_graph_def(graph_def, {input_name: image}, name=prefix)
+        return tf.compat.v1.train.export_meta_graph(strip_default_attrs=True).graph_def
+
+
+def load_tfhub_module(handle: str, use_gpus: bool) -> Backbone:
+    """Returns the network of a TF2 image feature-vector module, from images in 0..1 to [N, size] (the common signature
+    of https://www.tensorflow.org/hub/common_signatures/images); raises UserError if it is none."""
+    try:
+        import tensorflow_hub
+    except ImportError as error:
+        raise UserError(f"--tfhub_module: {error}. Run pip install tensorflow-hub 'setuptools<81' first.")
+    try:
+        path = tensorflow_hub.resolve(handle)
+        module = tf.saved_model.load(path)
+    except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
+        raise UserError(f"--tfhub_module: '{handle}' cannot be loaded ({str(error).strip()}). Name another module.")
+    functions = module.__call__.concrete_functions if callable(module) else module.signatures.values()
+    for function in functions:
+        images, *others = tf.nest.flatten(function.structured_input_signature)
+        outputs = tf.nest.flatten(function.structured_outputs)
+        # One of the functions may be for training, which a truth value among its arguments tells.
+        if images.shape.rank == 4 and True not in others and [output.shape.rank for output in outputs] == [2]:
+            break
+    else:
+        raise UserError(f"--tfhub_module: '{handle}' makes no feature vectors of images. Name one that does.")
+    image_size = tuple(side or default for side, default in zip(images.shape[1:3], TFHUB_IMAGE_SIZE, strict=True))
+    size = outputs[0].shape[1]
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *image_size, MODEL_INPUT_DEPTH], name='images')])
+    def extract(images):
+        return tf.reshape(tf.nest.flatten(function(images)), [-1, size], name='bottleneck')
+
+    frozen = convert_variables_to_constants_v2(extract.get_concrete_function())
+    checksum = 0
+    for folder, _, names in sorted(gfile.walk(path)):
+        for name in sorted(names):
+            with gfile.GFile(os.path.join(folder, name), 'rb') as file:
+                checksum = zlib.crc32(file.read(), checksum)
+    graph_def = prepend_decoding(frozen.graph.as_graph_def(), frozen.inputs[0].name, image_size, 0, 255, 'module')
+    suffix = '_' + re.sub(r'[:/]+', '~', handle.rstrip('/'))[-100:]  # as the retrain script of TensorFlow Hub has it
+    return Backbone(handle, graph_def, checksum, 'module/bottleneck', size, image_size, suffix, use_gpus)
+
+
+def add_node(graph_def: tf.compat.v1.GraphDef, name: str, op: str, *inputs: str, **attributes) -> str:
+    """Appends a node with no other attributes than those given, which TensorFlow 1 knows; returns its name."""
+    attributes = {'T': tf.compat.v1.AttrValue(type=tf.float32.as_datatype_enum)} | attributes
+    graph_def.node.add(name=name, op=op, input=inputs, attr={k: v for k, v in attributes.items() if v is not None})
+    return name
+
+
+def add_constant(graph_def: tf.compat.v1.GraphDef, name: str, value) -> str:
+    """Appends a Const; returns its name."""
+    tensor = tf.make_tensor_proto(value)
+    dtype = tf.compat.v1.AttrValue(type=tensor.dtype)
+    return add_node(graph_def, name, 'Const', T=None, dtype=dtype, value=tf.compat.v1.AttrValue(tensor=tensor))
+
+
+def fold_batch_norms(graph_def: tf.compat.v1.GraphDef, output: str) -> tf.compat.v1.GraphDef:
+    """Returns the graph up to `output` with its batch norms folded into its convolutions: TensorFlow 2 refuses the op.
 
     BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts
     only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). Behind a convolution with weights w, that is a
@@ -246,13 +424,8 @@ def fold_batch_norms(graph_def: tf.compat.v1.GraphDef) -> tf.compat.v1.GraphDef:
     def constant(name):
         return tf.make_ndarray(nodes[name].attr['value'].tensor).astype(np.float64)
 
-    folded = tf.compat.v1.GraphDef()
+    folded = tf.compat.v1.GraphDef(library=graph_def.library)
     folded.versions.producer = tf.version.GRAPH_DEF_VERSION
-
-    def add_constant(name, value):
-        node = folded.node.add(name=name, op='Const')
-        node.attr['dtype'].type = tf.float32.as_datatype_enum
-        node.attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value.astype(np.float32)))
 
     for node in graph_def.node:
         if node.op == 'CheckNumerics':
@@ -260,6 +433,7 @@ def fold_batch_norms(graph_def: tf.compat.v1.GraphDef) -> tf.compat.v1.GraphDef:
         if node.op != 'BatchNormWithGlobalNormalization':
             copy = folded.node.add()
             copy.CopyFrom(node)
+            copy.attr.pop('_class', None)  # asks to be on one device with nodes that may go
             del copy.input[:]
             copy.input.extend(i for i in node.input if not (i[0] == '^' and nodes[i[1:]].op == 'CheckNumerics'))
             continue
@@ -267,46 +441,28 @@ def fold_batch_norms(graph_def: tf.compat.v1.GraphDef) -> tf.compat.v1.GraphDef:
         scale = 1 / np.sqrt(constant(variance) + node.attr['variance_epsilon'].f)
         if node.attr['scale_after_normalization'].b:
             scale *= constant(gamma)
-        add_constant(f'{node.name}/folded_weights', constant(nodes[convolution].input[1]) * scale)
-        add_constant(f'{node.name}/folded_bias', constant(beta) - constant(mean) * scale)
+        weights = (constant(nodes[convolution].input[1]) * scale).astype(np.float32)
+        biases = (constant(beta) - constant(mean) * scale).astype(np.float32)
         copy = folded.node.add()
         copy.CopyFrom(nodes[convolution])
         copy.name = f'{node.name}/folded_convolution'
-        copy.input[1] = f'{node.name}/folded_weights'
-        bias_add = folded.node.add(name=node.name, op='BiasAdd', input=[copy.name, f'{node.name}/folded_bias'])
-        bias_add.attr['T'].CopyFrom(node.attr['T'])
-    return tf.compat.v1.graph_util.extract_sub_graph(folded, [POOL_TENSOR_NAME.split(':')[0]])
+        copy.input[1] = add_constant(folded, f'{node.name}/folded_weights', weights)
+        add_node(folded, node.name, 'BiasAdd', copy.name, add_constant(folded, f'{node.name}/folded_bias', biases))
+    return tf.compat.v1.graph_util.extract_sub_graph(folded, [output])
 
 
-def create_inception_networks(graph_def: tf.compat.v1.GraphDef, devices: list) -> list:
-    """Returns for each device a tf.function from images, float [N, 299, 299, 3] in 0..255, to bottlenecks [N, 2048].
+def split_weights(graph_def: tf.compat.v1.GraphDef) -> tuple:
+    """Returns a graph without its large constants, and these, as {tensor name: array}.
 
-    The graph is a folded one. Its weights are tensors outside of the functions: TensorFlow takes five seconds longer,
-    and twice the memory, to optimise a graph with 87 MB of constants in it.
+    TensorFlow takes five seconds longer, and twice the memory, to optimise a graph with 87 MB of constants in it.
     """
-    structure, weights = tf.compat.v1.GraphDef(versions=graph_def.versions), {}
+    structure, weights = tf.compat.v1.GraphDef(versions=graph_def.versions, library=graph_def.library), {}
     for node in graph_def.node:
         if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
             weights[f'{node.name}:0'] = tf.make_ndarray(node.attr['value'].tensor)
         else:
             structure.node.add().CopyFrom(node)
-
-    def create_network(device):
-        with tf.device(device):
-            tensors = {name: tf.constant(value) for name, value in weights.items()}
-
-        @tf.function(input_signature=[tf.TensorSpec([None, MODEL_INPUT_HEIGHT, MODEL_INPUT_WIDTH, MODEL_INPUT_DEPTH])])
-        def network(images):
-            with tf.device(device):
-                inputs = {name: tf.identity(tensor) for name, tensor in tensors.items()}
-                inputs[RESIZED_INPUT_TENSOR_NAME] = images
-                (pool,) = tf.graph_util.import_graph_def(structure, inputs, [POOL_TENSOR_NAME])
-                return tf.reshape(pool, [-1, BOTTLENECK_TENSOR_SIZE])
-
-        network.get_concrete_function()  # finds out now whether TensorFlow takes the graph
-        return network
-
-    return [create_network(device) for device in devices]
+    return structure, weights
 
 
 def run_networks(networks: list, batches: tf.data.Dataset):
@@ -382,13 +538,6 @@ def list_dir(path: str) -> list:
         raise UserError(f"'{path}' has a file whose name is not UTF-8, {error.object!r}. Rename it.")
 
 
-def print_passed_over(folder: str, count, passed_over: Counter) -> None:
-    """Says in one line how many files of each kind a folder has that are not images of its class."""
-    if passed_over:
-        kinds = ', '.join(f'{number} {kind or "without ending"}' for kind, number in sorted(passed_over.items()))
-        print(f'{folder}: {count} images; passed over: {kinds}')
-
-
 def create_image_lists(image_dir: str, testing_percentage: int, validation_percentage: int) -> dict:
     """Lists the images of each class folder of `image_dir`, split into three sets.
 
@@ -397,11 +546,11 @@ def create_image_lists(image_dir: str, testing_percentage: int, validation_perce
     """
     if not gfile.isdir(image_dir):
         raise UserError(f"--image_dir: there is no folder '{image_dir}'. Name the one that holds your class folders.")
-    image_lists, loose = {}, Counter()
+    image_lists, loose = {}, 0
     for dir_name in (name.rstrip('/') for name in list_dir(image_dir) if not name.startswith('.')):
         folder = os.path.join(image_dir, dir_name)
         if not gfile.isdir(folder):
-            loose[os.path.splitext(dir_name)[1].lower()] += 1
+            loose += os.path.splitext(dir_name)[1].lower() in IMAGE_EXTENSIONS
             continue
         sets = {category: [] for category in CATEGORIES}
         passed_over = Counter()
@@ -415,7 +564,9 @@ def create_image_lists(image_dir: str, testing_percentage: int, validation_perce
             else:
                 passed_over['folder' if gfile.isdir(path) else extension] += 1
         count = sum(map(len, sets.values()))
-        print_passed_over(folder, count, passed_over)
+        if passed_over:
+            kinds = ', '.join(f'{number} {kind or "without ending"}' for kind, number in sorted(passed_over.items()))
+            print(f'{folder}: {count} images; passed over: {kinds}')
         if not count:
             print(f'WARNING: {folder} has no images, and is not taken for a class.')
             continue
@@ -428,7 +579,8 @@ def create_image_lists(image_dir: str, testing_percentage: int, validation_perce
             other = os.path.join(image_dir, image_lists[label]['dir'])
             raise UserError(f"{other} and {folder} have the same label '{label}'. Rename or merge the folders.")
         image_lists[label] = {'dir': dir_name, **sets}
-    print_passed_over(image_dir, 'no', loose)
+    if loose:
+        print(f'WARNING: {image_dir} has {loose} images beside the class folders, passed over. Put them into folders.')
     if len(image_lists) < 2:
         raise UserError(
             f"--image_dir: '{image_dir}' has {len(image_lists) or 'no'} class folder with images. Make two or more "
@@ -482,22 +634,22 @@ def warn_of_empty_sets(image_lists: dict, percentages: dict) -> None:
 # Bottlenecks
 
 
-def read_bottlenecks(paths: list) -> tuple:
+def read_bottlenecks(paths: list, size: int) -> tuple:
     """Reads cache files; TensorFlow parses them on all cores.
 
-    Returns the bottlenecks, float32 [len(paths), 2048], fingerprints of the files, int64, and which of them hold
-    2,048 finite numbers, bool; the rows of the others are undefined.
+    Returns the bottlenecks, float32 [len(paths), size], fingerprints of the files, int64, and which of them hold
+    `size` finite numbers, bool; the rows of the others are undefined.
     """
 
     def parse(row, path):
         text = tf.io.read_file(path)
         numbers = tf.strings.to_number(tf.strings.split(text, ','))
-        numbers = tf.debugging.check_numerics(tf.ensure_shape(numbers, [BOTTLENECK_TENSOR_SIZE]), '')
+        numbers = tf.debugging.check_numerics(tf.ensure_shape(numbers, [size]), '')
         return row, numbers, fingerprint(text)
 
     files = tf.data.Dataset.from_tensor_slices((np.arange(len(paths)), paths))
     files = files.map(parse, tf.data.AUTOTUNE, deterministic=False).ignore_errors()
-    bottlenecks = np.empty([len(paths), BOTTLENECK_TENSOR_SIZE], np.float32)
+    bottlenecks = np.empty([len(paths), size], np.float32)
     fingerprints, valid = np.zeros(len(paths), np.int64), np.zeros(len(paths), bool)
     for rows, numbers, prints in files.batch(256).as_numpy_iterator():
         bottlenecks[rows], fingerprints[rows], valid[rows] = numbers, prints, True
@@ -559,12 +711,12 @@ def decode_image(path: tf.Tensor) -> tf.Tensor:
     return tf.io.decode_jpeg(tf.io.read_file(path), channels=MODEL_INPUT_DEPTH)
 
 
-def resize_image(image: tf.Tensor, size=(MODEL_INPUT_HEIGHT, MODEL_INPUT_WIDTH)) -> tf.Tensor:
-    """Resizes with the graph's own op, which tf.image.resize does not use: float [height, width, 3]."""
+def resize_image(image: tf.Tensor, size) -> tf.Tensor:
+    """Resizes to (height, width) with the graph's own op, which tf.image.resize does not use: float [*size, 3]."""
     return tf.compat.v1.image.resize_bilinear(image[tf.newaxis], size)[0]
 
 
-def compute_bottlenecks(paths: list, networks: list, data_service: str | None = None):
+def compute_bottlenecks(paths: list, backbone: Backbone, data_service: str | None = None):
     """Yields (indices of paths, their bottlenecks) in batches, and leaves out the images that cannot be read.
 
     The workers of a data service do all of it, each image on one of them; what one of them loses is computed here.
@@ -574,8 +726,11 @@ def compute_bottlenecks(paths: list, networks: list, data_service: str | None = 
         if not left.any():
             return
         images = tf.data.Dataset.from_tensor_slices((np.flatnonzero(left), np.array(paths)[left]))
-        images = images.map(lambda row, path: (row, resize_image(decode_image(path))), tf.data.AUTOTUNE)
+        images = images.map(
+            lambda row, path: (row, resize_image(decode_image(path), backbone.image_size)), tf.data.AUTOTUNE
+        )
         images = images.ignore_errors().batch(NETWORK_BATCH_SIZE)
+        networks = backbone.networks
         batches = run_service(service, networks[0], images) if service else run_networks(networks, images)
         for rows, bottlenecks in batches:
             left[rows] = False
@@ -591,23 +746,28 @@ def why_unreadable(path: str) -> str:
         for start, kind in FILE_KINDS.items():
             if contents.startswith(start):
                 return f'it is {kind}'
-        resize_image(decode_image(path))
+        resize_image(decode_image(path), (1, 1))
         return 'it changed while it was read'
     except tf.errors.OpError as error:
         return re.sub(r'{{.*?}} *| \[Op:.*', '', error.message, flags=re.DOTALL)
 
 
-def cache_bottlenecks(image_lists: dict, flags: argparse.Namespace, model: int, get_networks) -> np.ndarray:
-    """Returns all images' bottlenecks, float32 [images, 2048] in the order of list_images, from the cache.
+def get_bottleneck_path(file: str, flags: argparse.Namespace, backbone: Backbone) -> str:
+    """Returns the path of the cache file of an image, given as 'folder/file'."""
+    return os.path.join(flags.bottleneck_dir, f'{file}{backbone.cache_suffix}.txt')
 
-    Those that the cache lacks are first computed by get_networks() and written. An image that cannot be decoded is
-    named, and removed from `image_lists`; with --strict, it is a UserError. `model` is a checksum of the model.
+
+def cache_bottlenecks(image_lists: dict, flags: argparse.Namespace, backbone: Backbone) -> np.ndarray:
+    """Returns all images' bottlenecks, float32 [images, bottleneck size] in the order of list_images, from the cache.
+
+    Those that the cache lacks are first computed and written. An image that cannot be decoded is named, and removed
+    from `image_lists`; with --strict, it is a UserError.
     """
     while True:
-        provenance = Provenance(flags.bottleneck_dir, model)
+        provenance = Provenance(flags.bottleneck_dir, backbone.checksum)
         files = [file for _, _, file in list_images(image_lists)]
-        cache_paths = [os.path.join(flags.bottleneck_dir, f'{file}.txt') for file in files]
-        bottlenecks, *read = read_bottlenecks(cache_paths)
+        cache_paths = [get_bottleneck_path(file, flags, backbone) for file in files]
+        bottlenecks, *read = read_bottlenecks(cache_paths, backbone.bottleneck_size)
         missing, unreadable = {}, {}
         for file, cache_path, mark, valid in zip(files, cache_paths, *read, strict=True):
             if valid and file not in provenance.known:
@@ -627,7 +787,7 @@ def cache_bottlenecks(image_lists: dict, flags: argparse.Namespace, model: int, 
             return bottlenecks
         del bottlenecks  # all are read again later: memory holds the network or the bottlenecks, not both
         if missing:
-            unreadable |= create_bottlenecks(missing, provenance, flags, get_networks())
+            unreadable |= create_bottlenecks(missing, provenance, flags, backbone)
         for file, reason in sorted(unreadable.items()):
             line = f'{os.path.join(flags.image_dir, file)!r} is left out: {reason}'
             if flags.strict:
@@ -638,7 +798,7 @@ def cache_bottlenecks(image_lists: dict, flags: argparse.Namespace, model: int, 
         remove_images(image_lists, set(unreadable))
 
 
-def create_bottlenecks(sources: dict, provenance: Provenance, flags: argparse.Namespace, networks: list) -> dict:
+def create_bottlenecks(sources: dict, provenance: Provenance, flags: argparse.Namespace, backbone: Backbone) -> dict:
     """Computes and writes the bottlenecks of {file: source}; returns {file: reason} of those that cannot be read."""
     files = list(sources)
     for folder in {os.path.dirname(file) for file in files}:
@@ -648,15 +808,17 @@ def create_bottlenecks(sources: dict, provenance: Provenance, flags: argparse.Na
     on_screen = sys.stderr.isatty()
     with tqdm(total=len(files), desc='Bottlenecks', unit='image', mininterval=0.1 if on_screen else 10) as bar:
         say = bar.write if on_screen else print  # the bar stays below the lines where both are on one screen
-        for indices, batch in compute_bottlenecks(paths, networks, flags.data_service):
+        for indices, batch in compute_bottlenecks(paths, backbone, flags.data_service):
             if not np.isfinite(batch).all():
-                raise UserError(f'--model_dir: the model in {flags.model_dir} gives no finite numbers. Fetch it anew.')
+                raise UserError(
+                    f'The graph of {backbone.name} gives numbers that are not finite. Fetch the model anew.'
+                )
             texts = {files[i]: ','.join(map(str, values)) for i, values in zip(indices, batch, strict=True)}
             for file, mark in zip(texts, fingerprint(list(texts.values())).numpy(), strict=True):
                 provenance.add(file, int(mark), sources[file])
             provenance.journal.flush()
             for file, text in texts.items():
-                cache_path = os.path.join(flags.bottleneck_dir, f'{file}.txt')
+                cache_path = get_bottleneck_path(file, flags, backbone)
                 write_whole(cache_path, text.encode())
                 left.remove(file)
                 say(f'Creating bottleneck at {cache_path}')
@@ -693,17 +855,17 @@ def should_distort_images(flags: argparse.Namespace) -> bool:
     return bool(flags.flip_left_right or flags.random_crop or flags.random_scale or flags.random_brightness)
 
 
-def distort_image(image: tf.Tensor, seed: tf.Tensor, flags: argparse.Namespace) -> tf.Tensor:
-    """Crops, scales, mirrors and brightens an image at random, as the flags say: float [299, 299, 3].
+def distort_image(image: tf.Tensor, seed: tf.Tensor, image_size: tuple, flags: argparse.Namespace) -> tf.Tensor:
+    """Crops, scales, mirrors and brightens an image at random, as the flags say: float [*image_size, 3].
 
-    It is resized to 299 * (1 + random_crop / 100) * U(1, 1 + random_scale / 100) pixels a side, 299 x 299 of them are
-    kept, mirrored half the time, and multiplied by U(1 - b / 100, 1 + b / 100) for a random_brightness of b.
+    It is resized to image_size * (1 + random_crop / 100) * U(1, 1 + random_scale / 100), image_size of that is kept,
+    mirrored half the time, and multiplied by U(1 - b / 100, 1 + b / 100) for a random_brightness of b.
     """
     scale_seed, crop_seed, flip_seed, brightness_seed = tf.unstack(tf.random.split(seed, 4))
     margin_scale = 1.0 + flags.random_crop / 100.0
     resize_scale = tf.random.stateless_uniform([], scale_seed, 1.0, 1.0 + flags.random_scale / 100.0)
-    precrop_shape = tf.cast(margin_scale * resize_scale * [MODEL_INPUT_HEIGHT, MODEL_INPUT_WIDTH], tf.int32)
-    size = [MODEL_INPUT_HEIGHT, MODEL_INPUT_WIDTH, MODEL_INPUT_DEPTH]
+    precrop_shape = tf.cast(margin_scale * resize_scale * image_size, tf.int32)
+    size = [*image_size, MODEL_INPUT_DEPTH]
     image = tf.image.stateless_random_crop(resize_image(image, precrop_shape), size, crop_seed)
     if flags.flip_left_right:
         image = tf.image.stateless_random_flip_left_right(image, flip_seed)
@@ -711,7 +873,7 @@ def distort_image(image: tf.Tensor, seed: tf.Tensor, flags: argparse.Namespace) 
     return image * tf.random.stateless_uniform([], brightness_seed, 1.0 - spread, 1.0 + spread)
 
 
-def get_random_distorted_bottlenecks(paths: list, draw, how_many: int, seed, networks: list, flags: argparse.Namespace):
+def get_random_distorted_bottlenecks(paths: list, draw, how_many: int, seed, backbone: Backbone, flags):
     """Calls draw() for rows and class indices, both int [N], `how_many` times.
 
     Yields (bottleneck, class index) of every drawn row, its image distorted afresh.
@@ -720,13 +882,14 @@ def get_random_distorted_bottlenecks(paths: list, draw, how_many: int, seed, net
 
     def distort(index, drawn):
         row, class_index = drawn
-        return class_index, distort_image(decode_image(paths[row]), tf.random.fold_in(seed, index), flags)
+        image_seed = tf.random.fold_in(seed, index)
+        return class_index, distort_image(decode_image(paths[row]), image_seed, backbone.image_size, flags)
 
     draws = tf.data.Dataset.from_generator(
         lambda: (draw() for _ in range(how_many)), output_signature=(tf.TensorSpec([None], tf.int64),) * 2
     )
     images = draws.unbatch().enumerate().map(distort, tf.data.AUTOTUNE).ignore_errors().batch(NETWORK_BATCH_SIZE)
-    for batch_classes, bottlenecks in run_networks(networks, images):
+    for batch_classes, bottlenecks in run_networks(backbone.networks, images):
         yield from zip(bottlenecks, batch_classes, strict=True)
 
 
@@ -734,21 +897,20 @@ def get_random_distorted_bottlenecks(paths: list, draw, how_many: int, seed, net
 
 
 class FinalLayer:
-    """The new last layer: softmax(bottlenecks @ weights + biases), with weights [2048, classes] and biases [classes].
+    """The new last layer: softmax(bottlenecks @ weights + biases), with weights [bottleneck size, classes].
 
     Weights start from a truncated normal of stddev 0.001, biases from 0. The loss is the softmax cross entropy, mean
     over the batch; every step is one of plain gradient descent. In NumPy, as a step is two small products of matrices,
     which take a third of the time that a call into TensorFlow does.
     """
 
-    def __init__(self, class_count: int, learning_rate: float, seed) -> None:
-        shape = [BOTTLENECK_TENSOR_SIZE, class_count]
-        self.weights = tf.random.stateless_truncated_normal(shape, seed, stddev=0.001).numpy()
+    def __init__(self, bottleneck_size: int, class_count: int, learning_rate: float, seed) -> None:
+        self.weights = tf.random.stateless_truncated_normal([bottleneck_size, class_count], seed, stddev=0.001).numpy()
         self.biases = np.zeros(class_count, np.float32)
         self.learning_rate = np.float32(learning_rate)
 
     def evaluate(self, bottlenecks: np.ndarray, classes: np.ndarray) -> tuple:
-        """Returns logits and activations [N, classes] of bottlenecks [N, 2048], and, for classes, int [N], the means of
+        """Returns logits and activations [N, classes] of bottlenecks [N, size], and, for classes, int [N], the means of
         cross entropy and accuracy."""
         logits = bottlenecks @ self.weights + self.biases
         shifted = logits - logits.max(axis=1, keepdims=True)  # exp() of the logits themselves may overflow
@@ -809,10 +971,14 @@ class SummaryWriter:
         self.write(file_version='brain.Event:2')
 
     def write(self, values: dict | None = None, **event) -> None:
-        """Writes an event: {tag: number, or array to show as a histogram}, and fields of the Event such as `step`."""
+        """Writes an event: {tag: number, picture, or array to show as a histogram}, and fields of the Event."""
         event = tf.compat.v1.Event(wall_time=time.time(), **event)
         for tag, value in (values or {}).items():
-            shown = {'histo': histogram(value)} if np.ndim(value) else {'simple_value': value}
+            if isinstance(value, Image.Image):
+                size = {'width': value.width, 'height': value.height, 'colorspace': MODEL_INPUT_DEPTH}
+                shown = {'image': {**size, 'encoded_image_string': encode_png(value)}}
+            else:
+                shown = {'histo': histogram(value)} if np.ndim(value) else {'simple_value': value}
             event.summary.value.add(tag=tag, **shown)
         self.file.write(event.SerializeToString())
 
@@ -835,35 +1001,48 @@ def strip_weights(graph_def: tf.compat.v1.GraphDef) -> tf.compat.v1.GraphDef:
 # Export
 
 
-def add_final_training_ops(
-    graph_def: tf.compat.v1.GraphDef, layer: FinalLayer, final_tensor_name: str
-) -> tf.compat.v1.GraphDef:
-    """Returns the frozen graph: the model's nodes up to the bottleneck as they are, and the new layer behind them.
+def add_final_training_ops(backbone: Backbone, layer: FinalLayer, final_tensor_name: str) -> tf.compat.v1.GraphDef:
+    """Returns the frozen graph: the backbone's nodes as they are, and the new layer behind them.
 
-    The new nodes have no more attributes than TensorFlow 1 knows, and `versions` stays as the model has it: with a
-    producer of 9 or more, no TensorFlow would load the graph for its batch norms.
+    `versions` stays as the model has it: with a producer of 9 or more, no TensorFlow would load the 2015 graph for its
+    batch norms.
     """
-    bottleneck = BOTTLENECK_TENSOR_NAME.split(':')[0]
-    frozen = tf.compat.v1.graph_util.extract_sub_graph(graph_def, [bottleneck])
-    float32 = tf.compat.v1.AttrValue(type=tf.float32.as_datatype_enum)
-
-    def add(name, op, *inputs, **attributes):
-        frozen.node.add(name=name, op=op, input=inputs, attr=attributes)
-        return name
-
-    def add_constant(name, value):
-        tensor = tf.compat.v1.AttrValue(tensor=tf.make_tensor_proto(value))
-        return add(f'{name}/read', 'Identity', add(name, 'Const', dtype=float32, value=tensor), T=float32)
-
-    shape = tf.compat.v1.AttrValue(shape=tf.TensorShape([None, BOTTLENECK_TENSOR_SIZE]).as_proto())
+    frozen = tf.compat.v1.GraphDef()
+    frozen.CopyFrom(backbone.graph_def)
+    add = functools.partial(add_node, frozen)
+    dtype = tf.compat.v1.AttrValue(type=tf.float32.as_datatype_enum)
+    shape = tf.compat.v1.AttrValue(shape=tf.TensorShape([None, backbone.bottleneck_size]).as_proto())
     no = tf.compat.v1.AttrValue(b=False)
-    fed = add('input/BottleneckInputPlaceholder', 'PlaceholderWithDefault', bottleneck, dtype=float32, shape=shape)
-    weights = add_constant('final_training_ops/weights/final_weights', layer.weights)
-    biases = add_constant('final_training_ops/biases/final_biases', layer.biases)
+    name = 'input/BottleneckInputPlaceholder'
+    fed = add(name, 'PlaceholderWithDefault', backbone.bottleneck, T=None, dtype=dtype, shape=shape)
+    weights = add_constant(frozen, 'final_training_ops/weights/final_weights', layer.weights)
+    biases = add_constant(frozen, 'final_training_ops/biases/final_biases', layer.biases)
+    weights, biases = (add(f'{name}/read', 'Identity', name) for name in (weights, biases))
     scope = 'final_training_ops/Wx_plus_b'
-    product = add(f'{scope}/MatMul', 'MatMul', fed, weights, T=float32, transpose_a=no, transpose_b=no)
-    add(final_tensor_name, 'Softmax', add(f'{scope}/add', 'AddV2', product, biases, T=float32), T=float32)
+    product = add(f'{scope}/MatMul', 'MatMul', fed, weights, transpose_a=no, transpose_b=no)
+    add(final_tensor_name, 'Softmax', add(f'{scope}/add', 'AddV2', product, biases))
     return frozen
+
+
+def create_optimized_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name: str) -> tf.compat.v1.GraphDef:
+    """Returns the folded graph for other runtimes: scaled images, float [N, height, width, 3], at Mul:0 to scores."""
+    folded = backbone.fold()
+    name = SCALED_INPUT_TENSOR_NAME.split(':')[0]
+    (scaled,) = (node for node in folded.node if node.name == name)
+    scaled.Clear()
+    shape = tf.TensorShape([None, *backbone.image_size, MODEL_INPUT_DEPTH]).as_proto()
+    scaled.MergeFrom(tf.compat.v1.NodeDef(name=name, op='Placeholder'))
+    scaled.attr['dtype'].type = tf.float32.as_datatype_enum
+    scaled.attr['shape'].shape.CopyFrom(shape)
+    optimized = tf.compat.v1.graph_util.extract_sub_graph(folded, [backbone.output])
+    add, constant = functools.partial(add_node, optimized), functools.partial(add_constant, optimized)
+    scope = 'final_training_ops'
+    rows = constant(f'{backbone.bottleneck}/rows', np.array([-1, backbone.bottleneck_size], np.int32))
+    rows = add(backbone.bottleneck, 'Reshape', backbone.output, rows)
+    product = add(f'{scope}/MatMul', 'MatMul', rows, constant(f'{scope}/weights', layer.weights))
+    logits = add(f'{scope}/BiasAdd', 'BiasAdd', product, constant(f'{scope}/biases', layer.biases))
+    add(final_tensor_name, 'Softmax', logits)
+    return optimized
 
 
 def write_outputs(outputs: dict) -> None:
@@ -879,6 +1058,89 @@ def write_outputs(outputs: dict) -> None:
                     write_whole(os.path.join(spare, os.path.basename(path)), contents)
                 raise UserError(f'{path}: {error.message}. The trained graph and its labels are in {spare}: move them.')
         raise
+
+
+# Pictures for TensorBoard
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    """Returns a picture as the contents of a PNG file."""
+    with io.BytesIO() as file:
+        picture.save(file, 'PNG')
+        return file.getvalue()
+
+
+def load_thumbnail(path: str, side: int) -> Image.Image:
+    """Returns an image, at most `side` pixels wide and high; a grey square if Pillow cannot read it."""
+    try:
+        with gfile.GFile(path, 'rb') as file, Image.open(file) as image:
+            image.draft('RGB', (side, side))  # decodes a JPEG no larger than need be
+            image = image.convert('RGB')
+            image.thumbnail((side, side))
+            return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, tf.errors.OpError):
+        return Image.new('RGB', (side, side), 'grey')
+
+
+def draw_confusion_matrix(confusion: np.ndarray, labels: list) -> Image.Image:
+    """Draws counts, int [true class, predicted class]: the darker a cell, the larger its share of the true class."""
+    count = len(labels)
+    cell = max(2, min(48, 1200 // count))
+    font = ImageFont.load_default(min(16, cell))
+    names = [f'{label[:23]}…' if len(label) > 24 else label for label in labels] if cell >= 8 else [''] * count
+    margin = 40 + int(max(map(font.getlength, names)))
+    picture = Image.new('RGB', (margin + cell * count + 10,) * 2, 'white')
+
+    def draw_names(anchor, x):
+        strip = Image.new('RGB', (margin, cell * count), 'white')
+        draw = ImageDraw.Draw(strip)
+        for i, name in enumerate(names):
+            draw.text((x, cell * (i + 0.5)), name, 'black', font, anchor)
+        return strip
+
+    picture.paste(draw_names('rm', margin - 6), (0, margin))
+    picture.paste(draw_names('lm', 6).transpose(Image.Transpose.ROTATE_90), (margin, 0))
+    draw = ImageDraw.Draw(picture)
+    draw.text((margin - 6, margin - 6), 'true, across; predicted, down', 'grey', font, 'rs')
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    for row, column in np.ndindex(count, count):
+        x, y, share = margin + cell * column, margin + cell * row, shares[row, column]
+        colour = tuple(int(255 - share * (255 - full)) for full in (8, 48, 107))
+        draw.rectangle((x, y, x + cell - 1, y + cell - 1), colour, 'lightgrey' if cell > 8 else None)
+        if confusion[row, column] and cell >= 16:
+            middle = (x + cell / 2, y + cell / 2)
+            draw.text(middle, str(confusion[row, column]), 'white' if share > 0.5 else 'black', font, 'mm')
+    return picture
+
+
+def write_pictures(folder: str, paths: list, labels: list, classes, predictions, confusion, bottlenecks) -> None:
+    """Writes what TensorBoard shows of the tested images: the confusion matrix, the mistaken images, and, for its
+    projector, all of them by their bottlenecks, with thumbnails (tensorboard/plugins/projector).
+
+    classes and predictions are int [N], bottlenecks float [N, size].
+    """
+    pictures = {'confusion_matrix': draw_confusion_matrix(confusion, labels)}
+    for i in np.flatnonzero(classes != predictions)[:SHOWN_IMAGES]:
+        names = f'{labels[classes[i]]} taken for {labels[predictions[i]]}'
+        pictures[f'misclassified/{names}/{os.path.basename(paths[i])}'] = load_thumbnail(paths[i], 299)
+    writer = SummaryWriter(folder)
+    writer.write(pictures)
+    writer.file.close()
+    columns = math.ceil(math.sqrt(len(paths)))
+    sprite = Image.new('RGB', (columns * THUMBNAIL_SIDE, columns * THUMBNAIL_SIDE), 'white')
+    for i, path in enumerate(paths):
+        corner = (i % columns * THUMBNAIL_SIDE, i // columns * THUMBNAIL_SIDE)
+        sprite.paste(load_thumbnail(path, THUMBNAIL_SIDE), corner)
+    rows = zip(classes, predictions, paths, strict=True)
+    rows = [(labels[true], labels[predicted], os.path.basename(path)) for true, predicted, path in rows]
+    files = {
+        'bottlenecks.tsv': '\n'.join('\t'.join(f'{value:.6g}' for value in row) for row in bottlenecks).encode(),
+        'metadata.tsv': ''.join('\t'.join(row) + '\n' for row in [('label', 'predicted', 'image'), *rows]).encode(),
+        'thumbnails': encode_png(sprite),
+        'projector_config.pbtxt': PROJECTOR_CONFIG.encode(),
+    }
+    for name, contents in files.items():
+        write_whole(os.path.join(folder, name), contents)
 
 
 # Main
@@ -901,7 +1163,7 @@ def ctrl_c_stops_training():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def train_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: FinalLayer, graph_def, get_networks):
+def train_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: FinalLayer, backbone: Backbone):
     """Trains the layer; logs accuracy and cross entropy every --eval_step_interval steps and at the last one."""
     seeds = np.random.SeedSequence(flags.random_seed).spawn(3)
     training_rng, validation_rng = np.random.default_rng(seeds[0]), np.random.default_rng(seeds[1])
@@ -912,11 +1174,12 @@ def train_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: 
         paths = [os.path.join(flags.image_dir, file) for _, _, file in list_images(image_lists)]
         draw = functools.partial(get_random_cached_bottlenecks, training_rng, training_rows, batch_size)
         seed = seeds[2].generate_state(2)
-        distorted = get_random_distorted_bottlenecks(paths, draw, steps, seed, get_networks(), flags)
+        distorted = get_random_distorted_bottlenecks(paths, draw, steps, seed, backbone, flags)
     train_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'train'))
     validation_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'validation'))
     # Stripped first, as a copy would take 90 MB beside the bottlenecks, and again of the new weights.
-    untrained = strip_weights(add_final_training_ops(strip_weights(graph_def), layer, flags.final_tensor_name))
+    stripped = dataclasses.replace(backbone, graph_def=strip_weights(backbone.graph_def))
+    untrained = strip_weights(add_final_training_ops(stripped, layer, flags.final_tensor_name))
     train_writer.write(graph_def=untrained.SerializeToString())
     with ctrl_c_stops_training() as stopped:
         for step in range(steps):
@@ -950,79 +1213,133 @@ def train_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: 
                 break
 
 
-def test_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: FinalLayer) -> None:
-    """Prints the accuracy on the test set, and, if asked for, which of its images are mistaken."""
+def test_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: FinalLayer) -> tuple | None:
+    """Prints the accuracy on the test set, as a whole and for each class; if asked for, which images are mistaken.
+
+    Returns the rows of the tested images, their classes and predictions, all int [N], and the confusion matrix, int
+    [true class, predicted class]; None if there are none.
+    """
     testing_rows = get_rows(image_lists, 'testing')
     if not testing_rows[1].any():
         print('Final test accuracy: unknown, as the test set is empty. Add images, or raise --testing_percentage.')
-        return
+        return None
     rng = np.random.default_rng(flags.random_seed)
     rows, classes = get_random_cached_bottlenecks(rng, testing_rows, flags.test_batch_size)
     logits, *_, accuracy = layer.evaluate(bottlenecks[rows], classes)
     print(f'Final test accuracy = {100 * accuracy:.1f}% (N={len(rows)})')
+    predictions, labels = np.argmax(logits, axis=1), list(image_lists)
+    confusion = np.zeros((len(labels), len(labels)), int)
+    np.add.at(confusion, (classes, predictions), 1)
+    width = max(map(len, [*labels, 'class']))
+    print(f'{"class":{width}}  images   right   wrong  most confused with')
+    for i, (label, counts) in enumerate(zip(labels, confusion, strict=True)):
+        others = np.where(np.arange(len(labels)) == i, 0, counts)
+        worst = f'  {labels[others.argmax()]} ({others.max()})' if others.any() else ''
+        print(f'{label:{width}}  {counts.sum():6}  {counts[i]:6}  {others.sum():6}{worst}')
     if flags.print_misclassified_test_images:
         print('=== MISCLASSIFIED TEST IMAGES ===')
-        labels, images = list(image_lists), list_images(image_lists)
-        predictions = np.argmax(logits, axis=1)
+        images = list_images(image_lists)
         for row, prediction in zip(rows[predictions != classes], predictions[predictions != classes], strict=True):
             print(f'{os.path.join(flags.image_dir, images[row][2]):>70}  {labels[prediction]}')
+    return rows, classes, predictions, confusion
 
 
-def main(flags: argparse.Namespace) -> None:
-    """Does the whole job; raises UserError for what the user can mend."""
+def main(flags: argparse.Namespace) -> tuple:
+    """Does the whole job; raises UserError for what the user can mend. Returns the backbone, the layer, the labels."""
     image_lists = create_image_lists(flags.image_dir, flags.testing_percentage, flags.validation_percentage)
     # What the end of the run needs is tried out before anything is computed.
-    model_path = os.path.join(flags.model_dir, MODEL_GRAPH_NAME)
-    if len({os.path.realpath(path) for path in (flags.output_graph, flags.output_labels, model_path)}) < 3:
-        raise UserError('--output_graph, --output_labels and the model must be three files. Name others.')
-    for flag, path in (('--output_graph', flags.output_graph), ('--output_labels', flags.output_labels)):
+    outputs = {name: getattr(flags, name) for name in ('output_graph', 'output_labels', 'optimized_graph')}
+    outputs = {f'--{name}': path for name, path in outputs.items() if path}
+    if len({os.path.realpath(path) for path in outputs.values()}) < len(outputs):
+        raise UserError(f'{", ".join(outputs)} must be different files. Name others.')
+    for flag, path in outputs.items():
         if gfile.isdir(path) or not os.path.basename(path):
             raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
         ensure_writable_dir(os.path.dirname(path), flag)
     ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
-    for name in ('train', 'validation'):
+    for name in ('train', 'validation', 'test'):
         ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
 
-    graph_def, model = load_graph_def(maybe_download_and_extract(flags.model_dir))
+    backbone = load_backbone(flags.architecture, flags.model_dir, flags.tfhub_module, not flags.data_service)
+    for flag, path in outputs.items():
+        if os.path.realpath(path) == os.path.realpath(backbone.name):
+            raise UserError(f'{flag}: {path} is the pretrained model. Name another file.')
     name = flags.final_tensor_name
-    if name in {node.name for node in graph_def.node} or name.startswith(('final_training_ops/', 'input/')):
+    if name in {node.name for node in backbone.graph_def.node} or name.startswith(('final_training_ops/', 'input/')):
         raise UserError(f'--final_tensor_name: the graph has another {name}. Choose another name.')
 
-    @functools.cache
-    def get_networks():
-        devices = [gpu.name for gpu in tf.config.list_logical_devices('GPU') if not flags.data_service] or ['/CPU:0']
-        try:
-            return create_inception_networks(fold_batch_norms(graph_def), devices)
-        except (KeyError, TypeError, ValueError, tf.errors.OpError) as error:
-            raise UserError(f'--model_dir: the graph in {flags.model_dir} is damaged ({error}). Fetch the model anew.')
-
-    bottlenecks = cache_bottlenecks(image_lists, flags, model, get_networks)
+    bottlenecks = cache_bottlenecks(image_lists, flags, backbone)
     percentages = {'testing': flags.testing_percentage, 'validation': flags.validation_percentage, 'training': 100}
     warn_of_empty_sets(image_lists, percentages)
 
     layer_seed = np.random.SeedSequence(flags.random_seed).generate_state(2)
-    layer = FinalLayer(len(image_lists), flags.learning_rate, layer_seed)
-    train_final_layer(flags, image_lists, bottlenecks, layer, graph_def, get_networks)
-    test_final_layer(flags, image_lists, bottlenecks, layer)
+    layer = FinalLayer(backbone.bottleneck_size, len(image_lists), flags.learning_rate, layer_seed)
+    train_final_layer(flags, image_lists, bottlenecks, layer, backbone)
+    tested = test_final_layer(flags, image_lists, bottlenecks, layer)
+    if tested:
+        rows, classes, predictions, confusion = tested
+        shown = np.unique(rows, return_index=True)[1][:PROJECTED_IMAGES]
+        shown_bottlenecks = bottlenecks[rows[shown]]
     del bottlenecks  # writing the graph takes memory too
 
-    frozen = add_final_training_ops(graph_def, layer, flags.final_tensor_name)
-    write_outputs(
-        {
-            flags.output_graph: frozen.SerializeToString(deterministic=True),
-            flags.output_labels: ''.join(f'{label}\n' for label in image_lists).encode(),
-        }
-    )
-    graph, labels = shlex.quote(flags.output_graph), shlex.quote(flags.output_labels)
-    print(f'Wrote the graph {graph} and the labels {labels}. To label an image with them:')
-    print(f'python3 tf_test.py <path to image> {graph} {labels}')
+    labels = list(image_lists)
+    contents = {
+        flags.output_graph: add_final_training_ops(backbone, layer, name).SerializeToString(deterministic=True),
+        flags.output_labels: ''.join(f'{label}\n' for label in labels).encode(),
+    }
+    if flags.optimized_graph:
+        optimized = create_optimized_graph(backbone, layer, name)
+        contents[flags.optimized_graph] = optimized.SerializeToString(deterministic=True)
+    write_outputs(contents)
+    if tested:
+        images = list_images(image_lists)
+        paths = [os.path.join(flags.image_dir, images[row][2]) for row in rows[shown]]
+        folder = os.path.join(flags.summaries_dir, 'test')
+        write_pictures(folder, paths, labels, classes[shown], predictions[shown], confusion, shown_bottlenecks)
+    graph, label_file = shlex.quote(flags.output_graph), shlex.quote(flags.output_labels)
+    print(f'Wrote the graph {graph} and the labels {label_file}. To label an image with them:')
+    print(f'python3 tf_test.py <path to image> {graph} {label_file}')
+    return backbone, layer, labels
 
 
 # Flags
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults, and leaves the line breaks of the command at the end alone."""
+    """Shows the defaults that there are, and leaves the line breaks of the command at the end alone."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36)
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, '') or action.const else super()._get_help_string(action)
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Parses the flags of a training; a wrong one ends the program with exit code 2."""
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """Returns the flags, after the checks that take more than one of them."""
+        flags, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            name = unknown[0].split('=')[0]
+            nearest = difflib.get_close_matches(name, re.findall(r'--\w+', self.format_help()), 1)
+            self.error(f'there is no flag {name}.' + (f' Did you mean {nearest[0]}?' if nearest else ' See --help.'))
+        if not flags.image_dir:
+            self.error('argument --image_dir: name the folder that holds one folder of images a class')
+        if flags.testing_percentage + flags.validation_percentage >= 100:
+            self.error(
+                '--testing_percentage and --validation_percentage together must leave images to train on: below 100'
+            )
+        if flags.data_service and not re.fullmatch(r'grpc://.+:\d+', flags.data_service):
+            self.error(f"argument --data_service: '{flags.data_service}' is not of the form grpc://HOST:PORT")
+        if not re.fullmatch(TENSOR_NAME_PATTERN, flags.final_tensor_name):
+            self.error(
+                f"argument --final_tensor_name: '{flags.final_tensor_name}' may have only letters, digits, _ . - /"
+            )
+        if flags.tfhub_module and flags.architecture != self.get_default('architecture'):
+            self.error('--architecture and --tfhub_module both name a network: leave one of them out')
+        return flags
 
 
 def number(convert, is_valid, bounds: str):
@@ -1038,10 +1355,11 @@ def number(convert, is_valid, bounds: str):
     return parse
 
 
-def parse_flags(arguments=None) -> argparse.Namespace:
-    """Parses the command line; a wrong flag ends the program with exit code 2."""
-    parser = argparse.ArgumentParser(
-        description='Teach Inception-v3 new classes with your own photographs.',
+def create_parser() -> FlagParser:
+    """Returns the parser of the command line."""
+    parser = FlagParser(
+        usage='python3 %(prog)s --image_dir=DIR [flags]',
+        description=__doc__.splitlines()[0],
         formatter_class=HelpFormatter,
         epilog='the usual command:\n' + __doc__.split('\n\n')[1],
     )
@@ -1052,7 +1370,7 @@ def parse_flags(arguments=None) -> argparse.Namespace:
     rate = number(float, lambda value: 0 < value < math.inf, 'above 0')
 
     add = parser.add_argument_group('data').add_argument
-    add('--image_dir', metavar='DIR', required=True, help='folder with a folder of images for each class')
+    add('--image_dir', metavar='DIR', help='folder with a folder of images for each class')
     add('--testing_percentage', metavar='P', type=percentage, default=10, help='percent of the images to test with')
     add('--validation_percentage', metavar='P', type=percentage, default=10, help='percent to validate with')
     add('--strict', action='store_true', help='stop at an image that cannot be read, rather than leave it out')
@@ -1061,6 +1379,8 @@ def parse_flags(arguments=None) -> argparse.Namespace:
 
     add = parser.add_argument_group('model').add_argument
     add('--model_dir', metavar='DIR', default='/tmp/imagenet', help='where the pretrained model is, or is fetched to')
+    add('--architecture', metavar='NAME', choices=ARCHITECTURES, default=ARCHITECTURES[0], help=MODEL_HELP)
+    add('--tfhub_module', metavar='HANDLE', help='image feature vector of TensorFlow Hub to use: a URL or a folder')
 
     add = parser.add_argument_group('training').add_argument
     add('--how_many_training_steps', metavar='N', type=count, default=4000, help='how many steps to train')
@@ -1080,32 +1400,20 @@ def parse_flags(arguments=None) -> argparse.Namespace:
 
     add = parser.add_argument_group('output').add_argument
     add('--output_graph', metavar='FILE', default='/tmp/output_graph.pb', help='the trained graph')
+    add('--optimized_graph', metavar='FILE', help='also write the trained graph for other runtimes')
     add('--output_labels', metavar='FILE', default='/tmp/output_labels.txt', help='the labels, one a line')
     add('--summaries_dir', metavar='DIR', default='/tmp/retrain_logs', help='logs for TensorBoard')
     add('--final_tensor_name', metavar='NAME', default='final_result', help="the name of the graph's result")
 
-    flags = parser.parse_args(arguments)
-    if not flags.image_dir:
-        parser.error('argument --image_dir: name the folder that holds one folder of images a class')
-    if flags.testing_percentage + flags.validation_percentage >= 100:
-        parser.error(
-            '--testing_percentage and --validation_percentage together must leave images to train on: below 100'
-        )
-    if flags.data_service and not re.fullmatch(r'grpc://.+:\d+', flags.data_service):
-        parser.error(f"argument --data_service: '{flags.data_service}' is not of the form grpc://HOST:PORT")
-    if not re.fullmatch(TENSOR_NAME_PATTERN, flags.final_tensor_name):
-        parser.error(
-            f"argument --final_tensor_name: '{flags.final_tensor_name}' may have only letters, digits, _ . - /"
-        )
-    return flags
+    return parser
 
 
-if __name__ == '__main__':
-    command_line = parse_flags()
+def run(job, flags: argparse.Namespace) -> None:
+    """Calls job(flags), and ends the program with a line and an exit code if that fails."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(command_line)
+        job(flags)
     except UserError as error:
         sys.exit('ERROR: ' + str(error).replace('\n', ' '))
     except (tf.errors.OpError, OSError) as error:
@@ -1116,3 +1424,7 @@ if __name__ == '__main__':
             '\nStopped. All bottlenecks computed so far are kept: the same command goes on from there.', file=sys.stderr
         )
         sys.exit(130)
+
+
+if __name__ == '__main__':
+    run(main, create_parser().parse_args())

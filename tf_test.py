@@ -87,7 +87,7 @@ def run_graph(graph_def: tf.compat.v1.GraphDef, image_data: bytes) -> np.ndarray
         return session.run(f'{softmaxes[-1]}:0', {JPEG_DATA_TENSOR_NAME: image_data})[0]
 
 
-def main(image: str, graph: str, labels: str) -> None:
+def label_image(image: str, graph: str, labels: str) -> None:
     """Prints the labels and scores of an image; raises UserError for what the user can mend."""
     image_data = load_file(image, 'image')
     names = load_labels(labels)
@@ -117,6 +117,6 @@ if __name__ == '__main__':
     parser.add_argument('labels', metavar='LABELS', help='the --output_labels of the training')
     arguments = parser.parse_args()
     try:
-        main(**vars(arguments))
+        label_image(**vars(arguments))
     except UserError as error:
         sys.exit('ERROR: ' + str(error).replace('\n', ' '))

@@ -218,7 +218,7 @@ class OriginalNetwork:
     """The graph as it was published in a v1 Session, which takes one image at a time."""
 
     def __init__(self, graph_def: v1.GraphDef) -> None:
-        flags = tf_retrain.parse_flags(['--image_dir=unused', *DISTORTIONS])
+        flags = tf_retrain.create_parser().parse_args(['--image_dir=unused', *DISTORTIONS])
         with tf.Graph().as_default() as graph:
             tf.import_graph_def(graph_def, name='')
             self.jpeg_data = v1.placeholder(tf.string)
@@ -313,9 +313,9 @@ def import_tensorflow() -> float:
     return run_process('-c', 'import tensorflow')[0]
 
 
-def compute_bottlenecks(paths: list, networks: list) -> None:
+def compute_bottlenecks(paths: list, backbone: tf_retrain.Backbone) -> None:
     """Computes bottlenecks our way."""
-    done = sum(len(rows) for rows, _ in tf_retrain.compute_bottlenecks(paths, networks))
+    done = sum(len(rows) for rows, _ in tf_retrain.compute_bottlenecks(paths, backbone))
     assert done == len(paths)
 
 
@@ -371,12 +371,10 @@ class Workbench:
         return network
 
     @functools.cached_property
-    def networks(self) -> list:
-        devices = [gpu.name for gpu in tf.config.list_logical_devices('GPU')] or ['/CPU:0']
-        folded = tf_retrain.fold_batch_norms(v1.GraphDef.FromString(self.graph.read_bytes()))
-        networks = tf_retrain.create_inception_networks(folded, devices)
-        compute_bottlenecks(self.photographs(len(devices) * tf_retrain.NETWORK_BATCH_SIZE), networks)
-        return networks
+    def backbone(self) -> tf_retrain.Backbone:
+        backbone = tf_retrain.load_backbone('inception_v3', str(self.graph.parent))
+        compute_bottlenecks(self.photographs(len(backbone.networks) * tf_retrain.NETWORK_BATCH_SIZE), backbone)
+        return backbone
 
     def photographs(self, count: int, width=500, height=375, different=32) -> list:
         """Returns paths of JPEG files of gradients and noise, of about the size that photographs have."""
@@ -430,7 +428,7 @@ def large(bench: Workbench) -> list:
 
 def bottlenecks_row(bench: Workbench, size: str, paths: list) -> list:
     original = timed(bench.original.compute_bottlenecks, paths)
-    timings = alternate(bench.flags.repeats, original, timed(compute_bottlenecks, paths, bench.networks))
+    timings = alternate(bench.flags.repeats, original, timed(compute_bottlenecks, paths, bench.backbone))
     return speed_row(f'bottlenecks of {len(paths)} photographs of {size}', *timings, len(paths))
 
 
@@ -438,10 +436,11 @@ def decoding(bench: Workbench) -> list:
     """What reading and decoding leave of the speed that our network has on batches decoded before."""
     size = tf_retrain.NETWORK_BATCH_SIZE
     count = max(1, bench.flags.photographs // size) * size
-    images = tf.stack([tf_retrain.resize_image(tf_retrain.decode_image(path)) for path in bench.photographs(size)])
+    photographs = map(tf_retrain.decode_image, bench.photographs(size))
+    images = tf.stack([tf_retrain.resize_image(image, bench.backbone.image_size) for image in photographs])
     batches = tf.data.Dataset.from_tensors((tf.range(size), images)).repeat(count // size)
-    whole = timed(compute_bottlenecks, bench.photographs(count), bench.networks)
-    alone = timed(lambda: list(tf_retrain.run_networks(bench.networks, batches)))
+    whole = timed(compute_bottlenecks, bench.photographs(count), bench.backbone)
+    alone = timed(lambda: list(tf_retrain.run_networks(bench.backbone.networks, batches)))
     timings = alternate(bench.flags.repeats, alone, whole)
     what = f'decoding hidden: ours on decoded batches, and on {count} photographs of 500 x 375'
     return speed_row(what, *timings, count, show_ratio='{:.0%}'.format)
@@ -472,19 +471,19 @@ def cache(bench: Workbench) -> list:
         for index, path in enumerate(paths):
             bottlenecks[index] = read_bottleneck(path)
 
-    timings = alternate(bench.flags.repeats, timed(parse_in_python), timed(tf_retrain.read_bottlenecks, paths))
+    timings = alternate(bench.flags.repeats, timed(parse_in_python), timed(tf_retrain.read_bottlenecks, paths, 2048))
     return row(f'reading the cache of {len(paths):,} images', *timings)
 
 
 def distortions(bench: Workbench) -> list:
     """The bottlenecks of a training step with all four distortions: two Session.runs an image, or batches."""
-    count, networks = bench.flags.distorted_images, bench.networks
+    count, backbone = bench.flags.distorted_images, bench.backbone
     paths = bench.photographs(count)
     drawn = np.arange(count), np.zeros(count, np.int64)
-    flags = tf_retrain.parse_flags(['--image_dir=unused', *DISTORTIONS])
+    flags = tf_retrain.create_parser().parse_args(['--image_dir=unused', *DISTORTIONS])
 
     def ours():
-        step = tf_retrain.get_random_distorted_bottlenecks(paths, lambda: drawn, 1, [1, 2], networks, flags)
+        step = tf_retrain.get_random_distorted_bottlenecks(paths, lambda: drawn, 1, [1, 2], backbone, flags)
         assert len(list(step)) == count
 
     original = timed(bench.original.compute_distorted_bottlenecks, paths)

@@ -167,7 +167,7 @@ class Job:
     def main(self, monkeypatch, *more, **changes):
         """Does the same job inside of this process, which saves the import of TensorFlow."""
         monkeypatch.chdir(self.folder)
-        tf_retrain.main(tf_retrain.parse_flags(self.arguments(*more, **changes)))
+        tf_retrain.main(tf_retrain.create_parser().parse_args(self.arguments(*more, **changes)))
 
     def graph(self):
         return tf.compat.v1.GraphDef.FromString((self.folder / self.flags['output_graph']).read_bytes())

@@ -76,7 +76,7 @@ def resume(handler, contents, end=None):
 
 
 def fetch(folder):
-    return tf_retrain.maybe_download_and_extract(str(folder))
+    return tf_retrain.maybe_download_and_extract(str(folder), tf_retrain.DATA_URL, tf_retrain.MODEL_GRAPH_NAME)
 
 
 def names(folder):
@@ -93,13 +93,13 @@ def test_the_graph_is_used_as_it_is(tmp_path, monkeypatch):
 def test_the_archive_is_unpacked_without_a_network(tmp_path, monkeypatch, whole):
     (tmp_path / ARCHIVE).write_bytes(whole)
     monkeypatch.setattr(tf_retrain, 'download', None)
-    tf_retrain.load_graph_def(fetch(tmp_path))
+    tf_retrain.load_backbone('inception_v3', str(tmp_path))
     assert names(tmp_path) == ['LICENSE', GRAPH, ARCHIVE]
 
 
 def test_download(tmp_path, monkeypatch, capsys, whole):
     with server(monkeypatch, lambda handler, _: send(handler, whole)) as ranges:
-        tf_retrain.load_graph_def(fetch(tmp_path / 'new'))
+        tf_retrain.load_backbone('inception_v3', str(tmp_path / 'new'))
     assert ranges == [None]
     assert names(tmp_path / 'new') == ['LICENSE', GRAPH, ARCHIVE]
     assert re.search(rf'>> Downloading {ARCHIVE} 100\.0%\n$', capsys.readouterr().err)
@@ -108,14 +108,14 @@ def test_download(tmp_path, monkeypatch, capsys, whole):
 def test_a_broken_connection_is_resumed(tmp_path, monkeypatch, whole):
     third = len(whole) // 3
     with server(monkeypatch, lambda h, n: resume(h, whole, end=n * third if n < 3 else None)) as ranges:
-        tf_retrain.load_graph_def(fetch(tmp_path))
+        tf_retrain.load_backbone('inception_v3', str(tmp_path))
     assert ranges == [None, f'bytes={third}-', f'bytes={2 * third}-']
 
 
 def test_a_later_run_resumes(tmp_path, monkeypatch, whole):
     (tmp_path / f'{ARCHIVE}.part').write_bytes(whole[:1000])
     with server(monkeypatch, lambda handler, _: resume(handler, whole)) as ranges:
-        tf_retrain.load_graph_def(fetch(tmp_path))
+        tf_retrain.load_backbone('inception_v3', str(tmp_path))
     assert ranges == ['bytes=1000-']
     assert names(tmp_path) == ['LICENSE', GRAPH, ARCHIVE]
 
@@ -123,20 +123,20 @@ def test_a_later_run_resumes(tmp_path, monkeypatch, whole):
 def test_a_server_that_cannot_resume_is_asked_for_all(tmp_path, monkeypatch, whole):
     (tmp_path / f'{ARCHIVE}.part').write_bytes(whole[:1000])
     with server(monkeypatch, lambda handler, _: send(handler, whole)):
-        tf_retrain.load_graph_def(fetch(tmp_path))
+        tf_retrain.load_backbone('inception_v3', str(tmp_path))
 
 
 @pytest.mark.parametrize('part', [b'x' * 1000, b'x' * 100_000_000], ids=['wrong start', 'longer than the file'])
 def test_a_part_that_does_not_fit_is_dropped(tmp_path, monkeypatch, whole, part):
     (tmp_path / f'{ARCHIVE}.part').write_bytes(part)
     with server(monkeypatch, lambda handler, _: resume(handler, whole)):
-        tf_retrain.load_graph_def(fetch(tmp_path))
+        tf_retrain.load_backbone('inception_v3', str(tmp_path))
 
 
 def test_a_broken_archive_is_set_aside_and_fetched_again(tmp_path, monkeypatch, capsys, whole):
     (tmp_path / ARCHIVE).write_bytes(whole[:-100])
     with server(monkeypatch, lambda handler, _: send(handler, whole)):
-        tf_retrain.load_graph_def(fetch(tmp_path))
+        tf_retrain.load_backbone('inception_v3', str(tmp_path))
     assert names(tmp_path) == ['LICENSE', GRAPH, ARCHIVE, f'{ARCHIVE}.broken']
     assert 'is broken: set aside' in capsys.readouterr().out
 

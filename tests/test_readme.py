@@ -155,7 +155,7 @@ def test_accelerators(tmp_path):
 
 
 def test_every_flag_is_explained():
-    for flag in vars(tf_retrain.parse_flags(['--image_dir=x'])):
+    for flag in vars(tf_retrain.create_parser().parse_args(['--image_dir=x'])):
         assert f'| `--{flag}' in README
 
 

@@ -84,7 +84,7 @@ def test_image_lists_are_sorted_and_complete(tmp_path, monkeypatch, capsys):
     assert sum(len(lists['bee'][category]) for category in tf_retrain.CATEGORIES) == 43
     out = capsys.readouterr().out
     assert 'd/bee: 43 images; passed over: 1 without ending, 2 .webp, 1 folder, 1 hidden\n' in out
-    assert 'd/: no images; passed over: 1 .jpg\n' in out
+    assert 'WARNING: d/ has 1 images beside the class folders' in out
     assert 'WARNING: d/empty has no images, and is not taken for a class.\n' in out
 
 
@@ -192,7 +192,7 @@ def test_a_broken_cache_file_is_missing(tmp_path, text):
     (tmp_path / 'good.txt').write_text(TEXT)
     (tmp_path / 'bad.txt').write_text(text, encoding='latin-1')
     paths = [str(tmp_path / name) for name in ('good.txt', 'bad.txt', 'absent.txt', 'good.txt')]
-    bottlenecks, fingerprints, valid = tf_retrain.read_bottlenecks(paths)
+    bottlenecks, fingerprints, valid = tf_retrain.read_bottlenecks(paths, 2048)
     assert list(valid) == [True, False, False, True]
     assert fingerprints[0] == fingerprints[3] == tf_retrain.fingerprint(TEXT).numpy()
     np.testing.assert_array_equal(bottlenecks[[0, 3]], [NUMBERS, NUMBERS])
@@ -200,7 +200,7 @@ def test_a_broken_cache_file_is_missing(tmp_path, text):
 
 def test_cache_files_of_older_numpy_are_read(tmp_path):
     (tmp_path / 'old.txt').write_text(','.join(f'{x:.6g}' for x in NUMBERS))
-    bottlenecks, _, valid = tf_retrain.read_bottlenecks([str(tmp_path / 'old.txt')])
+    bottlenecks, _, valid = tf_retrain.read_bottlenecks([str(tmp_path / 'old.txt')], 2048)
     assert valid.all()
     np.testing.assert_allclose(bottlenecks[0], NUMBERS, rtol=1e-5)
 
@@ -216,20 +216,21 @@ def test_write_whole_leaves_nothing_behind(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['folder', 'x' * 250]
 
 
-def test_folded_network_equals_the_graph(tmp_path):
+def test_folded_network_equals_the_graph(tmp_path, model):
     write_photographs(tmp_path, 'x', 5, (90, 140, 60))
-    graph_def = build_model()
+    backbone = tf_retrain.load_backbone('inception_v3', str(model.parent))
+    before = backbone.graph_def.SerializeToString(deterministic=True)
     paths = sorted(str(path) for path in (tmp_path / 'x').iterdir())
-    folded = tf_retrain.fold_batch_norms(graph_def)
-    assert {node.op for node in folded.node}.isdisjoint({'BatchNormWithGlobalNormalization', 'CheckNumerics'})
-    networks = tf_retrain.create_inception_networks(folded, ['/CPU:0'])
-    (rows, bottlenecks), *rest = tf_retrain.compute_bottlenecks(paths, networks, None)
+    folded = {node.op for node in backbone.fold().node}
+    assert folded.isdisjoint({'BatchNormWithGlobalNormalization', 'CheckNumerics'})
+    (rows, bottlenecks), *rest = tf_retrain.compute_bottlenecks(paths, backbone)
     assert not rest
     assert list(rows) == [0, 1, 2, 3, 4]
     for path, bottleneck in zip(paths, bottlenecks, strict=True):
         expected = run_v1(build_model(), pathlib.Path(path).read_bytes(), 'pool_3/_reshape:0')[0]
         np.testing.assert_allclose(bottleneck, expected, atol=1e-5 * np.abs(expected).max())
-    assert graph_def == build_model()  # the frozen graph is copied from it, so nothing may have changed it
+    # The frozen graph is copied from it, so nothing may have changed it.
+    assert backbone.graph_def.SerializeToString(deterministic=True) == before
 
 
 def test_several_devices_share_the_batches():
@@ -242,23 +243,28 @@ def test_several_devices_share_the_batches():
     assert found == [(i, float(i)) for i in range(103)]
 
 
+SIZE = (299, 299)
+
+
 def distortion_flags(**values):
-    return tf_retrain.parse_flags(['--image_dir=x', *(f'--{name}={value}' for name, value in values.items())])
+    return tf_retrain.create_parser().parse_args(
+        ['--image_dir=x', *(f'--{name}={value}' for name, value in values.items())]
+    )
 
 
 def test_distortions(tmp_path):
     ramp = np.tile(np.linspace(0, 255, 400, dtype=np.uint8)[:, None], [300, 1, 3]).reshape(300, 400, 3)
-    plain = tf_retrain.resize_image(ramp).numpy()
+    plain = tf_retrain.resize_image(ramp, SIZE).numpy()
     flags = distortion_flags()
     assert not tf_retrain.should_distort_images(flags)
     seeds = np.array([[0, i] for i in range(40)], np.int32)
 
     def distorted(flags):
         assert tf_retrain.should_distort_images(flags)
-        return np.stack([tf_retrain.distort_image(ramp, seed, flags).numpy() for seed in seeds])
+        return np.stack([tf_retrain.distort_image(ramp, seed, SIZE, flags).numpy() for seed in seeds])
 
-    np.testing.assert_allclose(tf_retrain.distort_image(ramp, seeds[0], flags), plain, atol=1e-3)
-    flipping = tf_retrain.parse_flags(['--image_dir=x', '--flip_left_right'])
+    np.testing.assert_allclose(tf_retrain.distort_image(ramp, seeds[0], SIZE, flags), plain, atol=1e-3)
+    flipping = tf_retrain.create_parser().parse_args(['--image_dir=x', '--flip_left_right'])
     flipped = [not np.allclose(image, plain) for image in distorted(flipping)]
     assert 8 <= sum(flipped) <= 32
     mirrored = distorted(flipping)[flipped.index(True)]
@@ -283,7 +289,7 @@ def test_final_layer_descends_the_gradient_of_the_cross_entropy():
     rng = np.random.default_rng(0)
     bottlenecks = rng.uniform(size=[50, 2048]).astype(np.float32)
     rows, classes = rng.integers(50, size=[3, 20]), rng.integers(4, size=[3, 20])
-    layer = tf_retrain.FinalLayer(4, 0.5, [1, 2])
+    layer = tf_retrain.FinalLayer(2048, 4, 0.5, [1, 2])
     weights, biases = layer.weights.astype(float), layer.biases.astype(float)
     assert np.abs(weights).max() < 0.002  # truncated at two standard deviations
     assert 0.0008 < weights.std() < 0.00095
@@ -306,7 +312,7 @@ def test_final_layer_descends_the_gradient_of_the_cross_entropy():
 
 
 def test_seeds_make_layers_alike():
-    first, second, other = (tf_retrain.FinalLayer(3, 0.1, seed).weights for seed in ([1, 2], [1, 2], [1, 3]))
+    first, second, other = (tf_retrain.FinalLayer(2048, 3, 0.1, seed).weights for seed in ([1, 2], [1, 2], [1, 3]))
     np.testing.assert_array_equal(first, second)
     assert (first != other).any()
 
@@ -340,21 +346,24 @@ USAGE_ERRORS = [
     ('--final_tensor_name=a:0', 'letters'),
     ('--data_service=localhost:5000', 'grpc://HOST:PORT'),
     ('--image_dir=', '--image_dir: name the folder'),
-    ('--no_such_flag=1', 'unrecognized arguments: --no_such_flag=1'),
-    ('extra', 'unrecognized arguments: extra'),
+    ('--no_such_flag=1', 'there is no flag --no_such_flag. See --help.'),
+    ('--learn_rate=1', 'there is no flag --learn_rate. Did you mean --learning_rate?'),
+    ('extra', 'there is no flag extra. See --help.'),
+    ('--architecture=inception_v4', 'mobilenet_0.25_128'),
+    ('--architecture=mobilenet_1.0_224 --tfhub_module=m', 'both name a network'),
 ]
 
 
 @pytest.mark.parametrize(('arguments', 'message'), USAGE_ERRORS)
 def test_wrong_flags_are_usage_errors(capsys, arguments, message):
     with pytest.raises(SystemExit) as exit_info:
-        tf_retrain.parse_flags(['--image_dir=data/', *arguments.split()])
+        tf_retrain.create_parser().parse_args(['--image_dir=data/', *arguments.split()])
     assert exit_info.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_defaults_are_those_of_the_original():
-    assert vars(tf_retrain.parse_flags(['--image_dir', 'data/'])) == {
+    assert vars(tf_retrain.create_parser().parse_args(['--image_dir', 'data/'])) == {
         'image_dir': 'data/',
         'output_graph': '/tmp/output_graph.pb',
         'output_labels': '/tmp/output_labels.txt',
@@ -378,4 +387,7 @@ def test_defaults_are_those_of_the_original():
         'random_seed': None,
         'strict': False,
         'data_service': None,
+        'architecture': 'inception_v3',
+        'tfhub_module': None,
+        'optimized_graph': None,
     }

@@ -40,12 +40,14 @@ def test_cats_and_dogs(stand_in, tmp_path):
     image = next((tmp_path / 'data/cat').iterdir())
     scores = run('tf_test.py', image, graph, labels, cwd=tmp_path).stdout
     assert sorted(line.split(' (score = ')[0] for line in scores.splitlines()) == ['cat', 'dog']
-    assert len(tf_retrain.load_graph_def(str(tmp_path / graph))[0].node) == 997
+    frozen = tf_retrain.tf.compat.v1.GraphDef.FromString((tmp_path / graph).read_bytes())
+    assert len(frozen.node) == 997
 
     paths = sorted((tmp_path / 'data/dog').iterdir())[:20]
-    found, _, valid = tf_retrain.read_bottlenecks([f'{tmp_path}/bottlenecks/dog/{path.name}.txt' for path in paths])
+    cached = [f'{tmp_path}/bottlenecks/dog/{path.name}.txt' for path in paths]
+    found, _, valid = tf_retrain.read_bottlenecks(cached, 2048)
     assert valid.all()
-    unfolded, _ = tf_retrain.load_graph_def(str(stand_in / tf_retrain.MODEL_GRAPH_NAME))
+    unfolded = tf_retrain.load_backbone('inception_v3', str(stand_in)).graph_def
     images = [path.read_bytes() for path in paths]
     expected = np.concatenate(run_v1_on_all(unfolded, images, 'pool_3/_reshape:0'))
     largest = np.abs(expected).max(axis=1, keepdims=True)
