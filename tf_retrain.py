@@ -42,6 +42,7 @@ import urllib.request
 import uuid
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterator
 
 # NumPy's products are small ones here: threads of OpenBLAS would cost a second more than they bring.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
@@ -287,14 +288,14 @@ class Backbone:
         """Returns the graph up to `output`, without the ops that TensorFlow 2 refuses."""
         return fold_batch_norms(self.graph_def, self.output)
 
-    def create_network(self, structure: tf.compat.v1.GraphDef, weights: dict, device: str | None = None):
+    def create_network(self, structure: tf.compat.v1.GraphDef, weights: dict, device: str | None = None) -> Callable:
         """Returns a tf.function from resized images, float [N, *image_size, 3] in 0..255, to bottlenecks.
 
         It takes the folded graph as split_weights gives it, with the weights made tensors or variables.
         """
 
         @tf.function(input_signature=[tf.TensorSpec([None, *self.image_size, MODEL_INPUT_DEPTH])])
-        def network(images):
+        def network(images: tf.Tensor) -> tf.Tensor:
             with tf.device(device):
                 inputs = {name: tf.identity(tensor) for name, tensor in weights.items()}
                 inputs[RESIZED_INPUT_TENSOR_NAME] = images
@@ -342,7 +343,14 @@ def load_backbone(
     return Backbone(path, graph_def, checksum, bottleneck, 1001, image_size, f'_{architecture}', use_gpus)
 
 
-def prepend_decoding(graph_def, input_name: str, image_size: tuple, mean: float, deviation: float, prefix: str = ''):
+def prepend_decoding(
+    graph_def: tf.compat.v1.GraphDef,
+    input_name: str,
+    image_size: tuple,
+    mean: float,
+    deviation: float,
+    prefix: str = '',
+) -> tf.compat.v1.GraphDef:
     """Returns a graph that feeds the input of another from the bytes of a JPEG file, as (pixel - mean) / deviation.
 
     The nodes that do it have the names of those in the 2015 graph; the others get a prefix. Attributes which have
@@ -384,7 +392,7 @@ def load_tfhub_module(handle: str, use_gpus: bool) -> Backbone:
     size = outputs[0].shape[1]
 
     @tf.function(input_signature=[tf.TensorSpec([None, *image_size, MODEL_INPUT_DEPTH], name='images')])
-    def extract(images):
+    def extract(images: tf.Tensor) -> tf.Tensor:
         return tf.reshape(tf.nest.flatten(function(images)), [-1, size], name='bottleneck')
 
     frozen = convert_variables_to_constants_v2(extract.get_concrete_function())
@@ -398,14 +406,16 @@ def load_tfhub_module(handle: str, use_gpus: bool) -> Backbone:
     return Backbone(handle, graph_def, checksum, 'module/bottleneck', size, image_size, suffix, use_gpus)
 
 
-def add_node(graph_def: tf.compat.v1.GraphDef, name: str, op: str, *inputs: str, **attributes) -> str:
+def add_node(
+    graph_def: tf.compat.v1.GraphDef, name: str, op: str, *inputs: str, **attributes: tf.compat.v1.AttrValue | None
+) -> str:
     """Appends a node with no other attributes than those given, which TensorFlow 1 knows; returns its name."""
     attributes = {'T': tf.compat.v1.AttrValue(type=tf.float32.as_datatype_enum)} | attributes
     graph_def.node.add(name=name, op=op, input=inputs, attr={k: v for k, v in attributes.items() if v is not None})
     return name
 
 
-def add_constant(graph_def: tf.compat.v1.GraphDef, name: str, value) -> str:
+def add_constant(graph_def: tf.compat.v1.GraphDef, name: str, value: np.ndarray) -> str:
     """Appends a Const; returns its name."""
     tensor = tf.make_tensor_proto(value)
     dtype = tf.compat.v1.AttrValue(type=tensor.dtype)
@@ -421,7 +431,7 @@ def fold_batch_norms(graph_def: tf.compat.v1.GraphDef, output: str) -> tf.compat
     """
     nodes = {node.name: node for node in graph_def.node}
 
-    def constant(name):
+    def constant(name: str) -> np.ndarray:
         return tf.make_ndarray(nodes[name].attr['value'].tensor).astype(np.float64)
 
     folded = tf.compat.v1.GraphDef(library=graph_def.library)
@@ -465,7 +475,7 @@ def split_weights(graph_def: tf.compat.v1.GraphDef) -> tuple:
     return structure, weights
 
 
-def run_networks(networks: list, batches: tf.data.Dataset):
+def run_networks(networks: list, batches: tf.data.Dataset) -> Iterator[tuple]:
     """Yields (tags, bottlenecks) of each (tags, images): the devices work at once, while the next batches are made."""
     batches = iter(batches.prefetch(2 * len(networks)))
     while group := list(itertools.islice(batches, len(networks))):
@@ -474,7 +484,7 @@ def run_networks(networks: list, batches: tf.data.Dataset):
             yield tags.numpy(), bottlenecks.numpy()
 
 
-def run_service(address: str, network, batches: tf.data.Dataset):
+def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Iterator[tuple]:
     """Yields (tags, bottlenecks) of each (tags, images), both made by the workers of a tf.data service.
 
     This gives up when DATA_SERVICE_TIMEOUT seconds bring nothing: the service would wait for a dead worker forever.
@@ -491,7 +501,7 @@ def run_service(address: str, network, batches: tf.data.Dataset):
     batches = batches.apply(tf.data.experimental.service.distribute(policy, address))
     arrived = queue.Queue(2)
 
-    def fetch():
+    def fetch() -> None:
         for batch in itertools.chain(batches.as_numpy_iterator(), [None]):
             arrived.put(batch)
 
@@ -641,7 +651,7 @@ def read_bottlenecks(paths: list, size: int) -> tuple:
     `size` finite numbers, bool; the rows of the others are undefined.
     """
 
-    def parse(row, path):
+    def parse(row: tf.Tensor, path: tf.Tensor) -> tuple:
         text = tf.io.read_file(path)
         numbers = tf.strings.to_number(tf.strings.split(text, ','))
         numbers = tf.debugging.check_numerics(tf.ensure_shape(numbers, [size]), '')
@@ -656,7 +666,7 @@ def read_bottlenecks(paths: list, size: int) -> tuple:
     return bottlenecks, fingerprints, valid
 
 
-def fingerprint(contents):
+def fingerprint(contents: tf.Tensor | list) -> tf.Tensor:
     """Returns FarmHash's 62-bit fingerprint of strings, which is the same on every machine: int64."""
     return tf.strings.to_hash_bucket_fast(contents, 2**62)
 
@@ -698,7 +708,7 @@ class Provenance:
         reasons = (made for made, old in self.known.get(file, {}).items() if old == source and isinstance(made, str))
         return next(reasons, None)
 
-    def add(self, file: str, made, source: tuple) -> None:
+    def add(self, file: str, made: int | str, source: tuple) -> None:
         """Appends a line; flush() makes it last."""
         if not self.journal:
             self.journal = gfile.GFile(self.path, 'w')
@@ -711,12 +721,12 @@ def decode_image(path: tf.Tensor) -> tf.Tensor:
     return tf.io.decode_jpeg(tf.io.read_file(path), channels=MODEL_INPUT_DEPTH)
 
 
-def resize_image(image: tf.Tensor, size) -> tf.Tensor:
+def resize_image(image: tf.Tensor, size: tuple | tf.Tensor) -> tf.Tensor:
     """Resizes to (height, width) with the graph's own op, which tf.image.resize does not use: float [*size, 3]."""
     return tf.compat.v1.image.resize_bilinear(image[tf.newaxis], size)[0]
 
 
-def compute_bottlenecks(paths: list, backbone: Backbone, data_service: str | None = None):
+def compute_bottlenecks(paths: list, backbone: Backbone, data_service: str | None = None) -> Iterator[tuple]:
     """Yields (indices of paths, their bottlenecks) in batches, and leaves out the images that cannot be read.
 
     The workers of a data service do all of it, each image on one of them; what one of them loses is computed here.
@@ -833,7 +843,7 @@ def create_bottlenecks(sources: dict, provenance: Provenance, flags: argparse.Na
     return unreadable
 
 
-def get_random_cached_bottlenecks(rng: np.random.Generator, rows: tuple, how_many) -> tuple:
+def get_random_cached_bottlenecks(rng: np.random.Generator, rows: tuple, how_many: int) -> tuple:
     """Draws from a set, as get_rows gives it: each time a class uniformly at random, and an image of it likewise.
 
     Returns rows and class indices, int of shape `how_many`; every image once if that is -1. A class without an image
@@ -873,14 +883,16 @@ def distort_image(image: tf.Tensor, seed: tf.Tensor, image_size: tuple, flags: a
     return image * tf.random.stateless_uniform([], brightness_seed, 1.0 - spread, 1.0 + spread)
 
 
-def get_random_distorted_bottlenecks(paths: list, draw, how_many: int, seed, backbone: Backbone, flags):
+def get_random_distorted_bottlenecks(
+    paths: list, draw: Callable, how_many: int, seed: np.ndarray, backbone: Backbone, flags: argparse.Namespace
+) -> Iterator[tuple]:
     """Calls draw() for rows and class indices, both int [N], `how_many` times.
 
     Yields (bottleneck, class index) of every drawn row, its image distorted afresh.
     """
     paths = tf.constant(paths)
 
-    def distort(index, drawn):
+    def distort(index: tf.Tensor, drawn: tuple) -> tuple:
         row, class_index = drawn
         image_seed = tf.random.fold_in(seed, index)
         return class_index, distort_image(decode_image(paths[row]), image_seed, backbone.image_size, flags)
@@ -904,7 +916,7 @@ class FinalLayer:
     which take a third of the time that a call into TensorFlow does.
     """
 
-    def __init__(self, bottleneck_size: int, class_count: int, learning_rate: float, seed) -> None:
+    def __init__(self, bottleneck_size: int, class_count: int, learning_rate: float, seed: np.ndarray) -> None:
         self.weights = tf.random.stateless_truncated_normal([bottleneck_size, class_count], seed, stddev=0.001).numpy()
         self.biases = np.zeros(class_count, np.float32)
         self.learning_rate = np.float32(learning_rate)
@@ -970,7 +982,7 @@ class SummaryWriter:
         self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
         self.write(file_version='brain.Event:2')
 
-    def write(self, values: dict | None = None, **event) -> None:
+    def write(self, values: dict | None = None, **event: object) -> None:
         """Writes an event: {tag: number, picture, or array to show as a histogram}, and fields of the Event."""
         event = tf.compat.v1.Event(wall_time=time.time(), **event)
         for tag, value in (values or {}).items():
@@ -1091,7 +1103,7 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list) -> Image.Image:
     margin = 40 + int(max(map(font.getlength, names)))
     picture = Image.new('RGB', (margin + cell * count + 10,) * 2, 'white')
 
-    def draw_names(anchor, x):
+    def draw_names(anchor: str, x: int) -> Image.Image:
         strip = Image.new('RGB', (margin, cell * count), 'white')
         draw = ImageDraw.Draw(strip)
         for i, name in enumerate(names):
@@ -1113,7 +1125,15 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list) -> Image.Image:
     return picture
 
 
-def write_pictures(folder: str, paths: list, labels: list, classes, predictions, confusion, bottlenecks) -> None:
+def write_pictures(
+    folder: str,
+    paths: list,
+    labels: list,
+    classes: np.ndarray,
+    predictions: np.ndarray,
+    confusion: np.ndarray,
+    bottlenecks: np.ndarray,
+) -> None:
     """Writes what TensorBoard shows of the tested images: the confusion matrix, the mistaken images, and, for its
     projector, all of them by their bottlenecks, with thumbnails (tensorboard/plugins/projector).
 
@@ -1147,11 +1167,11 @@ def write_pictures(folder: str, paths: list, labels: list, classes, predictions,
 
 
 @contextlib.contextmanager
-def ctrl_c_stops_training():
+def ctrl_c_stops_training() -> Iterator[list]:
     """Within, the first Ctrl-C only fills the list that this yields; the second is a KeyboardInterrupt again."""
     stopped = []
 
-    def handle(signum, frame):
+    def handle(signum: int, frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.', flush=True)
         stopped.append(signum)
@@ -1163,7 +1183,9 @@ def ctrl_c_stops_training():
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def train_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: FinalLayer, backbone: Backbone):
+def train_final_layer(
+    flags: argparse.Namespace, image_lists: dict, bottlenecks: np.ndarray, layer: FinalLayer, backbone: Backbone
+) -> None:
     """Trains the layer; logs accuracy and cross entropy every --eval_step_interval steps and at the last one."""
     seeds = np.random.SeedSequence(flags.random_seed).spawn(3)
     training_rng, validation_rng = np.random.default_rng(seeds[0]), np.random.default_rng(seeds[1])
@@ -1213,7 +1235,9 @@ def train_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: 
                 break
 
 
-def test_final_layer(flags, image_lists: dict, bottlenecks: np.ndarray, layer: FinalLayer) -> tuple | None:
+def test_final_layer(
+    flags: argparse.Namespace, image_lists: dict, bottlenecks: np.ndarray, layer: FinalLayer
+) -> tuple | None:
     """Prints the accuracy on the test set, as a whole and for each class; if asked for, which images are mistaken.
 
     Returns the rows of the tested images, their classes and predictions, all int [N], and the confusion matrix, int
@@ -1311,14 +1335,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36)
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default in (None, '') or action.const else super()._get_help_string(action)
 
 
 class FlagParser(argparse.ArgumentParser):
     """Parses the flags of a training; a wrong one ends the program with exit code 2."""
 
-    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+    def parse_args(self, args: list | None = None, namespace: None = None) -> argparse.Namespace:
         """Returns the flags, after the checks that take more than one of them."""
         flags, unknown = self.parse_known_args(args, namespace)
         if unknown:
@@ -1342,10 +1366,10 @@ class FlagParser(argparse.ArgumentParser):
         return flags
 
 
-def number(convert, is_valid, bounds: str):
+def number(convert: type, is_valid: Callable, bounds: str) -> Callable:
     """Returns an argparse type: a number for which is_valid holds, which `bounds` puts in words."""
 
-    def parse(text):
+    def parse(text: str) -> float:
         value = convert(text)
         if not is_valid(value):
             raise argparse.ArgumentTypeError(f'{text} is not {bounds}')
@@ -1408,7 +1432,7 @@ def create_parser() -> FlagParser:
     return parser
 
 
-def run(job, flags: argparse.Namespace) -> None:
+def run(job: Callable, flags: argparse.Namespace) -> None:
     """Calls job(flags), and ends the program with a line and an exit code if that fails."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure tf_retrain.py and tf_test.py beside the original's way of doing the same work.
+"""Measure tf_retrain.py, tf_test.py and a SavedModel beside the original's way of doing the same work.
 
     python tests/benchmark.py
 
@@ -35,6 +35,7 @@ from tqdm import tqdm
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import retrain_serving
 import tf_retrain
 
 tf = tf_retrain.tf
@@ -543,6 +544,22 @@ def memory_row(what: str, difference: int, repeats: list) -> list:
     return [f'peak memory of tf_retrain.py, {what}', '', ours, '', span(each, '{:.1f} KB'.format)]
 
 
+def serving(bench: Workbench) -> list:
+    """Batches of encoded photographs through the SavedModel, beside our bottlenecks of the same photographs."""
+    size = 32
+    paths = bench.photographs(max(1, bench.flags.photographs // size) * size)
+    layer = tf_retrain.FinalLayer(bench.backbone.bottleneck_size, len(CLASSES), 0.01, [1, 2])
+    folder = str(bench.folder / 'saved_models' / '1')
+    classifier = retrain_serving.Classifier(bench.backbone, layer, CLASSES)
+    predict = tf.saved_model.load(retrain_serving.write_saved_model(classifier, folder)).signatures['serving_default']
+    batches = [tf.stack(list(map(tf.io.read_file, batch))) for batch in np.reshape(paths, [-1, size])]
+    predict(image=batches[0])  # the first run takes longer
+    alone = timed(compute_bottlenecks, paths, bench.backbone)
+    timings = alternate(bench.flags.repeats, alone, timed(lambda: [predict(image=batch) for batch in batches]))
+    what = f'SavedModel: tf_retrain.py computes bottlenecks, and the SavedModel scores, of {len(paths)} photographs'
+    return speed_row(f'{what} in batches of {size}', *timings, len(paths), show_ratio='{:.0%}'.format)
+
+
 def listing(bench: Workbench) -> list:
     """Listing the images of ten classes, and splitting them into sets."""
     folder, count = bench.folder / 'listed', bench.flags.listed_files
@@ -555,7 +572,7 @@ def listing(bench: Workbench) -> list:
     return row(f'listing and splitting {count:,} files', *timings)
 
 
-ROWS = (cold, decoding, large, warm, cache, distortions, label, memory_warm, memory_cold, listing)
+ROWS = (cold, decoding, large, warm, cache, distortions, label, memory_warm, memory_cold, listing, serving)
 
 
 def parse_flags() -> argparse.Namespace:
