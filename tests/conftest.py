@@ -106,6 +106,60 @@ def build_model():
     return g.graph_def
 
 
+def write_mobilenet(model_dir, size):
+    """Writes a small network with names, ops and layout of the published MobileNet v1 <size>, such as '0.25_128'."""
+    side = int(size.split('_')[1])
+    g = GraphWriter()
+    g.node('input', 'Placeholder', dtype=FLOAT, shape=attr(shape=tf.TensorShape([1, side, side, 3]).as_proto()))
+
+    def read(name, *shape):
+        deviation = np.sqrt(2 / np.prod(shape[:3])) if len(shape) == 4 else 0.1
+        value = g.rng.normal(0 if len(shape) == 4 else 1, deviation, shape)
+        g.const(name, np.abs(value).astype(np.float32) if len(shape) == 1 else value.astype(np.float32))
+        location = attr(list=tf.compat.v1.AttrValue.ListValue(s=[f'loc:@{name}'.encode()]))
+        return g.node(f'{name}/read', 'Identity', [name], T=FLOAT, _class=location)
+
+    def layer(name, op, source, weights, filters, stride, **attrs):
+        strides = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, stride, stride, 1]))
+        x = g.node(f'{name}/convolution', op, [source, weights], T=FLOAT, strides=strides, padding=attr(s=b'SAME'))
+        mean, variance, beta, gamma = (
+            read(f'{name}/BatchNorm/{key}', filters) for key in ('moving_mean', 'moving_variance', 'beta', 'gamma')
+        )
+        norm = f'{name}/BatchNorm/batchnorm'
+        x = g.node(f'{norm}/mul_1', 'Mul', [x, f'{norm}/mul'], T=FLOAT)
+        x = g.node(f'{norm}/add_1', 'Add', [x, f'{norm}/sub'], T=FLOAT)
+        g.node(f'{norm}/add', 'Add', [variance, g.const(f'{norm}/add/y', np.float32(0.001))], T=FLOAT)
+        g.node(f'{norm}/Rsqrt', 'Rsqrt', [f'{norm}/add'], T=FLOAT)
+        g.node(f'{norm}/mul', 'Mul', [f'{norm}/Rsqrt', gamma], T=FLOAT)
+        g.node(f'{norm}/mul_2', 'Mul', [mean, f'{norm}/mul'], T=FLOAT)
+        g.node(f'{norm}/sub', 'Sub', [beta, f'{norm}/mul_2'], T=FLOAT)
+        return g.node(f'{name}/Relu6', 'Relu6', [x], T=FLOAT)
+
+    x = layer('MobilenetV1/Conv2d_0', 'Conv2D', 'input', read('MobilenetV1/Conv2d_0/weights', 3, 3, 3, 16), 16, 8)
+    weights = read('MobilenetV1/Conv2d_1_depthwise/depthwise_weights', 3, 3, 16, 1)
+    x = layer('MobilenetV1/Conv2d_1_depthwise', 'DepthwiseConv2dNative', x, weights, 16, 1)
+    x = g.pool('MobilenetV1/Logits/AvgPool_1a/AvgPool', 'AvgPool', x, side // 8, 2)
+    one = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, 1, 1, 1]))
+    inputs = [x, read('MobilenetV1/Logits/Conv2d_1c_1x1/weights', 1, 1, 16, 1001)]
+    x = g.node(
+        'MobilenetV1/Logits/Conv2d_1c_1x1/convolution', 'Conv2D', inputs, T=FLOAT, strides=one, padding=attr(s=b'SAME')
+    )
+    x = g.node(
+        'MobilenetV1/Logits/Conv2d_1c_1x1/BiasAdd', 'BiasAdd', [x, read('MobilenetV1/Logits/biases', 1001)], T=FLOAT
+    )
+    squeezed = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, 2]))
+    x = g.node('MobilenetV1/Logits/SpatialSqueeze', 'Squeeze', [x], T=FLOAT, squeeze_dims=squeezed)
+    shape = g.const('MobilenetV1/Predictions/Reshape/shape', np.array([-1, 1001], np.int32))
+    x = g.node('MobilenetV1/Predictions/Reshape', 'Reshape', [x, shape], T=FLOAT)
+    g.node('MobilenetV1/Predictions/Softmax', 'Softmax', [x], T=FLOAT)
+    # The published graphs are not in topological order either.
+    graph_def = tf.compat.v1.GraphDef(node=reversed(g.graph_def.node))
+    path = model_dir / f'mobilenet_v1_{size}' / 'frozen_graph.pb'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(graph_def.SerializeToString())
+    return path
+
+
 COLOURS = [(200, 60, 60), (60, 60, 200), (60, 200, 60), (200, 200, 60)]
 
 
@@ -155,8 +209,8 @@ class Job:
     def arguments(self, *more, **changes):
         return [*(f'--{name}={value}' for name, value in {**self.flags, **changes}.items()), *more]
 
-    def run(self, *more, check=True, **changes):
-        return run('tf_retrain.py', *self.arguments(*more, **changes), cwd=self.folder, check=check)
+    def run(self, *more, check=True, script='tf_retrain.py', **changes):
+        return run(script, *self.arguments(*more, **changes), cwd=self.folder, check=check)
 
     def start(self, *more, **changes):
         """Starts the training and returns the process; its output can be read while it runs."""

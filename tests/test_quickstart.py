@@ -166,7 +166,7 @@ def test_all_of_it(clone, model):
     done, tensorboard, own = process.stdout.splitlines()[-3:]
     assert done.startswith('Done. ')
     assert 'tensorboard --logdir /tmp/retrain_logs' in tensorboard
-    assert own.endswith('in place of data/cat, data/dog, and run this again: pipenv run quickstart')
+    assert re.search(r'in place of data/cat, data/dog, and run this again: (\S+/)?pipenv run quickstart$', own)
 
 
 def test_a_failure_of_the_training_ends_it(clone):

@@ -1,5 +1,7 @@
 """Every command of README.md, run as it stands there, in a copy of the project with a small model and photographs."""
 
+import contextlib
+import importlib
 import json
 import os
 import pathlib
@@ -11,8 +13,9 @@ import sys
 import time
 import urllib.request
 
+import numpy as np
 import pytest
-from conftest import COLOURS, ROOT, write_photographs
+from conftest import COLOURS, ROOT, write_mobilenet, write_photographs
 
 import tf_retrain
 
@@ -35,12 +38,14 @@ RUN = set()
 @pytest.fixture(scope='module')
 def clone(tmp_path_factory, model):
     folder = tmp_path_factory.mktemp('clone')
-    for name in ('tf_retrain.py', 'tf_test.py'):
+    for name in ('tf_retrain.py', 'retrain_serving.py', 'tf_test.py'):
         shutil.copy(ROOT / name, folder)
     for label, colour in zip(('cat', 'dog'), COLOURS, strict=False):
         write_photographs(folder / 'data', label, 40, colour)
+    shutil.copytree(folder / 'data', folder / 'train_data/train')
     (folder / 'inception').mkdir()
     shutil.copy(model, folder / 'inception')
+    write_mobilenet(folder / 'inception', '1.0_224')
     return folder
 
 
@@ -59,23 +64,51 @@ def shell(command, folder):
 
 
 def test_set_up_and_test_command_are_those_of_ci():
-    """CI takes the set-up and test command from README.md; the set-up of the first command is a part of it."""
+    """CI runs the two commands at the top of README.md as they stand there."""
     (test,) = commands_with('pipenv run test')
-    (install,) = [command for command in commands_with('pipenv install') if command != test]
-    assert test == install.replace('pipenv install', 'pipenv install --dev') + ' && .venv/bin/pipenv run test'
-    assert "grep -m 1 'pipenv run test' README.md" in (ROOT / '.ci/run').read_text()
+    (quickstart,) = commands_with('pipenv run quickstart')
+    assert test == quickstart.replace('pipenv install', 'pipenv install --dev').replace('run quickstart', 'run test')
+    ci = (ROOT / '.ci/run').read_text()
+    assert 'for name in quickstart test; do\n  command=$(grep -m 1 "pipenv run $name\\$" README.md)' in ci
     assert '. .venv/bin/activate' in commands_with('activate')
 
 
 def test_training_and_labelling(clone):
-    training = commands_with('tf_retrain.py')
-    assert len(training) >= 2
-    for command in training:
-        out = shell(command.replace('.venv/bin/pipenv run ', ''), clone)
-        assert 'Final test accuracy = ' in out
+    for command in commands_with('python3 tf_retrain.py'):
+        assert 'Final test accuracy = ' in shell(command, clone)
     (label,) = commands_with('tf_test.py')
     out = shell(label.replace('<path to image>', '"data/cat/cat 0.jpg"'), clone)
     assert re.fullmatch(r'cat \(score = 0\.\d+\)\ndog \(score = 0\.\d+\)\n', out)
+
+
+@pytest.mark.slow
+def test_serving_and_other_runtimes(clone, monkeypatch):
+    """The blocks of Python in README.md run one after the other, and give the scores of tf_test.py."""
+    (optimized,) = commands_with('--optimized_graph=')
+    shell(f'{optimized} --random_seed 1', clone)
+    (serving,) = commands_with('retrain_serving.py')
+    assert 'Wrote the SavedModel trained_model_serving/1.' in shell(
+        f'{serving} --output_graph=x --output_labels=y', clone
+    )
+    (show,) = commands_with('saved_model_cli')
+    assert "inputs['image']" in shell(show, clone)
+    monkeypatch.chdir(clone)
+    path = 'data/dog/dog 0.jpg'
+    (label,) = commands_with('tf_test.py')
+    scores = shell(label.replace('<path to image>', f'"{path}"'), clone)
+    expected = [float(re.search(rf'{name} \(score = (.+)\)', scores)[1]) for name in ('cat', 'dog')]
+    blocks = [block for block in re.findall(r'^```python\n(.*?)^```', README, re.M | re.S) if 'sha1' not in block]
+    space = {name: importlib.import_module(name) for name in ('pathlib', 'cv2', 'openvino')} | {'path': path}
+    found = []
+    for block in blocks:
+        with tf_retrain.tf.Graph().as_default() if 'Session' in block else contextlib.nullcontext():
+            exec(block, space)
+        if 'scores = ' in block:
+            found.append(space['scores'][0])
+    np.testing.assert_allclose(found, [expected] * 3, atol=1e-4)
+    assert len(blocks) == 6
+    assert space['answer']['label'].numpy() == [b'dog']
+    assert pathlib.Path('trained_model/model.tflite').stat().st_size > 10_000
 
 
 def wait_for(port, seconds=60):
@@ -113,7 +146,7 @@ def test_tensorboard_serves_the_tags(trained):
                 return json.load(response)
 
         deadline = time.monotonic() + 60
-        while set(get('scalars/tags')) != {'train', 'validation'} and time.monotonic() < deadline:
+        while not {'train', 'validation'} <= set(get('scalars/tags')) and time.monotonic() < deadline:
             time.sleep(1)
         for name in ('train', 'validation'):
             assert len(get('scalars/tags')[name]) == 10
@@ -138,8 +171,8 @@ def test_data_service(clone):
         for command in (dispatcher, worker):
             servers.append(start(re.sub('5000|5001', lambda match: ports[match[0]], command)))
             wait_for(int(ports['5000' if command == dispatcher else '5001']))
-        (training, *_) = commands_with('tf_retrain.py')
-        training = training.replace('.venv/bin/pipenv run ', '').replace('bottlenecks/', 'served/')
+        (training, *_) = commands_with('python3 tf_retrain.py')
+        training = training.replace('bottlenecks/', 'served/')
         out = shell(f'{training} --data_service grpc://localhost:{ports["5000"]}', clone)
         assert out.count('Creating bottleneck at served/') == 80
         assert 'WARNING' not in out
@@ -155,12 +188,12 @@ def test_accelerators(tmp_path):
 
 
 def test_every_flag_is_explained():
-    for flag in vars(tf_retrain.create_parser().parse_args(['--image_dir=x'])):
+    for flag in [*vars(tf_retrain.create_parser().parse_args(['--image_dir=x'])), 'saved_model_dir']:
         assert f'| `--{flag}' in README
 
 
 def test_every_command_was_run(request):
     """Comes last: the tests above have marked what they ran."""
-    if sum(item.module.__name__ == 'test_readme' for item in request.session.items) < 7:
+    if sum(item.module.__name__ == 'test_readme' for item in request.session.items) < 8:
         pytest.skip('not all tests above were selected')
     assert set(COMMANDS) - RUN == set()
