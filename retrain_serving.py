@@ -1370,8 +1370,10 @@ class Classifier(tf.Module):
         """Returns the scores of encoded images, string [N], as one batch: float [N, classes]."""
 
         def decode(image_data: tf.Tensor) -> tf.Tensor:
-            image = tf.ensure_shape(tf.io.decode_jpeg(image_data, MODEL_INPUT_DEPTH), [None, None, MODEL_INPUT_DEPTH])
-            return resize_image(image, self.image_size)
+            # What DecodeJpeg makes of WebP has four dimensions.
+            is_webp = tf.strings.substr(image_data, 0, 4) == b'RIFF'
+            tf.debugging.Assert(~is_webp, ['The image is not JPEG, PNG or still GIF, but WebP.'])
+            return resize_image(tf.io.decode_jpeg(image_data, MODEL_INPUT_DEPTH), self.image_size)
 
         spec = tf.TensorSpec([*self.image_size, MODEL_INPUT_DEPTH])
         images = tf.map_fn(decode, contents, fn_output_signature=spec)

@@ -159,11 +159,20 @@ def webp():
         return file.getvalue()
 
 
-@pytest.mark.parametrize('contents', [b'no image', b'', webp(), b'\xff\xd8\xff\xe0broken'])
+@pytest.mark.parametrize(
+    ('contents', 'message'),
+    [
+        (b'no image', 'Unknown image file format'),
+        (b'', 'Input is empty'),
+        (webp(), 'The image is not JPEG, PNG or still GIF, but WebP'),
+        (b'\xff\xd8\xff\xe0broken', 'Invalid JPEG data'),
+    ],
+    ids=['text', 'nothing', 'WebP', 'cut JPEG'],
+)
 @pytest.mark.parametrize('signature', ['serving_default', 'predict_rows'])
-def test_what_is_no_image_is_an_error(signatures, photographs, contents, signature):
+def test_what_is_no_image_is_an_error(signatures, photographs, contents, message, signature):
     images, _ = photographs
-    with pytest.raises(tf.errors.InvalidArgumentError, match='(?i)image|jpeg'):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=message):
         signatures[signature](image=tf.constant([images[0], contents]))
     answer = signatures[signature](image=tf.constant(images[:1]))
     assert len(answer['prediction' if signature == 'serving_default' else 'score']) == 1
