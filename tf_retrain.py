@@ -402,6 +402,7 @@ def load_tfhub_module(handle: str, use_gpus: bool) -> Backbone:
             with gfile.GFile(os.path.join(folder, name), 'rb') as file:
                 checksum = zlib.crc32(file.read(), checksum)
     graph_def = prepend_decoding(frozen.graph.as_graph_def(), frozen.inputs[0].name, image_size, 0, 255, 'module')
+    graph_def = tf.compat.v1.graph_util.extract_sub_graph(graph_def, ['module/bottleneck'])
     suffix = '_' + re.sub(r'[:/]+', '~', handle.rstrip('/'))[-100:]  # as the retrain script of TensorFlow Hub has it
     return Backbone(handle, graph_def, checksum, 'module/bottleneck', size, image_size, suffix, use_gpus)
 

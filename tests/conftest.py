@@ -160,6 +160,26 @@ def write_mobilenet(model_dir, size):
     return path
 
 
+class FeatureVector(tf.Module):
+    """A small image feature vector, called as those of TensorFlow Hub are: images in 0..1 to [N, 37]."""
+
+    def __init__(self, height=96, width=128, seed=0):
+        super().__init__()
+        self.kernel = tf.Variable(tf.random.stateless_normal([8, 8, 3, 37], [seed, 1], stddev=0.2), name='kernel')
+        spec = tf.TensorSpec([None, height, width, 3])
+        self.__call__.get_concrete_function(spec, training=True)
+        self.__call__.get_concrete_function(spec, training=False)
+
+    @tf.function
+    def __call__(self, images, training=False):
+        features = tf.reduce_mean(tf.nn.relu(tf.nn.conv2d(images, self.kernel, 8, 'VALID')), [1, 2])
+        return features * 0 if training else features
+
+
+def write_module(path, **options):
+    tf.saved_model.save(FeatureVector(**options), str(path))
+
+
 COLOURS = [(200, 60, 60), (60, 60, 200), (60, 200, 60), (200, 200, 60)]
 
 
@@ -267,4 +287,17 @@ def trained(tmp_path_factory, model):
     """A finished run of tf_retrain.py, for tests that only look at what it left; .process is the finished process."""
     job = Job(tmp_path_factory.mktemp('trained'), model).photographs(cat=60, dog=60, Red_Fox=25)
     job.process = job.run('--print_misclassified_test_images')
+    return job
+
+
+@pytest.fixture(scope='session', params=['inception', 'mobilenet', 'module'])
+def networks(request, tmp_path_factory, model):
+    """A finished run of retrain_serving.py with each kind of network; .network are the flags that ask for it."""
+    job = Job(tmp_path_factory.mktemp(request.param), model).photographs(cat=60, dog=60, Red_Fox=25)
+    write_mobilenet(job.folder / 'inception', '0.25_128')
+    write_module(job.folder / 'module')
+    flags = {'mobilenet': ['--architecture=mobilenet_0.25_128'], 'module': ['--tfhub_module=module']}
+    job.network = flags.get(request.param, [])
+    job.flags |= {'how_many_training_steps': '5', 'optimized_graph': 'trained_model/optimized_model.pb'}
+    job.process = job.run(*job.network, '--saved_model_dir=saved/1', script='retrain_serving.py')
     return job

