@@ -363,7 +363,10 @@ def prepend_decoding(
         image = tf.subtract(image, mean, name='Sub')
         image = tf.multiply(image, 1 / deviation, name=SCALED_INPUT_TENSOR_NAME.split(':')[0])
         tf.graph_util.import_graph_def(graph_def, {input_name: image}, name=prefix)
-        return tf.compat.v1.train.export_meta_graph(strip_default_attrs=True).graph_def
+        joined = tf.compat.v1.train.export_meta_graph(strip_default_attrs=True).graph_def
+    for node in joined.node:
+        node.attr.pop('_output_shapes', None)  # of one image, while a batch may be fed
+    return joined
 
 
 def load_tfhub_module(handle: str, use_gpus: bool) -> Backbone:
@@ -392,7 +395,8 @@ def load_tfhub_module(handle: str, use_gpus: bool) -> Backbone:
 
     @tf.function(input_signature=[tf.TensorSpec([None, *image_size, MODEL_INPUT_DEPTH], name='images')])
     def extract(images: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(tf.nest.flatten(function(images)), [-1, size], name='bottleneck')
+        (features,) = tf.nest.flatten(function(images))
+        return tf.reshape(features, [-1, size], name='bottleneck')
 
     frozen = convert_variables_to_constants_v2(extract.get_concrete_function())
     checksum = 0

@@ -135,7 +135,7 @@ def write_mobilenet(model_dir, size):
         g.node(f'{norm}/sub', 'Sub', [beta, f'{norm}/mul_2'], T=FLOAT)
         return g.node(f'{name}/Relu6', 'Relu6', [x], T=FLOAT)
 
-    x = layer('MobilenetV1/Conv2d_0', 'Conv2D', 'input', read('MobilenetV1/Conv2d_0/weights', 3, 3, 3, 16), 16, 8)
+    x = layer('MobilenetV1/Conv2d_0', 'Conv2D', 'input', read('MobilenetV1/Conv2d_0/weights', 8, 8, 3, 16), 16, 8)
     weights = read('MobilenetV1/Conv2d_1_depthwise/depthwise_weights', 3, 3, 16, 1)
     x = layer('MobilenetV1/Conv2d_1_depthwise', 'DepthwiseConv2dNative', x, weights, 16, 1)
     x = g.pool('MobilenetV1/Logits/AvgPool_1a/AvgPool', 'AvgPool', x, side // 8, 2)

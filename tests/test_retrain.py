@@ -1,9 +1,6 @@
 """tf_retrain.py from the command line, from photographs to graph, labels and logs."""
 
-import json
-import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -428,35 +425,6 @@ def test_ctrl_c_while_caching_keeps_what_was_computed(job):
     assert 100 <= len(done) < 4000
     assert tf_retrain.read_bottlenecks([str(path) for path in done], 2048)[2].all()
     assert not list((job.folder / 'bottlenecks').rglob('*.tmp'))  # no half-written file stays
-
-
-@pytest.mark.slow
-def test_tensorflow_1_runs_the_graph(trained, tmp_path):
-    """Python 3.7 with TensorFlow 1.15 gives the scores that we get, for every test image."""
-    pyenv = pathlib.Path.home().glob('.pyenv/versions/3.7*/bin/python')
-    python = next(pyenv, None) or shutil.which('python3.7')
-    if not python:
-        pytest.skip('there is no Python 3.7 here')
-    subprocess.run([python, '-m', 'venv', str(tmp_path / 'v')], check=True)
-    packages = ['tensorflow==1.15.5', 'protobuf<3.21', 'numpy<1.19']
-    pip = [str(tmp_path / 'v/bin/pip'), 'install', '--quiet', '--disable-pip-version-check', *packages]
-    if subprocess.run(pip).returncode:
-        pytest.skip('TensorFlow 1.15 cannot be installed here')
-    images = [path for path in sorted(trained.data.rglob('*.jpg')) if category(trained.folder, path) == 'testing']
-    program = """
-import json, sys
-import tensorflow as tf
-graph_def = tf.compat.v1.GraphDef.FromString(open(sys.argv[1], 'rb').read())
-tf.import_graph_def(graph_def, name='')
-with tf.compat.v1.Session() as session:
-    for path in sys.argv[2:]:
-        print(json.dumps(session.run('final_result:0', {'DecodeJpeg/contents:0': open(path, 'rb').read()})[0].tolist()))
-"""
-    graph = trained.folder / 'trained_model/unoptimized_model.pb'
-    command = [str(tmp_path / 'v/bin/python'), '-c', program, str(graph), *map(str, images)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    ours = [run_v1(trained.graph(), path.read_bytes(), 'final_result:0')[0] for path in images]
-    np.testing.assert_allclose([json.loads(line) for line in out.splitlines()], ours, atol=1e-5)
 
 
 class DataService:

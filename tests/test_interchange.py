@@ -1,0 +1,116 @@
+"""What other runtimes make of the graphs: those of today of the optimized one, TensorFlow 1.15 of the frozen one."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+
+import cv2
+import numpy as np
+import openvino
+import pytest
+from conftest import category
+
+import tf_retrain
+import tf_test
+
+tf = tf_retrain.tf
+
+
+@pytest.fixture(scope='module')
+def scaled(networks):
+    """The optimized graph's path, 20 photographs as it takes them, and their scores by tf_test.py's own function."""
+    paths = sorted(networks.data.rglob('*.jpg'))[::7][:20]
+    size, mean, deviation = {
+        'inception': ([299, 299], 128, 128),
+        'mobilenet': ([128, 128], 127.5, 127.5),
+        'module': ([96, 128], 0, 255),
+    }[networks.folder.name.rstrip('0123456789')]
+    resize = tf.compat.v1.image.resize_bilinear
+    images = [resize(tf.io.decode_jpeg(tf.io.read_file(str(path)), 3)[tf.newaxis], size)[0] for path in paths]
+    scores = np.array([tf_test.run_graph(networks.graph(), path.read_bytes()) for path in paths])
+    assert len(paths) == 20
+    assert np.ptp(scores, axis=0).max() > 0.01  # they are not all alike
+    return str(networks.folder / networks.flags['optimized_graph']), (np.array(images) - mean) / deviation, scores
+
+
+def test_tensorflow(scaled):
+    path, images, expected = scaled
+    graph_def = tf.compat.v1.GraphDef.FromString(pathlib.Path(path).read_bytes())
+
+    @tf.function
+    def classify(images):
+        return tf.graph_util.import_graph_def(graph_def, {'Mul:0': images}, ['final_result:0'])[0]
+
+    np.testing.assert_allclose(classify(images.astype(np.float32)), expected, atol=1e-5)
+
+
+def test_opencv(scaled):
+    path, images, expected = scaled
+    network = cv2.dnn.readNetFromTensorflow(path)
+    channels_first = images.transpose(0, 3, 1, 2).astype(np.float32)
+    network.setInput(channels_first)
+    np.testing.assert_allclose(network.forward(), expected, atol=1e-5)
+    for image, scores in zip(channels_first, expected, strict=True):
+        network.setInput(image[np.newaxis])
+        np.testing.assert_allclose(network.forward(), [scores], atol=1e-5)
+
+
+def test_openvino(scaled):
+    path, images, expected = scaled
+    network = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    np.testing.assert_allclose(network(images.astype(np.float32))[0], expected, atol=1e-5)
+    for image, scores in zip(images.astype(np.float32), expected, strict=True):
+        np.testing.assert_allclose(network(image[np.newaxis])[0], [scores], atol=1e-5)
+
+
+@pytest.mark.filterwarnings('ignore:.*tf.lite.Interpreter is deprecated')
+def test_tensorflow_lite(scaled):
+    path, images, expected = scaled
+    converter = tf.compat.v1.lite.TFLiteConverter.from_frozen_graph(path, ['Mul'], ['final_result'])
+    interpreter = tf.lite.Interpreter(model_content=converter.convert())
+    (fed,), (fetched,) = interpreter.get_input_details(), interpreter.get_output_details()
+    for batch, scores in [(images, expected), (images[:1], expected[:1])]:
+        interpreter.resize_tensor_input(fed['index'], batch.shape)
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(fed['index'], batch.astype(np.float32))
+        interpreter.invoke()
+        np.testing.assert_allclose(interpreter.get_tensor(fetched['index']), scores, atol=1e-5)
+
+
+@pytest.fixture(scope='session')
+def tensorflow_1(tmp_path_factory):
+    """Returns the Python of an environment with TensorFlow 1.15."""
+    pyenv = pathlib.Path.home().glob('.pyenv/versions/3.7*/bin/python')
+    python = next(pyenv, None) or shutil.which('python3.7')
+    if not python:
+        pytest.skip('there is no Python 3.7 here')
+    environment = tmp_path_factory.mktemp('tensorflow_1')
+    subprocess.run([python, '-m', 'venv', str(environment)], check=True)
+    packages = ['tensorflow==1.15.5', 'protobuf<3.21', 'numpy<1.19']
+    pip = [str(environment / 'bin/pip'), 'install', '--quiet', '--disable-pip-version-check', *packages]
+    if subprocess.run(pip).returncode:
+        pytest.skip('TensorFlow 1.15 cannot be installed here')
+    return environment / 'bin/python'
+
+
+PROGRAM = """
+import json, sys
+import tensorflow as tf
+graph_def = tf.compat.v1.GraphDef.FromString(open(sys.argv[1], 'rb').read())
+tf.import_graph_def(graph_def, name='')
+with tf.compat.v1.Session() as session:
+    for path in sys.argv[2:]:
+        print(json.dumps(session.run('final_result:0', {'DecodeJpeg/contents:0': open(path, 'rb').read()})[0].tolist()))
+"""
+
+
+@pytest.mark.slow
+def test_tensorflow_1_runs_the_graph(networks, tensorflow_1):
+    """Python 3.7 with TensorFlow 1.15 gives the scores that we get, for every test image."""
+    images = [path for path in sorted(networks.data.rglob('*.jpg')) if category(networks.folder, path) == 'testing']
+    graph = networks.folder / networks.flags['output_graph']
+    command = [str(tensorflow_1), '-c', PROGRAM, str(graph), *map(str, images)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    ours = [tf_test.run_graph(networks.graph(), path.read_bytes()) for path in images]
+    np.testing.assert_allclose([json.loads(line) for line in out.splitlines()], ours, atol=1e-5)
