@@ -981,8 +981,10 @@ class SummaryWriter:
     """
 
     def __init__(self, folder: str) -> None:
-        for path in gfile.glob(os.path.join(folder, 'events.out.tfevents.*')):
-            gfile.remove(path)
+        for name in ('events.out.tfevents.*', 'projector_config.pbtxt'):  # of an earlier run
+            for path in gfile.glob(os.path.join(folder, name)):
+                gfile.remove(path)
+        self.folder = folder
         name = f'events.out.tfevents.{time.time():.0f}.{platform.node()}.{os.getpid()}'
         self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
         self.write(file_version='brain.Event:2')
@@ -1101,11 +1103,11 @@ def load_thumbnail(path: str, side: int) -> Image.Image:
 
 def draw_confusion_matrix(confusion: np.ndarray, labels: list) -> Image.Image:
     """Draws counts, int [true class, predicted class]: the darker a cell, the larger its share of the true class."""
-    count = len(labels)
+    count, corner = len(labels), 'true / predicted'
     cell = max(2, min(48, 1200 // count))
     font = ImageFont.load_default(min(16, cell))
     names = [f'{label[:23]}…' if len(label) > 24 else label for label in labels] if cell >= 8 else [''] * count
-    margin = 40 + int(max(map(font.getlength, names)))
+    margin = 16 + int(max(map(font.getlength, [*names, corner])))
     picture = Image.new('RGB', (margin + cell * count + 10,) * 2, 'white')
 
     def draw_names(anchor: str, x: int) -> Image.Image:
@@ -1118,7 +1120,7 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list) -> Image.Image:
     picture.paste(draw_names('rm', margin - 6), (0, margin))
     picture.paste(draw_names('lm', 6).transpose(Image.Transpose.ROTATE_90), (margin, 0))
     draw = ImageDraw.Draw(picture)
-    draw.text((margin - 6, margin - 6), 'true, across; predicted, down', 'grey', font, 'rs')
+    draw.text((margin - 6, margin - 6), corner, 'grey', font, 'rs')
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     for row, column in np.ndindex(count, count):
         x, y, share = margin + cell * column, margin + cell * row, shares[row, column]
@@ -1131,7 +1133,7 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list) -> Image.Image:
 
 
 def write_pictures(
-    folder: str,
+    writer: SummaryWriter,
     paths: list,
     labels: list,
     classes: np.ndarray,
@@ -1148,7 +1150,6 @@ def write_pictures(
     for i in np.flatnonzero(classes != predictions)[:SHOWN_IMAGES]:
         names = f'{labels[classes[i]]} taken for {labels[predictions[i]]}'
         pictures[f'misclassified/{names}/{os.path.basename(paths[i])}'] = load_thumbnail(paths[i], 299)
-    writer = SummaryWriter(folder)
     writer.write(pictures)
     writer.file.close()
     columns = math.ceil(math.sqrt(len(paths)))
@@ -1157,7 +1158,9 @@ def write_pictures(
         corner = (i % columns * THUMBNAIL_SIDE, i // columns * THUMBNAIL_SIDE)
         sprite.paste(load_thumbnail(path, THUMBNAIL_SIDE), corner)
     rows = zip(classes, predictions, paths, strict=True)
-    rows = [(labels[true], labels[predicted], os.path.basename(path)) for true, predicted, path in rows]
+    rows = [
+        (labels[true], labels[predicted], re.sub(r'\s', ' ', os.path.basename(path))) for true, predicted, path in rows
+    ]
     files = {
         'bottlenecks.tsv': '\n'.join('\t'.join(f'{value:.6g}' for value in row) for row in bottlenecks).encode(),
         'metadata.tsv': ''.join('\t'.join(row) + '\n' for row in [('label', 'predicted', 'image'), *rows]).encode(),
@@ -1165,7 +1168,7 @@ def write_pictures(
         'projector_config.pbtxt': PROJECTOR_CONFIG.encode(),
     }
     for name, contents in files.items():
-        write_whole(os.path.join(folder, name), contents)
+        write_whole(os.path.join(writer.folder, name), contents)
 
 
 # Main
@@ -1304,6 +1307,7 @@ def main(flags: argparse.Namespace) -> tuple:
     layer_seed = np.random.SeedSequence(flags.random_seed).generate_state(2)
     layer = FinalLayer(backbone.bottleneck_size, len(image_lists), flags.learning_rate, layer_seed)
     train_final_layer(flags, image_lists, bottlenecks, layer, backbone)
+    test_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'test'))
     tested = test_final_layer(flags, image_lists, bottlenecks, layer)
     if tested:
         rows, classes, predictions, confusion = tested
@@ -1323,8 +1327,7 @@ def main(flags: argparse.Namespace) -> tuple:
     if tested:
         images = list_images(image_lists)
         paths = [os.path.join(flags.image_dir, images[row][2]) for row in rows[shown]]
-        folder = os.path.join(flags.summaries_dir, 'test')
-        write_pictures(folder, paths, labels, classes[shown], predictions[shown], confusion, shown_bottlenecks)
+        write_pictures(test_writer, paths, labels, classes[shown], predictions[shown], confusion, shown_bottlenecks)
     graph, label_file = shlex.quote(flags.output_graph), shlex.quote(flags.output_labels)
     print(f'Wrote the graph {graph} and the labels {label_file}. To label an image with them:')
     print(f'python3 tf_test.py <path to image> {graph} {label_file}')
