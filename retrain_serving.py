@@ -81,7 +81,6 @@ MOBILENET_URL = 'http://download.tensorflow.org/models/mobilenet_v1_{}_frozen.tg
 MOBILENET_GRAPH_NAME = 'mobilenet_v1_{}/frozen_graph.pb'
 MOBILENET_SIZES = [f'{size}_{side}' for size in ('1.0', '0.75', '0.50', '0.25') for side in (224, 192, 160, 128)]
 ARCHITECTURES = ['inception_v3', *(f'mobilenet_{size}' for size in MOBILENET_SIZES)]
-MODEL_HELP = 'network to use: inception_v3, or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>'
 TFHUB_IMAGE_SIZE = (224, 224)  # for a module that takes any
 
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo one more than this
@@ -229,11 +228,10 @@ def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str
                 tar.extractall(unpacked, filter='data')
         except (tarfile.TarError, OSError) as error:
             raise UserError(f'{archive} cannot be unpacked ({error}). Delete it and run the same command again.')
-        inner = os.path.dirname(graph_name)
-        for name in os.listdir(os.path.join(unpacked, inner)) if os.path.isdir(os.path.join(unpacked, inner)) else []:
-            if os.path.isfile(os.path.join(unpacked, inner, name)):
-                with open(os.path.join(unpacked, inner, name), 'rb') as file:
-                    write_whole(os.path.join(model_dir, inner, name), file.read())
+        for path in gfile.glob(os.path.join(unpacked, os.path.dirname(graph_name), '*')):
+            if not gfile.isdir(path):
+                with open(path, 'rb') as file:
+                    write_whole(os.path.join(os.path.dirname(graph_path), os.path.basename(path)), file.read())
     if not gfile.exists(graph_path):
         raise UserError(f'{archive} has no {graph_name} in it. Delete it and run the same command again.')
     return graph_path
@@ -383,15 +381,16 @@ def load_tfhub_module(handle: str, use_gpus: bool) -> Backbone:
         raise UserError(f"--tfhub_module: '{handle}' cannot be loaded ({str(error).strip()}). Name another module.")
     functions = module.__call__.concrete_functions if callable(module) else module.signatures.values()
     for function in functions:
-        images, *others = tf.nest.flatten(function.structured_input_signature)
-        outputs = tf.nest.flatten(function.structured_outputs)
+        arguments = tf.nest.flatten(function.structured_input_signature)
+        inputs = [argument.shape for argument in arguments if isinstance(argument, tf.TensorSpec)]
+        outputs = [output.shape for output in tf.nest.flatten(function.structured_outputs)]
         # One of the functions may be for training, which a truth value among its arguments tells.
-        if images.shape.rank == 4 and True not in others and [output.shape.rank for output in outputs] == [2]:
+        if [len(shape) for shape in (*inputs, *outputs) if shape.rank] == [4, 2] and True not in arguments:
             break
     else:
         raise UserError(f"--tfhub_module: '{handle}' makes no feature vectors of images. Name one that does.")
-    image_size = tuple(side or default for side, default in zip(images.shape[1:3], TFHUB_IMAGE_SIZE, strict=True))
-    size = outputs[0].shape[1]
+    image_size = tuple(side or default for side, default in zip(inputs[0][1:3], TFHUB_IMAGE_SIZE, strict=True))
+    size = outputs[0][1]
 
     @tf.function(input_signature=[tf.TensorSpec([None, *image_size, MODEL_INPUT_DEPTH], name='images')])
     def extract(images: tf.Tensor) -> tf.Tensor:
@@ -1511,7 +1510,8 @@ def create_parser() -> FlagParser:
 
     add = parser.add_argument_group('model').add_argument
     add('--model_dir', metavar='DIR', default='/tmp/imagenet', help='where the pretrained model is, or is fetched to')
-    add('--architecture', metavar='NAME', choices=ARCHITECTURES, default=ARCHITECTURES[0], help=MODEL_HELP)
+    names = 'network to use: inception_v3, or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>'
+    add('--architecture', metavar='NAME', choices=ARCHITECTURES, default=ARCHITECTURES[0], help=names)
     add('--tfhub_module', metavar='HANDLE', help='image feature vector of TensorFlow Hub to use: a URL or a folder')
 
     add = parser.add_argument_group('training').add_argument

@@ -273,6 +273,15 @@ def test_a_kill_while_it_is_written(served):
     assert re.fullmatch(r'\.[0-9a-f]{32}\.tmp', name)
 
 
+@pytest.mark.slow
+def test_no_script_does_what_is_deprecated(job, monkeypatch):
+    monkeypatch.setenv('PYTHONWARNINGS', 'error::DeprecationWarning')
+    flags = '--saved_model_dir=saved/1', '--optimized_graph=optimized.pb', '--random_brightness=1'
+    job.photographs(cat=20, dog=20).run(*flags, script='retrain_serving.py', how_many_training_steps='2')
+    job.run(how_many_training_steps='2')
+    run('tf_test.py', job.test_image(), job.flags['output_graph'], job.flags['output_labels'], cwd=job.folder)
+
+
 FRESH = """
 import sys, tensorflow as tf
 model = tf.saved_model.load(sys.argv[1])
