@@ -1379,8 +1379,9 @@ class Classifier(tf.Module):
         def decode(image_data: tf.Tensor) -> tf.Tensor:
             # What DecodeJpeg makes of WebP has four dimensions.
             is_webp = tf.strings.substr(image_data, 0, 4) == b'RIFF'
-            tf.debugging.Assert(~is_webp, ['The image is not JPEG, PNG or still GIF, but WebP.'])
-            return resize_image(tf.io.decode_jpeg(image_data, MODEL_INPUT_DEPTH), self.image_size)
+            check = tf.debugging.Assert(~is_webp, ['The image is not JPEG, PNG or still GIF, but WebP.'])
+            with tf.control_dependencies([check]):
+                return resize_image(tf.io.decode_jpeg(image_data, MODEL_INPUT_DEPTH), self.image_size)
 
         spec = tf.TensorSpec([*self.image_size, MODEL_INPUT_DEPTH])
         images = tf.map_fn(decode, contents, fn_output_signature=spec)
@@ -1412,7 +1413,7 @@ def write_saved_model(classifier: Classifier, saved_model_dir: str) -> str:
     try:
         tf.saved_model.save(classifier, temporary, signatures)
         if gfile.exists(saved_model_dir):
-            if gfile.listdir(saved_model_dir):
+            if not gfile.isdir(saved_model_dir) or gfile.listdir(saved_model_dir):
                 saved_model_dir = find_free_version(saved_model_dir)
             else:
                 gfile.rmtree(saved_model_dir)
