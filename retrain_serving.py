@@ -1132,35 +1132,39 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list) -> Image.Image:
 
 def write_pictures(
     writer: SummaryWriter,
-    paths: list,
+    image_paths: list,
+    cache_paths: list,
     labels: list,
     classes: np.ndarray,
     predictions: np.ndarray,
     confusion: np.ndarray,
-    bottlenecks: np.ndarray,
 ) -> None:
     """Writes what TensorBoard shows of the tested images: the confusion matrix, the mistaken images, and, for its
     projector, all of them by their bottlenecks, with thumbnails (tensorboard/plugins/projector).
 
-    classes and predictions are int [N], bottlenecks float [N, size].
+    Both lists have N paths; classes and predictions are int [N].
     """
     pictures = {'confusion_matrix': draw_confusion_matrix(confusion, labels)}
     for i in np.flatnonzero(classes != predictions)[:SHOWN_IMAGES]:
         names = f'{labels[classes[i]]} taken for {labels[predictions[i]]}'
-        pictures[f'misclassified/{names}/{os.path.basename(paths[i])}'] = load_thumbnail(paths[i], 299)
+        pictures[f'misclassified/{names}/{os.path.basename(image_paths[i])}'] = load_thumbnail(image_paths[i], 299)
     writer.write(pictures)
     writer.file.close()
-    columns = math.ceil(math.sqrt(len(paths)))
+    columns = math.ceil(math.sqrt(len(image_paths)))
     sprite = Image.new('RGB', (columns * THUMBNAIL_SIDE, columns * THUMBNAIL_SIDE), 'white')
-    for i, path in enumerate(paths):
+    for i, path in enumerate(image_paths):
         corner = (i % columns * THUMBNAIL_SIDE, i // columns * THUMBNAIL_SIDE)
         sprite.paste(load_thumbnail(path, THUMBNAIL_SIDE), corner)
-    rows = zip(classes, predictions, paths, strict=True)
+    rows = zip(classes, predictions, image_paths, strict=True)
     rows = [
         (labels[true], labels[predicted], re.sub(r'\s', ' ', os.path.basename(path))) for true, predicted, path in rows
     ]
+    bottlenecks = []
+    for path in cache_paths:
+        with gfile.GFile(path) as file:
+            bottlenecks.append(file.read().replace(',', '\t'))
     files = {
-        'bottlenecks.tsv': '\n'.join('\t'.join(f'{value:.6g}' for value in row) for row in bottlenecks).encode(),
+        'bottlenecks.tsv': '\n'.join(bottlenecks).encode(),
         'metadata.tsv': ''.join('\t'.join(row) + '\n' for row in [('label', 'predicted', 'image'), *rows]).encode(),
         'thumbnails': encode_png(sprite),
         'projector_config.pbtxt': PROJECTOR_CONFIG.encode(),
@@ -1307,10 +1311,6 @@ def main(flags: argparse.Namespace) -> tuple:
     train_final_layer(flags, image_lists, bottlenecks, layer, backbone)
     test_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'test'))
     tested = test_final_layer(flags, image_lists, bottlenecks, layer)
-    if tested:
-        rows, classes, predictions, confusion = tested
-        shown = np.unique(rows, return_index=True)[1][:PROJECTED_IMAGES]
-        shown_bottlenecks = bottlenecks[rows[shown]]
     del bottlenecks  # writing the graph takes memory too
 
     labels = list(image_lists)
@@ -1323,9 +1323,13 @@ def main(flags: argparse.Namespace) -> tuple:
         contents[flags.optimized_graph] = optimized.SerializeToString(deterministic=True)
     write_outputs(contents)
     if tested:
+        rows, classes, predictions, confusion = tested
+        shown = np.unique(rows, return_index=True)[1][:PROJECTED_IMAGES]
         images = list_images(image_lists)
-        paths = [os.path.join(flags.image_dir, images[row][2]) for row in rows[shown]]
-        write_pictures(test_writer, paths, labels, classes[shown], predictions[shown], confusion, shown_bottlenecks)
+        files = [images[row][2] for row in rows[shown]]
+        image_paths = [os.path.join(flags.image_dir, file) for file in files]
+        cache_paths = [get_bottleneck_path(file, flags, backbone) for file in files]
+        write_pictures(test_writer, image_paths, cache_paths, labels, classes[shown], predictions[shown], confusion)
     graph, label_file = shlex.quote(flags.output_graph), shlex.quote(flags.output_labels)
     print(f'Wrote the graph {graph} and the labels {label_file}. To label an image with them:')
     print(f'python3 tf_test.py <path to image> {graph} {label_file}')
