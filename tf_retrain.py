@@ -40,6 +40,7 @@ import threading
 import time
 import urllib.request
 import uuid
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -372,7 +373,9 @@ def load_tfhub_module(handle: str, use_gpus: bool) -> Backbone:
     """Returns the network of a TF2 image feature-vector module, from images in 0..1 to [N, size] (the common signature
     of https://www.tensorflow.org/hub/common_signatures/images); raises UserError if it is none."""
     try:
-        import tensorflow_hub
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of its use of pkg_resources
+            import tensorflow_hub
     except ImportError as error:
         raise UserError(f"--tfhub_module: {error}. Run pip install tensorflow-hub 'setuptools<81' first.")
     try:

@@ -31,6 +31,7 @@ def get_test_images(job):
 def test_all_agree_on_every_test_image(networks, monkeypatch):
     """Both trainers write graphs with the same scores, and the SavedModel gives these too."""
     job, graph = networks, networks.graph()
+    assert 'Warning' not in job.process.stderr
     bottlenecks = {path: path.stat().st_mtime_ns for path in (job.folder / 'bottlenecks').rglob('*.txt')}
     job.main(monkeypatch, *job.network, output_graph='again.pb', summaries_dir='again')
     assert {path: path.stat().st_mtime_ns for path in bottlenecks} == bottlenecks  # nothing was computed again
