@@ -1050,11 +1050,9 @@ def create_optimized_graph(backbone: Backbone, layer: FinalLayer, final_tensor_n
     folded = backbone.fold()
     name = SCALED_INPUT_TENSOR_NAME.split(':')[0]
     (scaled,) = (node for node in folded.node if node.name == name)
-    scaled.Clear()
-    shape = tf.TensorShape([None, *backbone.image_size, MODEL_INPUT_DEPTH]).as_proto()
-    scaled.MergeFrom(tf.compat.v1.NodeDef(name=name, op='Placeholder'))
+    scaled.CopyFrom(tf.compat.v1.NodeDef(name=name, op='Placeholder'))
     scaled.attr['dtype'].type = tf.float32.as_datatype_enum
-    scaled.attr['shape'].shape.CopyFrom(shape)
+    scaled.attr['shape'].shape.CopyFrom(tf.TensorShape([None, *backbone.image_size, MODEL_INPUT_DEPTH]).as_proto())
     optimized = tf.compat.v1.graph_util.extract_sub_graph(folded, [backbone.output])
     add, constant = functools.partial(add_node, optimized), functools.partial(add_constant, optimized)
     scope = 'final_training_ops'
