@@ -222,17 +222,19 @@ def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str
         gfile.rename(archive, archive + '.broken', overwrite=True)
     if not gfile.exists(archive):
         download(url, archive)
-    # Unpacked next door first, so that a run which is stopped leaves no half-written graph behind.
-    with tempfile.TemporaryDirectory() as unpacked:
-        try:
-            with gfile.GFile(archive, 'rb') as file, tarfile.open(fileobj=file, mode='r|gz') as tar:
-                tar.extractall(unpacked, filter='data')
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(f'{archive} cannot be unpacked ({error}). Delete it and run the same command again.')
-        for path in gfile.glob(os.path.join(unpacked, os.path.dirname(graph_name), '*')):
-            if not gfile.isdir(path):
-                with open(path, 'rb') as file:
-                    write_whole(os.path.join(os.path.dirname(graph_path), os.path.basename(path)), file.read())
+    files = {}
+    try:
+        with gfile.GFile(archive, 'rb') as file, tarfile.open(fileobj=file, mode='r|gz') as tar:
+            for member in tar:
+                folder, name = os.path.split(os.path.normpath(member.name))
+                if not (member.isfile() or member.isdir()) or folder.startswith(('/', '..')):
+                    raise tarfile.TarError(f'{member.name} is a link or a device, or would lie outside')
+                if member.isfile() and folder == os.path.dirname(graph_name):
+                    files[name] = tar.extractfile(member).read()
+    except (tarfile.TarError, OSError) as error:
+        raise UserError(f'{archive} cannot be unpacked ({error}). Delete it and run the same command again.')
+    for name, contents in files.items():
+        write_whole(os.path.join(os.path.dirname(graph_path), name), contents)
     if not gfile.exists(graph_path):
         raise UserError(f'{archive} has no {graph_name} in it. Delete it and run the same command again.')
     return graph_path
