@@ -42,7 +42,13 @@ def test_tensorflow(scaled):
     def classify(images):
         return tf.graph_util.import_graph_def(graph_def, {'Mul:0': images}, ['final_result:0'])[0]
 
-    np.testing.assert_allclose(classify(images.astype(np.float32)), expected, atol=1e-5)
+    wrapped = tf.compat.v1.wrap_function(lambda: tf.import_graph_def(graph_def, name=''), [])
+    pruned = wrapped.prune('Mul:0', 'final_result:0')
+    images = tf.constant(images, tf.float32)
+    for run in (classify, pruned):
+        np.testing.assert_allclose(run(images), expected, atol=1e-5)
+        for image, scores in zip(images, expected, strict=True):
+            np.testing.assert_allclose(run(image[tf.newaxis]), [scores], atol=1e-5)
 
 
 def test_opencv(scaled):
