@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train an image classifier on your own photographs, and write a SavedModel for TensorFlow Serving.
+"""Train an image classifier on your own photographs, and write a SavedModel.
 
     python3 retrain_serving.py --image_dir=data/ --model_dir=inception/ --bottleneck_dir=bottlenecks/ \\
         --output_graph=trained_model/unoptimized_model.pb --output_labels=trained_model/labels.txt \\
@@ -169,6 +169,7 @@ from tensorflow.io import gfile
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
 tf.get_logger().setLevel('ERROR')
+np.seterr(all='ignore')  # no warnings: numbers that are too large show in the cross entropy
 Image.MAX_IMAGE_PIXELS = None  # Pillow does not warn: MAX_PIXELS decides
 
 # The model of 2015. The graphs of other networks get its nodes from DecodeJpeg/contents to Mul.
@@ -271,20 +272,14 @@ class Images:
 
 
 def get_label(folder: str) -> str:
-    """Returns the label of a class folder: lower case, every run of characters other than a-z and 0-9 one space.
-
-    A name without any of these keeps its own characters: the original gave every such folder the label ' '.
-    """
+    """Returns the label of a class folder: lower case, every run of characters other than a-z and 0-9 one space."""
     label = re.sub(r'[^a-z0-9]+', ' ', folder.lower())
-    return label if label.strip() else ' '.join(folder.split())
+    return label if label.strip() else ' '.join(folder.split())  # the original gave every such folder the label ' '
 
 
 def get_set(path: str, testing_percentage: int, validation_percentage: int) -> str:
-    """Returns the set of an image: a hash of its path decides, so that it never moves to another set.
-
-    What follows `_nohash_` in a name is not hashed: variants of one photograph stay in one set.
-    """
-    hash_name = re.sub(r'_nohash_.*$', '', path)
+    """Returns the set of an image: a hash of its path decides, so that it never moves to another set."""
+    hash_name = re.sub(r'_nohash_.*$', '', path)  # variants of one photograph stay in one set
     hashed = int(hashlib.sha1(hash_name.encode()).hexdigest(), 16) % (MAX_NUM_IMAGES_PER_CLASS + 1)
     percentage_hash = hashed * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
     if percentage_hash < validation_percentage:
@@ -305,12 +300,11 @@ def select_images(path: str) -> list[str]:
     images, others = [], Counter()
     for name in list_dir(path):
         extension = os.path.splitext(name)[1].lower()
-        if name.startswith('.'):
-            others['hidden'] += 1
-        elif extension in IMAGE_EXTENSIONS:
+        if extension in IMAGE_EXTENSIONS and not name.startswith('.'):
             images.append(name)
         else:
-            others['folder' if gfile.isdir(os.path.join(path, name)) else extension or 'without extension'] += 1
+            kind = 'folder' if gfile.isdir(os.path.join(path, name)) else extension or 'without extension'
+            others['hidden' if name.startswith('.') else kind] += 1
     if others:
         kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(others.items()))
         print(f'{path}: {len(images)} images; passed over: {kinds}')
@@ -379,9 +373,8 @@ def is_whole_archive(path: str) -> bool:
 
 
 def download(url: str, path: str) -> None:
-    """Downloads an archive to `path`, which appears only when it is whole.
+    """Downloads an archive to `path`, which appears when it is whole; until then, attempts go on from `path`.part.
 
-    What has arrived waits in `path`.part, from where a later attempt, of this run or another, goes on.
     Raises UserError when DOWNLOAD_ATTEMPTS in a row bring nothing new.
     """
     partial, failures = path + '.part', 0
@@ -411,32 +404,26 @@ def download(url: str, path: str) -> None:
         if broken:
             gfile.remove(partial)
         failures = failures + 1 if broken or done == start else 0
-    raise UserError(
-        f'--model_dir: {url} could not be downloaded ({reason}). Download it in another way, save it as {path}, and '
-        'run the same command again.'
-    )
+    advice = f'Download it in another way, save it as {path}, and run the same command again.'
+    raise UserError(f'--model_dir: {url} could not be downloaded ({reason}). {advice}')
 
 
 def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str:
     """Returns the path of `graph_name` in `model_dir`, after taking it out of the archive at `url` if need be."""
-    graph_path = os.path.join(model_dir, graph_name)
+    graph_path, archive = os.path.join(model_dir, graph_name), os.path.join(model_dir, os.path.basename(url))
     if gfile.exists(graph_path):
         return graph_path
     ensure_writable_dir(os.path.dirname(graph_path), '--model_dir')
-    archive = os.path.join(model_dir, os.path.basename(url))
     if gfile.exists(archive) and not is_whole_archive(archive):
         print(f'{archive} is broken: renamed to {archive}.broken, and downloaded again.')
         gfile.rename(archive, archive + '.broken', overwrite=True)
     if not gfile.exists(archive):
         download(url, archive)
-    try:
-        with gfile.GFile(archive, 'rb') as file, tarfile.open(fileobj=file, mode='r|gz') as tar:
-            for member in tar:
-                if member.isfile() and os.path.normpath(member.name) == graph_name:
-                    write_whole(graph_path, tar.extractfile(member).read())
-                    return graph_path
-    except (tarfile.TarError, OSError) as error:
-        raise UserError(f'{archive} cannot be unpacked ({error}). Delete it and run the same command again.')
+    with contextlib.suppress(tarfile.TarError), gfile.GFile(archive, 'rb') as file:
+        for member in (tar := tarfile.open(fileobj=file, mode='r|gz')):
+            if member.isfile() and os.path.normpath(member.name) == graph_name:
+                write_whole(graph_path, tar.extractfile(member).read())
+                return graph_path
     raise UserError(f'{archive} has no {graph_name} in it. Delete it and run the same command again.')
 
 
@@ -467,16 +454,14 @@ class Pixels(NamedTuple):
 
 @dataclasses.dataclass
 class Backbone:
-    """A pretrained network up to its bottleneck: the one thing here that depends on the kind of network.
-
-    `graph_def` also loads in TensorFlow 1. It begins with the nodes DecodeJpeg/contents to Mul of the 2015 graph, and
-    ends with the node `bottleneck`, which gives bottlenecks as float [N, bottleneck_size].
-    """
+    """A pretrained network up to its bottleneck: the one thing here that depends on the kind of network."""
 
     source: str  # path or handle of the model
-    graph_def: GraphDef
+    graph_def: (
+        GraphDef  # from DecodeJpeg/contents and Mul of the 2015 graph to the bottleneck; TensorFlow 1 loads it too
+    )
     checksum: int  # differs between models
-    bottleneck: str
+    bottleneck: str  # the node of the bottlenecks, float [N, bottleneck_size]
     bottleneck_size: int
     pixels: Pixels
     cache_suffix: str = ''  # between the name of an image and the '.txt' of its cache file
@@ -488,10 +473,7 @@ class Backbone:
         return next(node.input[0] for node in self.graph_def.node if node.name == self.bottleneck)
 
     def fold(self) -> GraphDef:
-        """Returns the graph from Mul, now a placeholder for scaled images, float [N, height, width, 3], to `output`.
-
-        Batch norms are folded into convolutions. That makes it faster, and TensorFlow 2 refuses the op.
-        """
+        """Returns the folded graph to `output`, with a placeholder for scaled images, [N, height, width, 3], as Mul."""
         folded = fold_batch_norms(self.graph_def)
         (scaled,) = (node for node in folded.node if node.name == SCALED_INPUT_NODE)
         shape = tf.TensorShape([None, *self.pixels.size, 3]).as_proto()
@@ -499,9 +481,9 @@ class Backbone:
         return tf.compat.v1.graph_util.extract_sub_graph(folded, [self.output])
 
     def create_network(self, structure: GraphDef, weights: dict, device: str | None = None) -> Callable:
-        """Returns a tf.function from resized images, float [N, height, width, 3] in 0..255, to bottlenecks.
+        """Returns a tf.function from images in 0..255, float [N, height, width, 3], to bottlenecks.
 
-        It takes the folded graph as split_weights gives it, with the weights made tensors or variables.
+        It takes what split_weights makes of the folded graph, with the weights made tensors or variables.
         """
 
         @tf.function(input_signature=[tf.TensorSpec([None, *self.pixels.size, 3])])
@@ -577,9 +559,9 @@ def export_graph(graph: tf.Graph) -> GraphDef:
 
 
 def prepend_decoding(graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: str = '') -> GraphDef:
-    """Returns a graph that feeds a tensor of another, whose nodes get a prefix, from the bytes of an image file.
+    """Returns a graph that feeds a tensor of another with a decoded image, by nodes named as in the 2015 graph.
 
-    The nodes that do it have the names of those in the 2015 graph.
+    The nodes of the other graph get a prefix.
     """
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
@@ -650,7 +632,7 @@ def make_placeholder(node: NodeDef, dtype: int, shape: object) -> None:
 
 
 def fold_batch_norms(graph_def: GraphDef) -> GraphDef:
-    """Returns a graph with its batch norms folded into its convolutions.
+    """Returns a graph with its batch norms, an op that TensorFlow 2 refuses, folded into its convolutions.
 
     BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts
     only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights w, that is a
@@ -697,10 +679,8 @@ def convert_floats(graph_def: GraphDef, dtype: tf.DType) -> GraphDef:
 
 
 def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]:
-    """Returns a graph with placeholders for its large constants, and these, as {node name: array}.
-
-    TensorFlow takes five seconds longer, and twice the memory, to optimize a graph with 87 MB of constants in it.
-    """
+    """Returns a graph with placeholders for its large constants, and these, as {node name: array}."""
+    # TensorFlow takes five seconds longer, and twice the memory, to optimize a graph with 87 MB of constants in it.
     structure, weights = GraphDef(versions=graph_def.versions, library=graph_def.library), {}
     for node in graph_def.node:
         if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
@@ -807,6 +787,18 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
     return bottlenecks, fingerprints
 
 
+def get_status(path: str) -> tuple[int, int] | None:
+    """Returns size in bytes and modification time in ns of a file, if there is one."""
+    try:
+        return (status := os.stat(path)).st_size, status.st_mtime_ns
+    except OSError:
+        with contextlib.suppress(
+            tf.errors.OpError
+        ):  # gs:// and its like; gfile has the times of local files in seconds
+            return (status := gfile.stat(path)).length, status.mtime_nsec
+    return None
+
+
 class Provenance:
     """Knows which image and model each cache file was made of, and which images cannot be decoded.
 
@@ -881,10 +873,7 @@ class Provenance:
         An image whose size and time are as they were is not read. A cache file without facts, as the original wrote it,
         is believed.
         """
-        for file, path in zip(images.files, images.paths, strict=True):
-            self.statuses[file] = None
-            with contextlib.suppress(tf.errors.OpError):
-                self.statuses[file] = (status := gfile.stat(path)).length, status.mtime_nsec
+        self.statuses = dict(zip(images.files, map(get_status, images.paths), strict=True))
         found = list(map(self.find, images.files, fingerprints.tolist()))
         unsure = [row for row, file in enumerate(images.files) if found[row] is None and file in self.facts]
         contents = load_files([images.paths[row] for row in unsure], lambda index, text: (index, fingerprint(text)))
@@ -894,10 +883,11 @@ class Provenance:
             if found[row] is not None:
                 self.record(file, found[row], int(mark))
         for row, file in enumerate(images.files):
-            is_made = any(isinstance(made, int) and fact[2] == self.model for made, fact in self.facts[file].items())
-            if found[row] is None and fingerprints[row] >= 0 and not is_made:
-                found[row] = int(fingerprints[row])
-                self.record(file, found[row], None)
+            facts, made = self.facts[file], int(fingerprints[row])
+            is_known = made in facts or any(isinstance(other, int) and facts[other][2] == self.model for other in facts)
+            if found[row] is None and made >= 0 and not is_known:
+                found[row] = made
+                self.record(file, made, None)
         return found
 
 
@@ -1100,18 +1090,19 @@ class FinalLayer:
     def __init__(self, bottleneck_size: int, class_count: int, learning_rate: float, seed: np.ndarray) -> None:
         self.weights = tf.random.stateless_truncated_normal([bottleneck_size, class_count], seed, stddev=0.001).numpy()
         self.biases = np.zeros(class_count, np.float32)
-        self.learning_rate = np.float32(learning_rate)
+        self.learning_rate, self.steps = np.float32(learning_rate), 0
 
     def evaluate(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
         """Evaluates bottlenecks, float [N, size], of classes, int [N]; raises UserError if training has diverged."""
-        with np.errstate(all='ignore'):
-            logits = bottlenecks @ self.weights + self.biases
-            shifted = logits - logits.max(axis=1, keepdims=True)  # exp() of the logits themselves may overflow
-            exponentials = np.exp(shifted)
-            sums = exponentials.sum(axis=1, keepdims=True)
-            cross_entropy = (np.log(sums[:, 0]) - shifted[np.arange(len(classes)), classes]).mean()
+        logits = bottlenecks @ self.weights + self.biases
+        shifted = logits - logits.max(axis=1, keepdims=True)  # exp() of the logits themselves may overflow
+        exponentials = np.exp(shifted)
+        sums = exponentials.sum(axis=1, keepdims=True)
+        cross_entropy = (np.log(sums[:, 0]) - shifted[np.arange(len(classes)), classes]).mean()
         if not np.isfinite(cross_entropy):
-            raise UserError('--learning_rate: the cross entropy is no longer finite. Use a lower learning rate.')
+            raise UserError(
+                f'--learning_rate: the cross entropy is not finite after {self.steps} steps. Use a lower rate.'
+            )
         return Evaluation(logits, exponentials / sums, cross_entropy, (logits.argmax(axis=1) == classes).mean())
 
     def train(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
@@ -1122,6 +1113,7 @@ class FinalLayer:
         gradient *= self.learning_rate / len(classes)
         self.weights -= bottlenecks.T @ gradient
         self.biases -= gradient.sum(axis=0)
+        self.steps += 1
         return before
 
 
@@ -1441,7 +1433,8 @@ def check_outputs(flags: argparse.Namespace) -> None:
     """Tries out what the end of the run needs, before anything is computed; raises UserError if something is wrong."""
     outputs = {f'--{name}': getattr(flags, name) for name in ('output_graph', 'output_labels', 'optimized_graph')}
     outputs = {flag: path for flag, path in outputs.items() if path}
-    if len({os.path.realpath(path) for path in outputs.values()}) < len(outputs):
+    paths = {os.path.realpath(path) for path in (*outputs.values(), f'{flags.output_graph}.json')}
+    if len(paths) <= len(outputs):
         raise UserError(f'{", ".join(outputs)} must be different files. Name others.')
     for flag, path in outputs.items():
         if gfile.isdir(path) or not os.path.basename(path):
@@ -1503,8 +1496,9 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
             if stopped:
                 break
     if vanished:
-        names = ', '.join(images.paths[row] for row in sorted(vanished)[:10])
-        print(f'WARNING: {len(vanished)} images could no longer be read, and were not trained on: {names} ...')
+        names, more = [images.paths[row] for row in sorted(vanished)], len(vanished) - 10
+        listed = ', '.join(names[:10]) + (f' and {more} more' if more > 0 else '')
+        print(f'WARNING: {len(vanished)} images could no longer be read, and were not trained on: {listed}')
     return layer
 
 
@@ -1525,7 +1519,7 @@ def get_interval(right: int, count: int) -> tuple[float, float]:
     z, share = 1.96, right / count
     center = (share + z * z / (2 * count)) / (1 + z * z / count)
     half_width = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return center - half_width, center + half_width
+    return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What other runtimes make of the graphs: those of today of the optimized one, TensorFlow 1.15 of the frozen one."""
+"""The graphs: folded, frozen and optimized, and what TensorFlow 1.15 and other runtimes make of them."""
 
 import json
 import pathlib
@@ -9,12 +9,67 @@ import cv2
 import numpy as np
 import openvino
 import pytest
-from conftest import category
+from helpers import build_model, load_backbone, run_v1, write_photographs
 
 import tf_retrain
 import tf_test
 
 tf = tf_retrain.tf
+
+
+def test_folded_network_equals_the_graph(tmp_path, model):
+    write_photographs(tmp_path, 'x', 5, (90, 140, 60))
+    backbone = load_backbone(model.parent)
+    before = backbone.graph_def.SerializeToString(deterministic=True)
+    paths = sorted(str(path) for path in (tmp_path / 'x').iterdir())
+    folded = {node.op for node in backbone.fold().node}
+    assert folded.isdisjoint({'BatchNormWithGlobalNormalization', 'CheckNumerics', 'DecodeJpeg'})
+    ((tags, bottlenecks),) = tf_retrain.compute_bottlenecks(paths, backbone)
+    assert list(tags[:, 0]) == [0, 1, 2, 3, 4]
+    assert list(tags[:, 1]) == [tf_retrain.fingerprint(pathlib.Path(path).read_bytes()) for path in paths]
+    for path, bottleneck in zip(paths, bottlenecks, strict=True):
+        expected = run_v1(build_model(), pathlib.Path(path).read_bytes(), 'pool_3/_reshape:0')[0]
+        np.testing.assert_allclose(bottleneck, expected, atol=1e-5 * np.abs(expected).max())
+    # The frozen graph is copied from it, so nothing may have changed it.
+    assert backbone.graph_def.SerializeToString(deterministic=True) == before
+
+
+def test_several_devices_share_the_batches():
+    """With two networks, as with two GPUs, every batch comes back once and with its own tags."""
+    networks = [lambda x: x * 1.0, lambda x: x * 1.0]
+    batches = tf.data.Dataset.range(103).map(lambda i: (i, tf.cast(i, tf.float32))).batch(4)
+    found = [
+        pair for tags, values in tf_retrain.run_networks(networks, batches) for pair in zip(tags, values, strict=True)
+    ]
+    assert found == [(i, float(i)) for i in range(103)]
+
+
+def test_frozen_graph(trained):
+    graph_def = trained.graph()
+    assert not graph_def.versions.producer
+    model = {node.name: node for node in build_model().node}
+    names = [node.name for node in graph_def.node]
+    kept = [name for name in model if not name.startswith('softmax')]
+    assert names[: len(kept)] == kept
+    for node in graph_def.node[: len(kept)]:
+        assert node == model[node.name]
+    added = {node.name: (node.op, list(node.input), sorted(node.attr)) for node in graph_def.node[len(kept) :]}
+    scope = 'final_training_ops'
+    weights, biases = f'{scope}/weights/final_weights', f'{scope}/biases/final_biases'
+    assert added == {
+        'input/BottleneckInputPlaceholder': ('PlaceholderWithDefault', ['pool_3/_reshape'], ['dtype', 'shape']),
+        weights: ('Const', [], ['dtype', 'value']),
+        f'{weights}/read': ('Identity', [weights], ['T']),
+        biases: ('Const', [], ['dtype', 'value']),
+        f'{biases}/read': ('Identity', [biases], ['T']),
+        f'{scope}/Wx_plus_b/MatMul': ('MatMul', ['input/BottleneckInputPlaceholder', f'{weights}/read'], ['T']),
+        f'{scope}/Wx_plus_b/add': ('AddV2', [f'{scope}/Wx_plus_b/MatMul', f'{biases}/read'], ['T']),
+        'final_result': ('Softmax', [f'{scope}/Wx_plus_b/add'], ['T']),
+    }
+    nodes = {node.name: node for node in graph_def.node}
+    shape = nodes['input/BottleneckInputPlaceholder'].attr['shape'].shape
+    assert [dim.size for dim in shape.dim] == [-1, 2048]
+    assert tf.make_ndarray(nodes[weights].attr['value'].tensor).shape == (2048, 3)
 
 
 @pytest.fixture(scope='module')
@@ -114,7 +169,7 @@ with tf.compat.v1.Session() as session:
 @pytest.mark.slow
 def test_tensorflow_1_runs_the_graph(networks, tensorflow_1):
     """Python 3.7 with TensorFlow 1.15 gives the scores that we get, for every test image."""
-    images = [path for path in sorted(networks.data.rglob('*.jpg')) if category(networks.folder, path) == 'testing']
+    images = networks.test_images()
     graph = networks.folder / networks.flags['output_graph']
     command = [str(tensorflow_1), '-c', PROGRAM, str(graph), *map(str, images)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import http.server
+import io
 import os
 import re
 import shutil
@@ -15,17 +16,26 @@ import zipfile
 import keras
 import numpy as np
 import pytest
-from conftest import ROOT, SHARED, FeatureVector, category, run, run_v1, write_mobilenet, write_module
+from helpers import (
+    ROOT,
+    SHARED,
+    DataService,
+    FeatureVector,
+    check_same_bottlenecks,
+    created,
+    get_set,
+    load_backbone,
+    run,
+    run_v1,
+    write_mobilenet,
+    write_module,
+)
 
 import tf_retrain
 import tf_test
 
 tf = tf_retrain.tf
 MOBILENET = 'mobilenet_0.25_128'
-
-
-def get_test_images(job):
-    return [path for path in sorted(job.data.rglob('*.jpg')) if category(job.folder, path) == 'testing']
 
 
 def test_all_agree_on_every_test_image(networks, monkeypatch):
@@ -35,7 +45,7 @@ def test_all_agree_on_every_test_image(networks, monkeypatch):
     bottlenecks = {path: path.stat().st_mtime_ns for path in (job.folder / 'bottlenecks').rglob('*.txt')}
     job.main(monkeypatch, *job.network, output_graph='again.pb', summaries_dir='again')
     assert {path: path.stat().st_mtime_ns for path in bottlenecks} == bottlenecks  # nothing was computed again
-    images = [path.read_bytes() for path in get_test_images(job)]
+    images = [path.read_bytes() for path in job.test_images()]
     expected = [tf_test.run_graph(graph, image) for image in images]
     assert np.ptp(expected, axis=0).max() > 0.01
     again = tf.compat.v1.GraphDef.FromString((job.folder / 'again.pb').read_bytes())
@@ -44,7 +54,7 @@ def test_all_agree_on_every_test_image(networks, monkeypatch):
     np.testing.assert_allclose(predict(image=tf.constant(images))['prediction'], expected, atol=1e-5)
     np.testing.assert_allclose(run_v1(graph, images[0], 'final_result:0')[0], expected[0], atol=1e-6)
     labels = (job.folder / job.flags['output_labels']).read_text().splitlines()
-    labelled = run('tf_test.py', get_test_images(job)[0], 'again.pb', job.flags['output_labels'], cwd=job.folder)
+    labelled = run('tf_test.py', job.test_images()[0], 'again.pb', job.flags['output_labels'], cwd=job.folder)
     assert len(labelled.stdout.splitlines()) == 3
     assert labelled.stdout.startswith(labels[expected[0].argmax()])
 
@@ -81,21 +91,13 @@ def test_networks_share_a_cache_folder(job, monkeypatch, capsys):
 
     def count_created():
         for network in networks:
-            job.main(monkeypatch, *network)
-            yield capsys.readouterr().out.count('Creating bottleneck at ')
+            yield len(created(job.cache(monkeypatch, capsys, *network)))
 
     assert list(count_created()) == [40, 40]
     assert list(count_created()) == [0, 0]
     shutil.copy(job.data / 'dog/dog 0.jpg', job.data / 'cat/cat 3.jpg')
     assert list(count_created()) == [1, 1]
     assert list(count_created()) == [0, 0]
-
-
-def test_distortions_of_a_mobilenet(job, monkeypatch, capsys):
-    write_mobilenet(job.folder / 'inception', '0.25_128')
-    flags = f'--architecture={MOBILENET}', '--flip_left_right', '--random_crop=10', '--random_brightness=5'
-    job.photographs(cat=20, dog=20).main(monkeypatch, *flags, how_many_training_steps='3')
-    assert 'Final test accuracy = ' in capsys.readouterr().out
 
 
 def test_mobilenet_is_downloaded_to_its_published_layout(tmp_path, monkeypatch):
@@ -109,10 +111,10 @@ def test_mobilenet_is_downloaded_to_its_published_layout(tmp_path, monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f'http://127.0.0.1:{server.server_port}/mobilenet_v1_{{}}_frozen.tgz'
         monkeypatch.setattr(tf_retrain, 'MOBILENET_URL', url)
-        backbone = tf_retrain.load_backbone(MOBILENET, str(tmp_path / 'new'))
+        backbone = load_backbone(tmp_path / 'new', f'--architecture={MOBILENET}')
         server.shutdown()
-    assert backbone.image_size == (128, 128)
-    assert backbone.name == str(tmp_path / f'new/{name}/frozen_graph.pb')
+    assert backbone.pixels == ((128, 128), 127.5, 127.5)
+    assert backbone.source == str(tmp_path / f'new/{name}/frozen_graph.pb')
     assert (tmp_path / f'new/{name}/frozen_graph.pb').read_bytes() == graph.read_bytes()
 
 
@@ -121,7 +123,7 @@ def test_a_graph_that_is_no_mobilenet(job, monkeypatch):
     shutil.copy(job.folder / 'inception/classify_image_graph_def.pb', path)
     job.photographs(cat=20, dog=20)
     with pytest.raises(
-        tf_retrain.UserError, match=f'frozen_graph.pb is not the graph of {MOBILENET}: it lacks input, '
+        tf_retrain.UserError, match=f'frozen_graph.pb is damaged, or not the graph of {MOBILENET}: it lacks input'
     ):
         job.main(monkeypatch, f'--architecture={MOBILENET}')
 
@@ -150,8 +152,8 @@ def test_module_bottlenecks(job, monkeypatch, capsys):
 
 def test_a_module_of_any_image_size(tmp_path):
     write_module(tmp_path / 'module', height=None, width=None)
-    backbone = tf_retrain.load_backbone('', '', str(tmp_path / 'module'))
-    assert backbone.image_size == (224, 224)
+    backbone = tf_retrain.load_tfhub_module(str(tmp_path / 'module'))
+    assert backbone.pixels.size == (224, 224)
     assert backbone.networks[0](np.zeros([2, 224, 224, 3], np.float32)).shape == (2, 37)
 
 
@@ -159,8 +161,8 @@ def test_a_model_that_keras_exports(tmp_path):
     layers = [keras.layers.Conv2D(5, 3), keras.layers.Dropout(0.5), keras.layers.GlobalAveragePooling2D()]
     network = keras.Sequential([keras.Input([32, 48, 3]), *layers])
     network.export(str(tmp_path / 'module'), verbose=False)
-    backbone = tf_retrain.load_backbone('', '', str(tmp_path / 'module'))
-    assert (backbone.image_size, backbone.bottleneck_size) == ((32, 48), 5)
+    backbone = tf_retrain.load_tfhub_module(str(tmp_path / 'module'))
+    assert (backbone.pixels.size, backbone.bottleneck_size) == ((32, 48), 5)
     images = np.random.default_rng(0).uniform(0, 255, [3, 32, 48, 3]).astype(np.float32)
     np.testing.assert_allclose(backbone.networks[0](images), network(images / 255), atol=1e-5)
 
@@ -173,15 +175,15 @@ class Detector(tf.Module):
 
 def test_what_is_no_feature_vector(tmp_path):
     tf.saved_model.save(Detector(), str(tmp_path / 'detector'))
-    with pytest.raises(tf_retrain.UserError, match="^--tfhub_module: '.*detector' makes no feature vectors"):
-        tf_retrain.load_backbone('', '', str(tmp_path / 'detector'))
+    with pytest.raises(tf_retrain.UserError, match="^--tfhub_module: '.*detector' does not compute feature vectors"):
+        tf_retrain.load_tfhub_module(str(tmp_path / 'detector'))
 
 
 @pytest.mark.parametrize('handle', ['no/such', 'http://127.0.0.1:1/module', ''])
 def test_a_module_that_is_not_there(tmp_path, handle):
     handle = handle or str(tmp_path)
     with pytest.raises(tf_retrain.UserError, match=f"^--tfhub_module: '{re.escape(handle)}' cannot be loaded"):
-        tf_retrain.load_backbone('', '', handle)
+        tf_retrain.load_tfhub_module(handle)
 
 
 def test_tensorflow_hub_is_imported_only_for_modules(job):
@@ -219,7 +221,7 @@ def test_mobilenet_tells_cats_from_dogs(tmp_path):
     out = run('retrain_serving.py', *flags, cwd=tmp_path).stdout
     accuracy, number = re.search(r'Final test accuracy = (.+)% \(N=(\d+)\)', out).groups()
     assert float(accuracy) >= 95
-    images = [path for path in sorted(tmp_path.glob('data/*/*.jpg')) if category(tmp_path, path) == 'testing']
+    images = [path for path in sorted(tmp_path.glob('data/*/*.jpg')) if get_set(tmp_path, path) == 'testing']
     assert len(images) == int(number) == 26
     graph_def = tf.compat.v1.GraphDef.FromString((tmp_path / 'g.pb').read_bytes())
     expected = [tf_test.run_graph(graph_def, path.read_bytes()) for path in images]
@@ -235,3 +237,66 @@ def test_mobilenet_tells_cats_from_dogs(tmp_path):
 
 def is_right(path, scores):
     return ['cat', 'dog'][scores.argmax()] == path.parent.name
+
+
+# bfloat16
+
+
+def set_processor(monkeypatch, features):
+    """Lets the program find these features in /proc/cpuinfo."""
+    monkeypatch.setattr(tf_retrain, 'open', lambda path: io.StringIO(f'flags : fpu {features} sse\n'), raising=False)
+
+
+@pytest.mark.parametrize('network', [[], [f'--architecture={MOBILENET}']])
+def test_bottlenecks_in_bfloat16(job, monkeypatch, capsys, network):
+    """They are close to those in float32, and in files of their own; graph and labels stay in float32."""
+    write_mobilenet(job.folder / 'inception', '0.25_128')
+    job.photographs(cat=30, dog=30).main(monkeypatch, *network)
+    folder = job.folder / 'bottlenecks'
+    plain = {path: path.read_bytes() for path in folder.rglob('*.txt')}
+    expected = job.graph()
+    capsys.readouterr()
+    set_processor(monkeypatch, 'avx512_bf16')
+    flags = [*network, '--precision=bfloat16', '--optimized_graph=optimized.pb']
+    for count in (60, 0):
+        job.main(monkeypatch, *flags)
+        assert len(created(capsys.readouterr().out)) == count
+    assert {path: path.read_bytes() for path in plain} == plain
+    for path in plain:
+        numbers, exact = read_cache(path.with_name(f'{path.stem}_bfloat16.txt')), read_cache(path)
+        assert 0 < np.abs(numbers - exact).max() < 0.05 * np.abs(exact).max()
+    types = {attribute.type for node in job.graph().node for attribute in node.attr.values()}
+    assert tf.bfloat16.as_datatype_enum not in types
+    assert [(node.name, node.op) for node in job.graph().node] == [(node.name, node.op) for node in expected.node]
+    optimized = tf.compat.v1.GraphDef.FromString((job.folder / 'optimized.pb').read_bytes())
+    assert {node.attr['T'].type for node in optimized.node} <= {0, 1, 3}  # none, float32, int32
+    images = [path.read_bytes() for path in job.test_images()]
+    found = np.argmax([tf_test.run_graph(job.graph(), image) for image in images], axis=1)
+    assert list(found) == [path.parent.name == 'dog' for path in job.test_images()]
+
+
+def test_distortions_in_bfloat16(job, monkeypatch, capsys):
+    set_processor(monkeypatch, 'amx_bf16')
+    flags = '--precision=bfloat16', '--flip_left_right', '--how_many_training_steps=3'
+    job.photographs(cat=20, dog=20).main(monkeypatch, *flags)
+    assert 'Final test accuracy = ' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_data_service_in_bfloat16(job, monkeypatch, capsys):
+    """Workers compute the same numbers, whatever their own settings are."""
+    set_processor(monkeypatch, 'bf16')
+    job.photographs(cat=40, dog=40).cache(monkeypatch, capsys, '--precision=bfloat16')
+    monkeypatch.setattr(tf_retrain, 'run_networks', lambda networks, batches: iter(()))
+    with DataService() as service:
+        flags = {'bottleneck_dir': 'b', 'data_service': service.dispatcher.target}
+        job.cache(monkeypatch, capsys, '--precision=bfloat16', **flags)
+    check_same_bottlenecks(job.folder / 'bottlenecks', job.folder / 'b')
+
+
+def test_a_processor_without_bfloat16_uses_float32(job, monkeypatch, capsys):
+    set_processor(monkeypatch, 'avx2')
+    out = job.photographs(cat=20, dog=20).cache(monkeypatch, capsys, '--precision=bfloat16')
+    assert '--precision: this processor has no bfloat16 instructions, so that would not be faster. float32 is ' in out
+    assert not list((job.folder / 'bottlenecks').rglob('*bfloat16*'))
+    assert created(job.cache(monkeypatch, capsys)) == []

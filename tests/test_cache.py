@@ -1,0 +1,529 @@
+"""The cache of bottlenecks: what is computed and what is not, whatever happened to images, cache files and journals."""
+
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+from helpers import build_model, created, run_v1
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import tf_retrain
+from tf_retrain import UserError, tf
+
+NUMBERS = np.random.default_rng(0).normal(size=2048).astype(np.float32)
+TEXT = ','.join(str(x) for x in NUMBERS)
+
+
+def test_cache_files_are_those_of_the_original(trained):
+    text = (trained.folder / 'bottlenecks/cat/cat 3.jpg.txt').read_text()
+    numbers = np.array([float(number) for number in text.split(',')], np.float32)
+    assert text == ','.join(str(number) for number in numbers)  # also: one line, no newline at its end
+    expected = run_v1(build_model(), (trained.data / 'cat/cat 3.jpg').read_bytes(), 'pool_3/_reshape:0')[0]
+    np.testing.assert_allclose(numbers, expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        TEXT[: len(TEXT) // 2],
+        TEXT + ',1.0',
+        TEXT + ',',
+        TEXT.replace(',', ';'),
+        TEXT.replace(TEXT.split(',')[7], 'nan', 1),
+        TEXT.replace(TEXT.split(',')[7], 'inf', 1),
+        TEXT.replace(TEXT.split(',')[7], 'abc', 1),
+        '\0' * 18000,
+        '\xff' * 100,
+    ],
+)
+def test_a_broken_cache_file_is_missing(tmp_path, text):
+    (tmp_path / 'good.txt').write_text(TEXT)
+    (tmp_path / 'bad.txt').write_text(text, encoding='latin-1')
+    paths = [str(tmp_path / name) for name in ('good.txt', 'bad.txt', 'absent.txt', 'good.txt')]
+    bottlenecks, fingerprints = tf_retrain.read_bottlenecks(paths, 2048)
+    assert list(fingerprints >= 0) == [True, False, False, True]
+    assert fingerprints[0] == fingerprints[3] == tf_retrain.fingerprint(TEXT).numpy()
+    np.testing.assert_array_equal(bottlenecks[[0, 3]], [NUMBERS, NUMBERS])
+
+
+def test_cache_files_of_older_numpy_are_read(tmp_path):
+    (tmp_path / 'old.txt').write_text(','.join(f'{x:.6g}' for x in NUMBERS))
+    bottlenecks, fingerprints = tf_retrain.read_bottlenecks([str(tmp_path / 'old.txt')], 2048)
+    assert fingerprints[0] >= 0
+    np.testing.assert_allclose(bottlenecks[0], NUMBERS, rtol=1e-5)
+
+
+VALID = ','.join(map(str, np.arange(2048, dtype=np.float32)))
+FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@FUZZ
+@given(st.binary(max_size=300), st.integers(0, len(VALID)), st.integers(0, 50))
+def test_fuzzed_cache_files(tmp_path, junk, at, cut):
+    """Only what Python too reads as 2,048 finite numbers is believed."""
+    contents = VALID.encode()[:at] + junk + VALID.encode()[at + cut :]
+    (tmp_path / 'x').write_bytes(contents)
+    bottlenecks, fingerprints = tf_retrain.read_bottlenecks([str(tmp_path / 'x')], 2048)
+    if fingerprints[0] >= 0:
+        numbers = np.array([float(text) for text in contents.decode().split(',')], np.float32)
+        np.testing.assert_array_equal(bottlenecks[0], numbers)
+        assert np.isfinite(numbers).all()
+    elif contents == VALID.encode():
+        raise AssertionError('a valid file is not believed')
+
+
+def test_write_whole_leaves_nothing_behind(tmp_path):
+    path = tmp_path / ('x' * 250)
+    tf_retrain.write_whole(str(path), b'one')
+    tf_retrain.write_whole(str(path), b'two')
+    assert path.read_bytes() == b'two'
+    (tmp_path / 'folder').mkdir()
+    with pytest.raises(tf.errors.OpError):
+        tf_retrain.write_whole(str(tmp_path / 'folder'), b'three')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['folder', 'x' * 250]
+
+
+def test_a_cold_and_a_warm_run_train_on_the_same_numbers(job, monkeypatch, capsys):
+    job.photographs(cat=30, dog=30).main(monkeypatch)
+    cold = (job.folder / job.flags['output_graph']).read_bytes()
+    monkeypatch.setattr(tf_retrain.Backbone, 'create_network', None)  # it would be called for a single bottleneck
+    capsys.readouterr()
+    job.main(monkeypatch)
+    assert 'Creating' not in capsys.readouterr().out
+    assert (job.folder / job.flags['output_graph']).read_bytes() == cold
+    job.main(monkeypatch, random_seed='2')
+    assert (job.folder / job.flags['output_graph']).read_bytes() != cold
+
+
+def count_reads(monkeypatch):
+    """Returns a list that gets the name of each file that TensorFlow reads, and of each journal that is opened."""
+    names, read_file, gfile = [], tf.io.read_file, tf_retrain.gfile.GFile
+
+    def note(path):
+        names.append(os.path.basename(path.numpy().decode()))
+        return read_file(path)
+
+    def traced(path):
+        contents = tf.py_function(note, [path], tf.string)
+        contents.set_shape([])
+        return contents
+
+    def opened(path, mode='r'):
+        if 'provenance' in path and 'r' in mode:
+            names.append(os.path.basename(path))
+        return gfile(path, mode)
+
+    monkeypatch.setattr(tf_retrain.tf.io, 'read_file', traced)
+    monkeypatch.setattr(tf_retrain.gfile, 'GFile', opened)
+    return names
+
+
+def test_each_cache_file_and_journal_is_read_once_and_an_unchanged_image_never(job, monkeypatch, capsys):
+    job.photographs(cat=20, dog=20)
+    job.cache(monkeypatch, capsys)
+    (journal,) = (job.folder / 'bottlenecks').glob('.provenance-*')
+    read = count_reads(monkeypatch)
+    job.cache(monkeypatch, capsys)
+    images = [path.name for path in job.data.rglob('*.jpg')]
+    assert sorted(read) == sorted([journal.name, *(f'{name}.txt' for name in images)])
+
+
+def test_broken_cache_files_are_made_again(job, monkeypatch, capsys):
+    job.photographs(cat=30, dog=30)
+    job.cache(monkeypatch, capsys)
+    paths = sorted((job.folder / 'bottlenecks').rglob('*.txt'))
+    whole = {path: path.read_text() for path in paths}
+    paths[3].write_text('')
+    paths[8].write_text(whole[paths[8]][:1000])
+    paths[9].unlink()
+    # Cut within its last number, as a power failure may leave it, it has 2,048 numbers all the same.
+    paths[11].write_text(whole[paths[11]].rpartition(',')[0] + ',0')
+    out = job.cache(monkeypatch, capsys)
+    assert out.count('Invalid float found, recreating bottleneck') == 2
+    assert len(created(out)) == 4
+    for path, text in whole.items():
+        found, expected = (np.fromstring(numbers, sep=',') for numbers in (path.read_text(), text))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def write_original_cache(job, numbers=NUMBERS):
+    """Writes cache files as the original does: nothing says which image and model they were made of."""
+    for path in job.data.rglob('*.jpg'):
+        cache = job.folder / 'bottlenecks' / path.relative_to(job.data)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.with_name(f'{path.name}.txt').write_text(','.join(map(str, numbers)))
+
+
+def test_a_cache_of_the_original_is_believed(job, monkeypatch, capsys):
+    job.photographs(cat=20, dog=20)
+    write_original_cache(job)
+    (job.folder / 'bottlenecks/cat/cat 0.jpg.txt').unlink()
+    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 0.jpg']
+    for path in job.data.rglob('*.jpg'):
+        os.utime(path, (1, 1))
+    assert created(job.cache(monkeypatch, capsys)) == []
+    # From the first run on, a change is noticed all the same.
+    Image.new('RGB', (50, 50)).save(job.data / 'cat/cat 1.jpg')
+    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 1.jpg']
+
+
+def test_images_with_a_cache_file_of_the_original_are_not_read(job, monkeypatch, capsys):
+    job.photographs(cat=30, dog=30)
+    write_original_cache(job)
+    for path in job.data.rglob('*.jpg'):
+        path.write_bytes(b'')
+    monkeypatch.setattr(tf_retrain.Backbone, 'create_network', None)
+    assert 'is left out' not in job.cache(monkeypatch, capsys)
+
+
+# Contents, not times, decide
+
+
+def copy_without_times(job, times=1):
+    for _ in range(times):
+        shutil.copytree(job.data, job.folder / 'copy', copy_function=shutil.copyfile)
+        shutil.rmtree(job.data)
+        (job.folder / 'copy').rename(job.data)
+
+
+def test_the_same_images_at_new_times_are_not_computed_again(job, monkeypatch, capsys):
+    """Each change of the times used to make all bottlenecks again, and more than once in a run."""
+    job.photographs(cat=20, dog=20)
+    assert len(created(job.cache(monkeypatch, capsys))) == 40
+    for _ in range(3):
+        copy_without_times(job)
+        out = job.cache(monkeypatch, capsys)
+        assert created(out) == []
+        assert 'changed' not in out
+    read = count_reads(monkeypatch)
+    job.cache(monkeypatch, capsys)
+    assert not [name for name in read if name.endswith('.jpg')]  # the new times are recorded
+
+
+def test_no_image_is_computed_twice_in_a_run_whatever_is_in_the_journals(job, monkeypatch, capsys):
+    job.photographs(cat=20, dog=20)
+    job.cache(monkeypatch, capsys)
+    (journal,) = (job.folder / 'bottlenecks').glob('.provenance-*')
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for i in range(20):  # contradictory journals, of which any may be read last
+        with (job.folder / f'bottlenecks/.provenance-{i:032x}.jsonl').open('w') as file:
+            for name, made, (size, time, model, contents) in lines:
+                file.write(json.dumps([name, made + i, [size + i, time + i, model, contents + i]]) + '\n')
+                file.write(json.dumps([name, made, [size, time - i, model]]) + '\n')
+    copy_without_times(job)
+    for path in job.data.rglob('cat 1*.jpg'):
+        Image.new('RGB', (50, 50)).save(path)
+    out = job.cache(monkeypatch, capsys)
+    assert len(created(out)) == len(set(created(out))) <= 40
+    assert set(created(out)) >= {f'cat/{path.name}' for path in job.data.rglob('cat 1*.jpg')}
+    assert created(job.cache(monkeypatch, capsys)) == []
+
+
+def test_a_replaced_image_gets_a_new_bottleneck(job, monkeypatch, capsys):
+    job.photographs(cat=20, dog=20)
+    job.cache(monkeypatch, capsys)
+    before = (job.folder / 'bottlenecks/cat/cat 3.jpg.txt').read_text()
+    path = job.data / 'cat/cat 3.jpg'
+    old = path.read_bytes()
+    Image.new('RGB', (50, 50)).save(path)
+    os.utime(path, (1, 1))  # as a copy that keeps an older time
+    out = job.cache(monkeypatch, capsys)
+    assert created(out) == ['cat/cat 3.jpg']
+    assert 'The image or the model changed, recreating bottleneck bottlenecks/cat/cat 3.jpg.txt\n' in out
+    assert (job.folder / 'bottlenecks/cat/cat 3.jpg.txt').read_text() != before
+    assert created(job.cache(monkeypatch, capsys)) == []
+    path.write_bytes(old)
+    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
+    assert (job.folder / 'bottlenecks/cat/cat 3.jpg.txt').read_text() == before
+
+
+def test_another_model_computes_all_anew(job, monkeypatch, capsys):
+    job.photographs(cat=20, dog=20)
+    job.cache(monkeypatch, capsys)
+    graph_def = build_model()
+    weights = next(node for node in graph_def.node if node.name == 'conv/conv2d_params').attr['value'].tensor
+    weights.CopyFrom(tf.make_tensor_proto(tf.make_ndarray(weights) * 2))
+    (job.folder / 'inception/classify_image_graph_def.pb').unlink()
+    (job.folder / 'inception/classify_image_graph_def.pb').write_bytes(graph_def.SerializeToString())
+    assert len(created(job.cache(monkeypatch, capsys))) == 40
+    assert created(job.cache(monkeypatch, capsys)) == []
+
+
+def test_records_of_earlier_versions_get_the_contents(job, monkeypatch, capsys):
+    """They have size and time of the image only. The size is believed, and the contents are recorded."""
+    job.photographs(cat=20, dog=20)
+    path = job.data / 'cat/cat 3.jpg'
+    with path.open('ab') as file:
+        file.write(b'xx')
+    job.cache(monkeypatch, capsys)
+    (journal,) = (job.folder / 'bottlenecks').glob('.provenance-*')
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    journal.write_text(''.join(json.dumps([name, made, state[:3]]) + '\n' for name, made, state in lines))
+    copy_without_times(job)
+    assert created(job.cache(monkeypatch, capsys)) == []
+    path.write_bytes(path.read_bytes()[:-2] + b'yy')  # of the same size
+    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
+
+
+def test_what_cannot_be_decoded_is_tried_once(job, monkeypatch, capsys):
+    job.photographs(cat=20, dog=20)
+    path = job.data / 'cat/cut.jpg'
+    contents = (job.data / 'cat/cat 3.jpg').read_bytes()
+    path.write_bytes(contents[:600])
+    assert "'data/cat/cut.jpg' is left out: jpeg::Uncompress failed." in job.cache(monkeypatch, capsys)
+    monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', None)
+    for times in ((1, 1), (2, 2), None):
+        os.utime(path, times)
+        assert "'data/cat/cut.jpg' is left out: jpeg::Uncompress failed." in job.cache(monkeypatch, capsys)
+    monkeypatch.undo()
+    path.write_bytes(contents)
+    assert created(job.cache(monkeypatch, capsys)) == ['cat/cut.jpg']
+    # Cut short again, it is left out, although there is a cache file now.
+    path.write_bytes(contents[:600])
+    for _ in range(2):
+        assert "'data/cat/cut.jpg' is left out" in job.cache(monkeypatch, capsys)
+
+
+# Journals
+
+
+def test_damaged_lines_count_for_nothing(job, monkeypatch, capsys):
+    job.photographs(cat=20, dog=20)
+    job.cache(monkeypatch, capsys)
+    (journal,) = (job.folder / 'bottlenecks').glob('.provenance-*')
+    lines = journal.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 40
+    assert [type(value) for value in json.loads(lines[0])] == [str, int, list]
+    (job.folder / 'bottlenecks/.provenance-x.jsonl').write_bytes(b'\xff\0[1]\n"x"\n[[],1,[1]]\n' + lines[3][:20])
+    journal.write_bytes(b''.join(lines)[:-10])
+    assert created(job.cache(monkeypatch, capsys)) == []
+
+
+def journals(job):
+    return [path.name for path in (job.folder / 'bottlenecks').iterdir() if path.name.startswith('.provenance-')]
+
+
+def test_journals_are_merged_when_a_run_ends(job, monkeypatch, capsys):
+    job.photographs(cat=60, dog=60)
+    flushed = []
+    write_whole = tf_retrain.write_whole
+
+    def note(path, contents):
+        flushed.extend(['journal'] if 'provenance' in path else [])
+        write_whole(path, contents)
+
+    monkeypatch.setattr(tf_retrain, 'write_whole', note)
+    job.cache(monkeypatch, capsys)
+    assert len(flushed) > 3
+    for i in range(5):
+        assert len(journals(job)) == 1
+        Image.new('RGB', (50 + i, 50)).save(job.data / 'cat/cat 3.jpg')
+        copy_without_times(job)
+        assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
+    (name,) = journals(job)
+    assert len((job.folder / 'bottlenecks' / name).read_text().splitlines()) == 120 + 1  # not a line per run and image
+
+
+def test_no_fact_is_lost_when_a_merge_is_interrupted(job, monkeypatch, capsys):
+    """After any of the file operations of a merge, the journals that are there hold every fact."""
+    job.photographs(cat=20, dog=20)
+    job.cache(monkeypatch, capsys)
+    folder = job.folder / 'bottlenecks'
+    (name,) = journals(job)
+    lines = (folder / name).read_text().splitlines(keepends=True)
+    for stop in range(8):
+        for path in folder.glob('.provenance-*'):
+            path.unlink()
+        for i in range(4):
+            (folder / f'.provenance-{i}.jsonl').write_text(''.join(lines[i::4]))
+        provenance = tf_retrain.Provenance(str(folder), 0)
+        operations = []
+
+        def interrupt(*arguments, original, operations=operations, stop=stop, **options):
+            if len(operations) == stop:
+                raise KeyboardInterrupt
+            operations.append(arguments)
+            return original(*arguments, **options)
+
+        with monkeypatch.context() as patch:
+            for function in ('rename', 'remove'):
+                original = getattr(tf_retrain.gfile, function)
+                patch.setattr(
+                    tf_retrain.gfile, function, lambda *a, o=original, i=interrupt, **k: i(*a, original=o, **k)
+                )
+            try:
+                provenance.merge()
+            except KeyboardInterrupt:
+                pass
+        assert tf_retrain.Provenance(str(folder), 0).facts == provenance.facts
+    assert len(journals(job)) == 1
+
+
+def test_a_journal_that_another_run_merges_meanwhile_is_not_lost(job, monkeypatch, capsys):
+    job.photographs(cat=20, dog=20)
+    job.cache(monkeypatch, capsys)
+    folder = job.folder / 'bottlenecks'
+    (name,) = journals(job)
+    lines = (folder / name).read_text().splitlines(keepends=True)
+    (folder / name).unlink()
+    for i in range(4):
+        (folder / f'.provenance-{i}.jsonl').write_text(''.join(lines[i::4]))
+    expected = tf_retrain.Provenance(str(folder), 0).facts
+    merged = []
+
+    def merge_first(path, original=tf_retrain.gfile.listdir):
+        names = original(path)
+        if not merged:
+            merged.append(True)
+            tf_retrain.Provenance(str(folder), 0).merge()
+        return names
+
+    monkeypatch.setattr(tf_retrain.gfile, 'listdir', merge_first)
+    assert tf_retrain.Provenance(str(folder), 0).facts == expected
+    assert len(journals(job)) == 1
+
+
+# Folders
+
+
+@pytest.mark.parametrize('name', ['bn[2]', 'b*?', 'b{a,b}'])
+def test_folder_names_are_not_patterns(job, monkeypatch, capsys, name):
+    job.photographs(cat=20, dog=20)
+    folders = {'bottleneck_dir': name, 'summaries_dir': f'logs {name}'}
+    job.cache(monkeypatch, capsys, **folders)
+    old_time = (job.data / 'cat/cat 3.jpg').stat().st_mtime
+    Image.new('RGB', (50, 50)).save(job.data / 'cat/cat 3.jpg')
+    os.utime(job.data / 'cat/cat 3.jpg', (old_time, old_time))
+    out = job.cache(monkeypatch, capsys, **folders)
+    assert out.count('Creating bottleneck at') == 1
+    names = os.listdir(job.folder / f'logs {name}' / 'train')
+    assert len([name for name in names if name.startswith('events.')]) == 1
+
+
+def test_a_complete_cache_may_be_read_only(job, monkeypatch, capsys):
+    """The probe for a writable folder comes when the first bottleneck is missing, and before any is computed."""
+    job.photographs(cat=20, dog=20)
+    job.cache(monkeypatch, capsys)
+    copy_without_times(job)  # there would be new times to record
+
+    def refuse(path, *arguments, original, **options):
+        if 'bottlenecks' in path:
+            raise tf.errors.PermissionDeniedError(None, None, f'{path}; Read-only file system')
+        return original(path, *arguments, **options)
+
+    for name in ('GFile', 'remove', 'makedirs'):
+        original = getattr(tf_retrain.gfile, name)
+        monkeypatch.setattr(
+            tf_retrain.gfile,
+            name,
+            lambda path, *a, o=original, n=name, **k: (
+                refuse(path, *a, original=o, **k) if n != 'GFile' or 'w' in (*a, *k.values()) else o(path, *a, **k)
+            ),
+        )
+    assert created(job.cache(monkeypatch, capsys)) == []
+    (job.data / 'cat/new.jpg').write_bytes((job.data / 'cat/cat 0.jpg').read_bytes())
+    monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', None)
+    with pytest.raises(UserError, match="^--bottleneck_dir: nothing can be written in 'bottlenecks/'"):
+        job.main(monkeypatch)
+
+
+@pytest.mark.parametrize('length', [251, 252, 255])
+def test_names_up_to_the_longest_that_there_can_be(job, monkeypatch, capsys, length):
+    """An image whose cache file would have too long a name is computed in each run."""
+    job.photographs(cat=20, dog=20)
+    name = 'x' * (length - 4) + '.jpg'
+    shutil.copy(job.data / 'cat/cat 0.jpg', job.data / 'cat' / name)
+    for first in (True, False):
+        out = job.cache(monkeypatch, capsys)
+        assert len(created(out)) == (41 if first else int(length > 251))
+        assert out.count('File name too long. Each run computes this bottleneck.') == int(length > 251)
+    assert not list((job.folder / 'bottlenecks').rglob('*.tmp'))
+
+
+def test_files_that_are_no_longer_wanted_harm_nothing(job, monkeypatch, capsys):
+    job.photographs(cat=20, dog=20)
+    job.cache(monkeypatch, capsys)
+    (job.data / 'cat/cat 0.jpg').unlink()
+    (job.folder / 'bottlenecks/cat/.0123.tmp').write_text('half')
+    (job.folder / 'bottlenecks/fox').mkdir()
+    (job.folder / 'bottlenecks/fox/1.jpg.txt').write_text('1,2')
+    assert created(job.cache(monkeypatch, capsys)) == []
+
+
+def test_two_runs_at_once(job):
+    """They share the cache: neither waits for or spoils the other, and a third computes nothing."""
+    job.photographs(cat=400, dog=400)
+    processes = [job.start(output_graph=f'{i}.pb', output_labels=f'{i}.txt', summaries_dir=f'{i}') for i in range(2)]
+    for process in processes:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, out
+        assert len(created(out)) == len(set(created(out)))
+    graphs = [(job.folder / f'{i}.pb').read_bytes() for i in range(2)]
+    assert graphs[0] == graphs[1]
+    assert 'Creating' not in job.run().stdout
+
+
+def test_full_disk_while_caching_keeps_what_was_computed(job, monkeypatch, capsys):
+    job.photographs(cat=50, dog=50)
+    write = tf_retrain.write_whole
+
+    def write_whole(path, contents):
+        if len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 70:
+            raise tf.errors.ResourceExhaustedError(None, None, f'{path}; No space left on device')
+        write(path, contents)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf_retrain, 'write_whole', write_whole)
+        with pytest.raises(tf.errors.ResourceExhaustedError):
+            job.main(patch)
+    capsys.readouterr()
+    assert len(created(job.cache(monkeypatch, capsys))) == 30
+
+
+@pytest.mark.parametrize(
+    'folders',
+    [
+        {'bottleneck_dir': 'data/'},
+        {'bottleneck_dir': 'data/bottlenecks', 'summaries_dir': 'data/logs'},
+        {'summaries_dir': 'data/'},
+        {'summaries_dir': 'bottlenecks', 'model_dir': 'inception/'},
+        {'output_graph': 'data/cat/graph.pb', 'output_labels': 'data/labels.txt'},
+    ],
+)
+def test_folders_inside_one_another(job, monkeypatch, capsys, folders):
+    job.photographs(cat=20, dog=20)
+    photographs = {path: path.read_bytes() for path in job.data.rglob('*.jpg')}
+    for _ in range(2):
+        job.cache(monkeypatch, capsys, **folders)
+    assert 'Creating' not in job.cache(monkeypatch, capsys, **folders)
+    assert {path: path.read_bytes() for path in job.data.rglob('*.jpg')} == photographs
+    labels = (job.folder / folders.get('output_labels', 'trained_model/labels.txt')).read_text()
+    assert labels == 'cat\ndog\n'
+
+
+def test_every_path_may_be_any_that_tensorflow_reads(job, monkeypatch, capsys):
+    """All folders in TensorFlow's file system in memory, which stands for gs:// and its like."""
+    job.photographs(cat=25, dog=25)
+    for path in [*job.data.rglob('*.jpg'), *(job.folder / 'inception').iterdir()]:
+        target = f'ram://job/{path.relative_to(job.folder)}'
+        tf.io.gfile.makedirs(target.rpartition('/')[0])
+        tf.io.gfile.copy(str(path), target)
+    paths = {name: f'ram://job/{value}' for name, value in job.flags.items() if '/' in value or value == 'logs'}
+    job.main(monkeypatch, **paths)
+    out = capsys.readouterr().out
+    assert out.count('Creating bottleneck at ram://job/bottlenecks/') == 50
+    job.main(monkeypatch, **paths)
+    out = capsys.readouterr().out
+    assert 'Creating' not in out
+    assert not re.search('WARNING: .*left out \\(', out)
+    with tf.io.gfile.GFile('ram://job/trained_model/unoptimized_model.pb', 'rb') as file:
+        graph_def = tf.compat.v1.GraphDef.FromString(file.read())
+    scores = run_v1(graph_def, (job.data / 'dog/dog 0.jpg').read_bytes(), 'final_result:0')[0]
+    assert scores.argmax() == 1
+    assert [name for name in tf.io.gfile.listdir('ram://job/logs/train') if name.startswith('events.')]

@@ -1,0 +1,125 @@
+"""Distorted training images: what is done to them, and runs that lose images on the way."""
+
+import re
+
+import numpy as np
+import pytest
+from helpers import created, get_set, read_events, run_v1, write_mobilenet
+
+import tf_retrain
+
+SIZE = (299, 299)
+NONE = tf_retrain.Distortion(False, 0, 0, 0)
+
+
+def test_distortions():
+    ramp = np.tile(np.linspace(0, 255, 400, dtype=np.uint8)[:, None], [300, 1, 3]).reshape(300, 400, 3)
+    plain = tf_retrain.resize_image(ramp, SIZE).numpy()
+    seeds = np.array([[0, i] for i in range(40)], np.int32)
+
+    def distorted(**flags):
+        distortion = NONE._replace(**flags)
+        return np.stack([tf_retrain.distort_image(ramp, seed, SIZE, distortion).numpy() for seed in seeds])
+
+    assert not any(NONE)
+    np.testing.assert_allclose(distorted()[0], plain, atol=1e-3)
+    mirrored = distorted(flip_left_right=True)
+    flipped = [not np.allclose(image, plain) for image in mirrored]
+    assert 8 <= sum(flipped) <= 32
+    np.testing.assert_allclose(mirrored[flipped.index(True)], plain[:, ::-1])
+
+    factors = distorted(random_brightness=30).mean(axis=(1, 2, 3)) / plain.mean()
+    assert 0.7 <= factors.min() < 0.8
+    assert 1.2 < factors.max() <= 1.3
+
+    # A margin of 20 % leaves 1 / 1.2 of the ramp to be seen; where it begins differs from image to image.
+    cropped = distorted(random_crop=20)
+    seen = cropped[:, 0, -1, 0] - cropped[:, 0, 0, 0]
+    np.testing.assert_allclose(seen, 255 / 1.2, rtol=0.02)
+    assert np.ptp(cropped[:, 0, 0, 0]) > 10
+
+    seen = np.ptp(distorted(random_scale=50)[:, 0, :, 0], axis=1)
+    assert 255 / 1.5 * 0.98 < seen.min() < 255 / 1.35
+    assert 255 / 1.15 < seen.max() <= 255
+
+
+@pytest.mark.parametrize(
+    'distortion', ['--flip_left_right', '--random_crop=10', '--random_scale=10', '--random_brightness=10']
+)
+def test_training_with_distortions(job, monkeypatch, distortion):
+    job.photographs(cat=25, dog=25)
+    job.main(monkeypatch, distortion, how_many_training_steps='12', train_batch_size='40')
+    distorted = job.graph()
+    job.main(monkeypatch, distortion, how_many_training_steps='12', train_batch_size='40')
+    assert job.graph() == distorted  # with the same seed
+    job.main(monkeypatch, how_many_training_steps='12', train_batch_size='40')
+    assert job.graph() != distorted
+    scores = run_v1(distorted, (job.data / 'cat/cat 0.jpg').read_bytes(), 'final_result:0')[0]
+    assert scores.argmax() == 0
+    written = read_events(job.folder / 'logs/train')
+    assert [e.step for e in written if any(v.tag == 'accuracy_1' for v in e.summary.value)] == list(range(12))
+
+
+@pytest.mark.parametrize('steps', [1, 5, 100])
+def test_the_result_does_not_depend_on_how_many_steps_are_computed_at_a_time(job, monkeypatch, steps):
+    job.photographs(cat=25, dog=25)
+    flags = {'how_many_training_steps': '12', 'train_batch_size': '40'}
+    job.main(monkeypatch, '--random_crop=10', **flags)
+    expected = tf_retrain.tf.make_ndarray(final_weights(job))
+    monkeypatch.setattr(tf_retrain, 'DISTORTED_STEPS', steps)
+    job.main(monkeypatch, '--random_crop=10', **flags)
+    np.testing.assert_allclose(tf_retrain.tf.make_ndarray(final_weights(job)), expected, atol=1e-6)
+
+
+def final_weights(job):
+    return next(node for node in job.graph().node if node.name.endswith('final_weights')).attr['value'].tensor
+
+
+def test_distortions_of_a_mobilenet(job, monkeypatch, capsys):
+    write_mobilenet(job.folder / 'inception', '0.25_128')
+    flags = '--architecture=mobilenet_0.25_128', '--flip_left_right', '--random_crop=10', '--random_brightness=5'
+    job.photographs(cat=20, dog=20).main(monkeypatch, *flags, how_many_training_steps='3')
+    assert 'Final test accuracy = ' in capsys.readouterr().out
+
+
+def lose(job, monkeypatch, paths):
+    """Deletes images when the training begins, after the bottlenecks were cached."""
+
+    def train(*arguments, original=tf_retrain.train):
+        for path in paths:
+            path.unlink()
+        return original(*arguments)
+
+    monkeypatch.setattr(tf_retrain, 'train', train)
+
+
+def training_images(job):
+    return [path for path in sorted(job.data.rglob('*.jpg')) if get_set(job.folder, path) == 'training']
+
+
+def test_images_that_vanish_are_missing_from_their_steps(job, monkeypatch, capsys):
+    """The run goes on to its last step, and one warning says which images vanished."""
+    job.photographs(cat=30, dog=30)
+    gone = training_images(job)[3:5]
+    lose(job, monkeypatch, gone)
+    job.main(monkeypatch, '--flip_left_right', how_many_training_steps='25', train_batch_size='40')
+    out = capsys.readouterr().out
+    assert 'Step 24: Train accuracy' in out
+    (line,) = [line for line in out.splitlines() if 'could no longer be read' in line]
+    names = ', '.join(str(path.relative_to(job.folder)) for path in gone)
+    assert line == f'WARNING: 2 images could no longer be read, and were not trained on: {names}'
+    scores = run_v1(job.graph(), (job.data / 'dog/dog 0.jpg').read_bytes(), 'final_result:0')[0]
+    assert scores.argmax() == 1
+
+
+def test_if_all_images_vanish_what_was_learned_is_tested_and_written(job, monkeypatch, capsys):
+    job.photographs(cat=30, dog=30)
+    lose(job, monkeypatch, sorted(job.data.rglob('*.jpg')))
+    job.main(monkeypatch, '--flip_left_right', how_many_training_steps='12')
+    out = capsys.readouterr().out
+    assert 'Train accuracy' not in out
+    assert re.findall(r'Step (\d+): Validation accuracy', out) == ['0', '10', '11']
+    assert re.search(r'WARNING: \d+ images could no longer be read, .* and \d+ more\n', out)
+    assert 'Final test accuracy = ' in out
+    assert len(created(out)) == 60
+    assert job.graph().node[-1].name == 'final_result'
