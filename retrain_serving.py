@@ -144,6 +144,7 @@ def create_serving_parser() -> argparse.ArgumentParser:
 
 if __name__ == '__main__':
     # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once.
+    sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]  # UTF-8 in any locale
     parsed_flags = parse_flags(create_serving_parser())
     while os.open(os.devnull, os.O_RDWR) <= 2:  # Other files must not get the numbers of closed standard streams.
         pass
@@ -790,11 +791,9 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
 def get_status(path: str) -> tuple[int, int] | None:
     """Returns size in bytes and modification time in ns of a file, if there is one."""
     try:
-        return (status := os.stat(path)).st_size, status.st_mtime_ns
-    except OSError:
-        with contextlib.suppress(
-            tf.errors.OpError
-        ):  # gs:// and its like; gfile has the times of local files in seconds
+        return (status := os.stat(path.encode())).st_size, status.st_mtime_ns  # bytes, as LANG may be of ASCII alone
+    except OSError:  # gs:// and its like; gfile knows the times of local files only in seconds
+        with contextlib.suppress(tf.errors.OpError):
             return (status := gfile.stat(path)).length, status.mtime_nsec
     return None
 
@@ -941,14 +940,14 @@ class BottleneckCache:
             self.provenance.record(self.images.files[row], int(made), int(mark))
         self.provenance.flush()
         for row, text in zip(rows, texts, strict=True):
-            self.written += 1
             tqdm.write(f'Creating bottleneck at {self.paths[row]}')
-            if self.written % 100 == 0:
-                tqdm.write(f'{self.written} bottleneck files created.')
             try:
                 write_whole(self.paths[row], text.encode())
             except tf.errors.InvalidArgumentError as error:  # the name is too long
                 tqdm.write(f'WARNING: {error.message}. Each run computes this bottleneck.')
+            self.written += 1
+            if self.written % 100 == 0:
+                tqdm.write(f'{self.written} bottleneck files created.')
 
     def compute(self, rows: np.ndarray, data_service: str | None) -> dict[int, str]:
         """Computes and writes the bottlenecks of some rows; returns {row: reason} of the images that cannot be used."""
@@ -1433,7 +1432,7 @@ def check_outputs(flags: argparse.Namespace) -> None:
     """Tries out what the end of the run needs, before anything is computed; raises UserError if something is wrong."""
     outputs = {f'--{name}': getattr(flags, name) for name in ('output_graph', 'output_labels', 'optimized_graph')}
     outputs = {flag: path for flag, path in outputs.items() if path}
-    paths = {os.path.realpath(path) for path in (*outputs.values(), f'{flags.output_graph}.json')}
+    paths = {os.path.realpath(path.encode()) for path in (*outputs.values(), f'{flags.output_graph}.json')}
     if len(paths) <= len(outputs):
         raise UserError(f'{", ".join(outputs)} must be different files. Name others.')
     for flag, path in outputs.items():
@@ -1447,7 +1446,8 @@ def check_outputs(flags: argparse.Namespace) -> None:
 def check_model(backbone: Backbone, flags: argparse.Namespace) -> None:
     """Raises UserError if an output would overwrite the model, or if the graph has a node with the result's name."""
     for name in ('output_graph', 'output_labels', 'optimized_graph'):
-        if os.path.realpath(getattr(flags, name) or '') == os.path.realpath(backbone.source):
+        path = getattr(flags, name) or ''
+        if os.path.realpath(path.encode()) == os.path.realpath(backbone.source.encode()):
             raise UserError(f'--{name}: {backbone.source} is the pretrained model. Name another file.')
     name = flags.final_tensor_name
     if name in {node.name for node in backbone.graph_def.node} or name.startswith(('final_training_ops/', 'input/')):
@@ -1651,7 +1651,7 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
         job(flags)
     except UserError as error:
         sys.exit('ERROR: ' + str(error).replace('\n', ' '))
-    except (tf.errors.OpError, OSError) as error:
+    except (tf.errors.OpError, OSError, UnicodeError) as error:
         reason = getattr(error, 'message', str(error)).replace('\n', ' ')
         sys.exit(f'ERROR: {reason}. What was computed so far is kept: fix this, and run the same command again.')
     except KeyboardInterrupt:

@@ -60,6 +60,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 if __name__ == '__main__':
     # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once.
+    sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]  # UTF-8 in any locale
     parsed_flags = create_parser().parse_intermixed_args()
     while os.open(os.devnull, os.O_RDWR) <= 2:  # Other files must not get the numbers of closed standard streams.
         pass
@@ -114,7 +115,7 @@ def load_file(path: str, what: str) -> bytes:
 def load_labels(path: str) -> list[str]:
     """Returns the labels, one per line of the file, in the order of the graph's classes."""
     try:
-        return load_file(path, 'labels file').decode('utf-8-sig').rstrip().splitlines()
+        return load_file(path, 'labels file').decode('utf-8-sig').rstrip('\r\n').splitlines()
     except UnicodeDecodeError:
         raise UserError(f"The labels file '{path}' is not text. Name the --output_labels of the training.")
 
@@ -163,7 +164,7 @@ def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
     """Yields the paths that IMAGE arguments stand for."""
     for path in images:
         if path == '-':
-            lines = (os.fsdecode(line.rstrip(b'\r\n')) for line in sys.stdin.buffer)
+            lines = (line.rstrip(b'\r\n').decode(errors='surrogateescape') for line in sys.stdin.buffer)
             yield from expand((line for line in lines if line not in ('', '-')), left_out)
         elif gfile.isdir(path):
             yield from find_images(path, left_out)
@@ -329,7 +330,7 @@ def score_images(graph_def: GraphDef, paths: Iterable[str]) -> Iterator[tuple[st
         try:
             for path in paths:
                 is_usable = os.path.isfile(path) or not os.path.exists(path)
-                yield os.fsencode(path), is_usable and read_header(path)[0] <= MAX_PIXELS
+                yield path.encode(errors='surrogateescape'), is_usable and read_header(path)[0] <= MAX_PIXELS
         except UserError as error:
             failures.append(error)
 
@@ -349,7 +350,7 @@ def score_images(graph_def: GraphDef, paths: Iterable[str]) -> Iterator[tuple[st
     for batch, images, are_decoded in dataset.batch(NETWORK_BATCH_SIZE).prefetch(2):
         scores = classify(images).numpy()
         for path, row, is_decoded in zip(batch.numpy(), scores, are_decoded.numpy(), strict=True):
-            yield os.fsdecode(path), row if is_decoded else None
+            yield path.decode(errors='surrogateescape'), row if is_decoded else None
     if failures:
         raise failures[0]
 

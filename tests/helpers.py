@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 import tf_retrain
+import tf_test
 
 tf = tf_retrain.tf
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -290,6 +291,11 @@ def run_v1_on_all(graph_def, images, tensor):
 
 def run_v1(graph_def, image_data, tensor):
     return run_v1_on_all(graph_def, [image_data], tensor)[0]
+
+
+def get_scores(graph_def, image_data):
+    """Returns what tf_test.py makes of an encoded image, by the softmax that ends a graph: float [classes]."""
+    return tf_test.run_graph(graph_def, image_data, graph_def.node[-1].name)[0]
 
 
 class DataService:

@@ -9,15 +9,14 @@ import cv2
 import numpy as np
 import openvino
 import pytest
-from helpers import build_model, load_backbone, run_v1, write_photographs
+from helpers import build_model, get_scores, load_backbone, run_v1, write_photographs
 
 import tf_retrain
-import tf_test
 
 tf = tf_retrain.tf
 
 
-def test_folded_network_equals_the_graph(tmp_path, model):
+def test_folded_network_equals_the_graph(get_scores, tmp_path, model):
     write_photographs(tmp_path, 'x', 5, (90, 140, 60))
     backbone = load_backbone(model.parent)
     before = backbone.graph_def.SerializeToString(deterministic=True)
@@ -83,7 +82,7 @@ def scaled(networks):
     }[networks.folder.name.rstrip('0123456789')]
     resize = tf.compat.v1.image.resize_bilinear
     images = [resize(tf.io.decode_jpeg(tf.io.read_file(str(path)), 3)[tf.newaxis], size)[0] for path in paths]
-    scores = np.array([tf_test.run_graph(networks.graph(), path.read_bytes()) for path in paths])
+    scores = np.array([get_scores(networks.graph(), path.read_bytes()) for path in paths])
     assert len(paths) == 20
     assert np.ptp(scores, axis=0).max() > 0.01  # they are not all alike
     return str(networks.folder / networks.flags['optimized_graph']), (np.array(images) - mean) / deviation, scores
@@ -173,5 +172,5 @@ def test_tensorflow_1_runs_the_graph(networks, tensorflow_1):
     graph = networks.folder / networks.flags['output_graph']
     command = [str(tensorflow_1), '-c', PROGRAM, str(graph), *map(str, images)]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    ours = [tf_test.run_graph(networks.graph(), path.read_bytes()) for path in images]
+    ours = [get_scores(networks.graph(), path.read_bytes()) for path in images]
     np.testing.assert_allclose([json.loads(line) for line in out.splitlines()], ours, atol=1e-5)

@@ -23,6 +23,7 @@ from helpers import (
     FeatureVector,
     check_same_bottlenecks,
     created,
+    get_scores,
     get_set,
     load_backbone,
     run,
@@ -32,7 +33,6 @@ from helpers import (
 )
 
 import tf_retrain
-import tf_test
 
 tf = tf_retrain.tf
 MOBILENET = 'mobilenet_0.25_128'
@@ -46,10 +46,10 @@ def test_all_agree_on_every_test_image(networks, monkeypatch):
     job.main(monkeypatch, *job.network, output_graph='again.pb', summaries_dir='again')
     assert {path: path.stat().st_mtime_ns for path in bottlenecks} == bottlenecks  # nothing was computed again
     images = [path.read_bytes() for path in job.test_images()]
-    expected = [tf_test.run_graph(graph, image) for image in images]
+    expected = [get_scores(graph, image) for image in images]
     assert np.ptp(expected, axis=0).max() > 0.01
     again = tf.compat.v1.GraphDef.FromString((job.folder / 'again.pb').read_bytes())
-    np.testing.assert_array_equal([tf_test.run_graph(again, image) for image in images], expected)
+    np.testing.assert_array_equal([get_scores(again, image) for image in images], expected)
     predict = tf.saved_model.load(str(job.folder / 'saved/1')).signatures['serving_default']
     np.testing.assert_allclose(predict(image=tf.constant(images))['prediction'], expected, atol=1e-5)
     np.testing.assert_allclose(run_v1(graph, images[0], 'final_result:0')[0], expected[0], atol=1e-6)
@@ -224,7 +224,7 @@ def test_mobilenet_tells_cats_from_dogs(tmp_path):
     images = [path for path in sorted(tmp_path.glob('data/*/*.jpg')) if get_set(tmp_path, path) == 'testing']
     assert len(images) == int(number) == 26
     graph_def = tf.compat.v1.GraphDef.FromString((tmp_path / 'g.pb').read_bytes())
-    expected = [tf_test.run_graph(graph_def, path.read_bytes()) for path in images]
+    expected = [get_scores(graph_def, path.read_bytes()) for path in images]
     found = {path.parent.name: path for path, scores in zip(images, expected, strict=True) if is_right(path, scores)}
     right = sum(map(is_right, images, expected))
     assert right / len(images) == pytest.approx(float(accuracy) / 100, abs=1e-3)
@@ -271,7 +271,7 @@ def test_bottlenecks_in_bfloat16(job, monkeypatch, capsys, network):
     optimized = tf.compat.v1.GraphDef.FromString((job.folder / 'optimized.pb').read_bytes())
     assert {node.attr['T'].type for node in optimized.node} <= {0, 1, 3}  # none, float32, int32
     images = [path.read_bytes() for path in job.test_images()]
-    found = np.argmax([tf_test.run_graph(job.graph(), image) for image in images], axis=1)
+    found = np.argmax([get_scores(job.graph(), image) for image in images], axis=1)
     assert list(found) == [path.parent.name == 'dog' for path in job.test_images()]
 
 

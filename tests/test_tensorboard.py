@@ -11,11 +11,10 @@ import urllib.request
 
 import numpy as np
 import pytest
-from helpers import COLOURS, Job, get_set, parse, read_events, write_photographs
+from helpers import COLOURS, Job, get_scores, get_set, parse, read_events, write_photographs
 from PIL import Image, ImageChops
 
 import tf_retrain
-import tf_test
 
 tf = tf_retrain.tf
 
@@ -31,7 +30,7 @@ def confused(tmp_path_factory, model):
 
 
 def predict(job, path):
-    return ['cat', 'dog', 'wolf'][tf_test.run_graph(job.graph(), path.read_bytes()).argmax()]
+    return ['cat', 'dog', 'wolf'][get_scores(job.graph(), path.read_bytes()).argmax()]
 
 
 @pytest.fixture(scope='module')

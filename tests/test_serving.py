@@ -8,19 +8,19 @@ import pathlib
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, Job, run
 from google.protobuf import any_pb2
+from helpers import ROOT, Job, run, run_v1
 from PIL import Image
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import get_model_metadata_pb2, predict_pb2
 
 import retrain_serving
-import tf_test
 
 tf = retrain_serving.tf
 LABELS = ['cat', 'dog', '猫']
@@ -42,6 +42,10 @@ def signatures(served):
     return tf.saved_model.load(str(served.saved_model)).signatures
 
 
+def parse(*arguments):
+    return retrain_serving.parse_flags(retrain_serving.create_serving_parser(), list(arguments))
+
+
 def encode(image, kind, **options):
     with io.BytesIO() as file:
         image.save(file, kind, **options)
@@ -50,11 +54,11 @@ def encode(image, kind, **options):
 
 @pytest.fixture(scope='module')
 def photographs(served):
-    """Twenty photographs, a PNG and a GIF, and their scores by tf_test.py's own function."""
+    """Twenty photographs, a PNG and a GIF, and their scores by the frozen graph."""
     images = [path.read_bytes() for path in sorted(served.data.rglob('*.jpg'))[::7]][:20]
     picture = Image.open(io.BytesIO(images[0]))
     images += [encode(picture, 'PNG'), encode(picture, 'GIF')]
-    scores = np.array([tf_test.run_graph(served.graph(), image) for image in images])
+    scores = np.concatenate([run_v1(served.graph(), image, 'final_result:0') for image in images])
     assert set(scores.argmax(1)) == {0, 1, 2}
     return images, scores
 
@@ -78,7 +82,8 @@ def check_rows(rows, expected):
 
 
 def test_output(served):
-    *_, graph, usage, wrote, docker = served.process.stdout.splitlines()
+    *_, logs, graph, usage, wrote, docker = served.process.stdout.splitlines()
+    assert logs == 'To look at the training: tensorboard --logdir logs'
     assert 'trained_model/unoptimized_model.pb' in graph
     assert usage.startswith('python3 tf_test.py ')
     assert wrote == ('Wrote the SavedModel trained_model_serving/1. To serve it at http://localhost:8501 with Docker:')
@@ -361,6 +366,31 @@ def test_what_is_no_image_is_an_error(signatures, photographs, signature, conten
         np.testing.assert_allclose(answered, wanted, atol=1e-5)
 
 
+def test_an_empty_batch_gets_empty_answers(signatures):
+    nothing = tf.constant([], tf.string)
+    answer = signatures['serving_default'](image=nothing)
+    assert answer['prediction'].shape == (0, 3)
+    assert decoded(answer['classes'].numpy()).tolist() == LABELS
+    shapes = {name: tuple(value.shape) for name, value in signatures['predict_rows'](image=nothing).items()}
+    assert shapes == {'label': (0,), 'score': (0,), 'labels': (0, 3), 'scores': (0, 3)}
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'GIF'])
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(signatures, kind):
+    """20,000 x 20,000 pixels would take gigabytes to decode."""
+    contents = bytearray(encode(PICTURE, kind))
+    if kind == 'PNG':
+        contents[16:24] = struct.pack('>II', 20_000, 20_000)
+    elif kind == 'GIF':
+        contents[6:10] = struct.pack('<HH', 20_000, 20_000)
+    else:
+        start = contents.index(b'\xff\xc0')
+        contents[start + 5 : start + 9] = struct.pack('>HH', 20_000, 20_000)
+    for signature in signatures.values():
+        with pytest.raises(tf.errors.InvalidArgumentError, match='more than 200,000,000 pixels'):
+            signature(image=tf.constant([bytes(contents)]))
+
+
 @pytest.mark.parametrize('signature', ['serving_default', 'predict_rows'])
 def test_the_message_is_the_same_each_time(signatures, signature):
     """The check of the image comes before what else could fail."""
@@ -389,7 +419,7 @@ def test_an_existing_version_is_left_alone(served, tmp_path):
     assert process.returncode == 1
     assert process.stdout == ''
     (line,) = process.stderr.splitlines()
-    assert line.startswith(f"ERROR: --saved_model_dir: '{versions}/1/' has something in it")
+    assert line.startswith(f"ERROR: --saved_model_dir: '{versions}/1/' is not empty")
     assert line.endswith(f' --saved_model_dir={versions}/8')
     assert os.listdir(tmp_path) == ['versions']
     assert listing(versions) == before
@@ -403,7 +433,7 @@ def test_where_a_version_can_be(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out == ''
     retrain_serving.check_saved_model_dir('new/best')
     assert capsys.readouterr().out == (
-        'WARNING: TensorFlow Serving serves only folders whose name is a number, unlike new/best\n'
+        'WARNING: TensorFlow Serving only serves folders with a number as name, unlike new/best\n'
     )
     pathlib.Path('file').touch()
     for path, message in (
@@ -427,15 +457,15 @@ def serve(served, tmp_path, monkeypatch, during):
     """Does the whole job of retrain_serving.py in this process, and `during` while it trains."""
     monkeypatch.chdir(served.folder)
     outputs = {'output_graph': tmp_path / 'graph.pb', 'output_labels': tmp_path / 'labels', 'summaries_dir': tmp_path}
-    flags = retrain_serving.create_parser().parse_args(served.arguments(**outputs))
+    flags = parse(*served.arguments(**outputs))
     flags.saved_model_dir = str(tmp_path / 'versions/7')
-    train = retrain_serving.train_final_layer
+    train = retrain_serving.train
 
     def train_and_more(*arguments):
         during()
         return train(*arguments)
 
-    monkeypatch.setattr(retrain_serving, 'train_final_layer', train_and_more)
+    monkeypatch.setattr(retrain_serving, 'train', train_and_more)
     retrain_serving.main_serving(flags)
 
 
@@ -482,7 +512,7 @@ def test_ctrl_c_in_the_training_still_writes_a_version(served, tmp_path, monkeyp
 
 @pytest.fixture(scope='module')
 def classifier(model):
-    backbone = retrain_serving.load_backbone('inception_v3', str(model.parent))
+    backbone = retrain_serving.load_backbone(parse('--image_dir=unused', f'--model_dir={model.parent}'))
     return retrain_serving.Classifier(backbone, retrain_serving.FinalLayer(2048, 2, 0.1, [1, 2]), ['cat', 'dog'])
 
 
@@ -551,14 +581,5 @@ def test_a_kill_while_it_is_written_leaves_no_version(served, tmp_path):
     process = subprocess.run(command, cwd=served.folder, capture_output=True, text=True, timeout=120)
     assert process.returncode == -signal.SIGKILL, process.stderr
     (name,) = os.listdir(tmp_path / 'versions')
-    assert re.fullmatch(r'\.[0-9a-f]{32}\.tmp', name)
+    assert re.fullmatch(r'\.[0-9a-f]{8}\.tmp', name)
     assert (tmp_path / 'versions' / name / 'saved_model.pb').exists()
-
-
-@pytest.mark.slow
-def test_no_script_does_what_is_deprecated(job, monkeypatch):
-    monkeypatch.setenv('PYTHONWARNINGS', 'error::DeprecationWarning')
-    flags = '--saved_model_dir=saved/1', '--optimized_graph=optimized.pb', '--random_brightness=1'
-    job.photographs(cat=20, dog=20).run(*flags, script='retrain_serving.py', how_many_training_steps='2')
-    job.run(how_many_training_steps='2')
-    run('tf_test.py', job.test_image(), job.flags['output_graph'], job.flags['output_labels'], cwd=job.folder)

@@ -1,0 +1,220 @@
+"""What a run says of its data set: near copies, and images in a wrong folder."""
+
+import itertools
+import re
+import shutil
+
+import numpy as np
+import pytest
+from helpers import Job, created, parse, read_events
+from PIL import Image
+
+import tf_retrain
+from tf_retrain import Images
+
+
+def make(sets, classes, files=None, labels='ab'):
+    files = files or [f'{labels[of]}/{i}.jpg' for i, of in enumerate(classes)]
+    return Images('data', list(labels), np.array(files, object), np.array(classes), np.array(sets))
+
+
+def find(images, bottlenecks):
+    pairs, leaked = tf_retrain.find_near_copies(images, np.array(bottlenecks, np.float32))
+    return [tuple(map(int, pair)) for pair in pairs], leaked
+
+
+RNG = np.random.default_rng(0)
+BASE = RNG.uniform(size=[6, 50])
+TRAINING, TESTING = 'training', 'testing'
+
+
+def test_pairs_come_in_the_order_of_what_they_spoil():
+    """Different labels before the accuracy, and that before what only wastes an image."""
+    images = make([TRAINING, TRAINING, TRAINING, TESTING, TRAINING, TRAINING], [0, 0, 0, 0, 0, 1])
+    bottlenecks = BASE[[0, 0, 1, 1, 2, 2]] + RNG.normal(0, 1e-4, [6, 50])
+    assert find(images, bottlenecks) == ([(4, 5), (2, 3), (0, 1)], 1)
+
+
+def test_only_what_is_as_alike_as_copies_counts():
+    images = make([TRAINING] * 3, [0, 0, 0])
+    side = np.roll(np.eye(1, 50)[0], 1)
+    for cosine, expected in ((0.985, []), (0.995, [(0, 2)])):
+        near = cosine * np.eye(1, 50)[0] + np.sqrt(1 - cosine**2) * side
+        assert find(images, [np.eye(1, 50)[0], np.eye(50)[7], 3 * near])[0] == expected
+
+
+@pytest.mark.parametrize('value', [0, 1, 0.5, 1e-30])
+def test_a_bottleneck_of_equal_numbers_is_like_no_other(value):
+    assert find(make([TRAINING, TESTING], [0, 1]), np.full([2, 50], value)) == ([], 0)
+
+
+def test_variants_on_purpose_are_named_only_if_they_are_apart():
+    files = ['a/x_nohash_1.jpg', 'a/x_nohash_2.jpg', 'a/y.jpg', 'b/x_nohash_1.jpg']
+    images = make([TRAINING] * 4, [0, 0, 0, 1], files)
+    assert find(images, BASE[[0, 0, 1, 1]])[0] == [(2, 3)]
+    assert find(images, BASE[[0, 0, 0, 1]])[0] == [(0, 2), (1, 2)]
+    assert find(make([TRAINING, TESTING] * 2, [0, 0, 0, 1], files), BASE[[0, 0, 1, 2]]) == ([(0, 1)], 1)
+
+
+def test_a_class_of_images_that_are_all_alike_makes_at_most_a_pair_per_image():
+    pairs, leaked = find(make([TRAINING] * 800 + [TESTING] * 200, [0] * 1000), np.tile(BASE[0], [1000, 1]))
+    assert len(pairs) <= 1000
+    assert leaked == 200
+
+
+def test_of_many_images_those_for_training_are_not_compared_with_each_other(monkeypatch):
+    monkeypatch.setattr(tf_retrain, 'MAX_COMPARED', 3)
+    images = make([TRAINING, TRAINING, TRAINING, TESTING], [0, 0, 0, 1])
+    assert find(images, BASE[[0, 0, 1, 1]]) == ([(2, 3)], 1)
+
+
+@pytest.fixture(scope='module')
+def doubled(tmp_path_factory, model):
+    """Photographs with thirteen copies: one under another label, some in other sets, the rest harmless."""
+    job = Job(tmp_path_factory.mktemp('doubled'), model).photographs(cat=60, dog=60)
+    shutil.copy(job.data / 'cat/cat 0.jpg', job.data / 'dog/stray.jpg')
+    for i in range(1, 13):
+        shutil.copy(job.data / f'cat/cat {i}.jpg', job.data / f'cat/copy {i}.jpg')
+    job.process = job.run()
+    return job
+
+
+def test_near_copies_are_reported_before_the_training(doubled):
+    lines = doubled.process.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if 'near copies' in line)
+    assert lines[start] == (
+        'WARNING: 1 pairs of near copies have different labels. Delete what is in the wrong folder.'
+    )
+    assert re.fullmatch(
+        r'WARNING: \d+ validation or test images have near copies in the training set, .*', lines[start + 1]
+    )
+    named = [line for line in lines if re.match(r'  data/', line)]
+    assert len(named) == 10
+    assert 'data/cat/cat 0.jpg' in named[0] and 'data/dog/stray.jpg' in named[0]
+    assert '  and 3 more pairs of near copies, which --print_duplicates names' in lines
+    assert lines.index(named[-1]) < next(i for i, line in enumerate(lines) if 'Step 0:' in line)
+
+
+def test_all_near_copies_are_named_on_demand(doubled, monkeypatch, capsys):
+    doubled.main(monkeypatch, '--print_duplicates')
+    lines = capsys.readouterr().out.splitlines()
+    named = [line for line in lines if re.match(r'  data/', line)]
+    assert len(named) == 13
+    for i in range(1, 13):
+        assert sum(f'cat {i}.jpg' in line and f'copy {i}.jpg' in line for line in named) == 1
+
+
+SUSPECT = re.compile(r' *(data/.+\.jpg)  (\w+) (\d\.\d\d)  (\w+) (\d\.\d\d)')
+
+
+def suspects(out):
+    lines = out.splitlines()
+    start = lines.index('=== SUSPECT IMAGES ===')
+    matches = list(itertools.takewhile(bool, map(SUSPECT.fullmatch, lines[start + 1 :])))
+    assert lines[start + 1 + len(matches)].startswith('Look at these images')
+    return [match.groups() for match in matches]
+
+
+@pytest.fixture(scope='module')
+def swapped(tmp_path_factory, model):
+    """Photographs, three of them in the wrong folder; and what a run with --find_suspects prints."""
+    job = Job(tmp_path_factory.mktemp('swapped'), model).photographs(cat=60, dog=60)
+    for i in range(2):
+        (job.data / f'cat/cat {i}.jpg').rename(job.data / f'dog/wrong {i}.jpg')
+    (job.data / 'dog/dog 5.jpg').rename(job.data / 'cat/wrong.jpg')
+    job.process = job.run('--find_suspects=5', how_many_training_steps='200')
+    return job
+
+
+def test_images_in_the_wrong_folder_are_the_first_suspects(swapped):
+    found = suspects(swapped.process.stdout)
+    assert len(found) == 5
+    assert {path for path, *_ in found[:3]} == {'data/dog/wrong 0.jpg', 'data/dog/wrong 1.jpg', 'data/cat/wrong.jpg'}
+    for path, own, score, best, best_score in found[:3]:
+        assert own == path.split('/')[1]
+        assert {own, best} == {'cat', 'dog'}
+        assert float(score) < 0.5 < float(best_score)
+    assert [row[2] for row in found] == sorted(row[2] for row in found)
+
+
+def test_suspects_in_tensorboard(swapped):
+    values = [value for event in read_events(swapped.folder / 'logs/suspects') for value in event.summary.value]
+    found = suspects(swapped.process.stdout)
+    for value, (path, own, score, best, best_score) in zip(values, found, strict=True):
+        assert value.tag == f'{own} {score}  {best} {best_score}/{path.removeprefix("data/")}'
+        assert value.image.width and value.image.encoded_image_string.startswith(b'\x89PNG')
+
+
+def test_the_search_changes_nothing(swapped, monkeypatch):
+    """Neither the images nor, with the same seed, the graph."""
+    graph = swapped.graph()
+    assert len(list(swapped.data.rglob('*.jpg'))) == 120
+    swapped.main(monkeypatch, how_many_training_steps='200')
+    assert swapped.graph() == graph
+
+
+def test_more_suspects_than_images(swapped, monkeypatch, capsys):
+    swapped.main(monkeypatch, '--find_suspects=1000')
+    assert len(suspects(capsys.readouterr().out)) == 120
+
+
+def test_each_image_is_scored_by_a_layer_that_never_saw_it(swapped, monkeypatch):
+    seen = []
+
+    class Recording(tf_retrain.FinalLayer):
+        def train(self, bottlenecks, classes):
+            self.rows = {*getattr(self, 'rows', ()), *bottlenecks[:, 0]}
+            return super().train(bottlenecks, classes)
+
+        def evaluate(self, bottlenecks, classes):
+            seen.append((getattr(self, 'rows', set()), set(bottlenecks[:, 0])))
+            return super().evaluate(bottlenecks, classes)
+
+    monkeypatch.setattr(tf_retrain, 'FinalLayer', Recording)
+    images = make([TRAINING] * 50, [0, 1] * 25)
+    bottlenecks = np.random.default_rng(0).uniform(size=[50, 8]).astype(np.float32)
+    bottlenecks[:, 0] = np.arange(50)
+    scores = tf_retrain.cross_validate(images, bottlenecks, parse('--image_dir=x', '--how_many_training_steps=30'))
+    np.testing.assert_allclose(scores.sum(axis=1), 1, atol=1e-5)
+    tests = [(trained, rows) for trained, rows in seen if rows and not rows & trained and len(rows) == 10 and trained]
+    assert len(tests) == tf_retrain.FOLDS
+    assert set().union(*(rows for _, rows in tests)) == set(range(50))
+
+
+@pytest.mark.parametrize('counts', [{'cat': 1, 'dog': 1}, {'cat': 1, 'dog': 40}, {'cat': 3, 'dog': 3, 'fox': 3}])
+def test_few_images(job, monkeypatch, capsys, counts):
+    flags = {'testing_percentage': '0', 'validation_percentage': '0'}
+    job.photographs(**counts).main(monkeypatch, '--find_suspects=2', **flags)
+    assert len(suspects(capsys.readouterr().out)) == 2
+    assert (job.folder / 'trained_model/labels.txt').exists()
+
+
+@pytest.mark.parametrize(
+    ('name', 'search'),
+    [('find_near_copies', 'duplicates'), ('cross_validate', 'suspects'), ('report_suspects', 'suspects')],
+)
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), MemoryError('too much')])
+def test_the_training_goes_on_without_a_search_that_is_stopped(job, monkeypatch, capsys, name, search, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr(tf_retrain, name, fail)
+    job.photographs(cat=20, dog=20).main(monkeypatch, '--find_suspects=2')
+    out = capsys.readouterr().out
+    assert f'WARNING: the search for {search} left out ({type(error).__name__}: ' in out
+    assert 'Final test accuracy = ' in out
+    assert job.graph().node[-1].name == 'final_result'
+
+
+def test_drawings_of_few_colours_are_no_near_copies(job, monkeypatch, capsys):
+    """Two shapes on grounds of many colours, as the quick start draws them."""
+    rng = np.random.default_rng(0)
+    for label, box in (('low', (0, 20, 40, 30)), ('high', (0, 0, 40, 10))):
+        (job.data / label).mkdir(parents=True)
+        for i in range(25):
+            picture = Image.new('RGB', (40, 30), tuple(map(int, rng.integers(0, 256, 3))))
+            picture.paste(tuple(map(int, rng.integers(0, 256, 3))), box)
+            picture.save(job.data / label / f'{i}.png')
+    out = job.cache(monkeypatch, capsys)
+    assert len(created(out)) == 50
+    assert out.count('near copies') <= 1
