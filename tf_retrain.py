@@ -953,9 +953,8 @@ class BottleneckCache:
                     left.difference_update(todo[tags[:, 0]])
                     bar.update(len(found))
         if turned := sum(is_turned for _, is_turned in headers.values()):
-            print(
-                f'WARNING: {turned} images are stored turned, and are used so. See data/README.md on how to turn them.'
-            )
+            advice = 'See data/README.md on how to turn them.'
+            print(f'WARNING: images that their camera stored turned, and that are used so: {turned}. {advice}')
         reasons = {}
         for row in sorted(left | {row for row, (pixels, _) in headers.items() if pixels > MAX_PIXELS}):
             reasons[row], contents = explain_unreadable(paths[row])
@@ -1324,10 +1323,11 @@ def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tupl
 def report_near_copies(images: Images, pairs: list[tuple[int, int]], leaked: int, print_all: bool) -> None:
     """Prints how many near copies of images there are, and names ten pairs or all of them."""
     if mislabeled := sum(images.classes[row] != images.classes[other] for row, other in pairs):
-        print(f'WARNING: {mislabeled} pairs of near copies have different labels. Delete what is in the wrong folder.')
+        advice = 'Delete what is in the wrong folder.'
+        print(f'WARNING: pairs of near copies with different labels: {mislabeled}. {advice}')
     if leaked:
-        print(f'WARNING: {leaked} validation or test images have near copies in the training set, so that the accuracy')
-        print('looks better than it is. Delete one of each pair.')
+        advice = 'They make the accuracy look better than it is: delete one of each pair.'
+        print(f'WARNING: validation or test images with near copies in the training set: {leaked}. {advice}')
     shown = pairs if print_all else pairs[:10]
     for row, other in shown:
         print(f'  {images.paths[row]} ({images.sets[row]}), {images.paths[other]} ({images.sets[other]})')

@@ -36,7 +36,7 @@ def checked(convert: type, is_valid: Callable, rule: str) -> Callable:
     return parse
 
 
-def create_parser() -> argparse.ArgumentParser:
+def create_labeling_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         usage='python3 %(prog)s IMAGE [IMAGE ...] GRAPH LABELS [flags]',
@@ -61,7 +61,7 @@ def create_parser() -> argparse.ArgumentParser:
 if __name__ == '__main__':
     # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once.
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]  # UTF-8 in any locale
-    parsed_flags = create_parser().parse_intermixed_args()
+    parsed_flags = create_labeling_parser().parse_intermixed_args()
     while os.open(os.devnull, os.O_RDWR) <= 2:  # Other files must not get the numbers of closed standard streams.
         pass
 
@@ -416,12 +416,12 @@ def score_image(graph_def: GraphDef, path: str) -> Iterator[tuple[str, np.ndarra
     except UserError:
         yield path, None
     except tf.errors.InvalidArgumentError:
-        if not explain_unreadable(path):
+        if not explain_failure(path):
             raise
         yield path, None
 
 
-def explain_unreadable(path: str) -> str:
+def explain_failure(path: str) -> str:
     """Returns why an image cannot be labelled; nothing if it can be."""
     try:
         load_image(path, decode=True)
@@ -443,14 +443,13 @@ def print_ranking(path: str, ranking: list[tuple[str, float]], flags: argparse.N
 
 
 def rank(scores: np.ndarray, labels: list[str], flags: argparse.Namespace) -> list[tuple[str, float]]:
-    """Returns (label, score), the best first; its label is 'unsure' if its score is below --min_score."""
+    """Returns (label, score), the best first."""
     if len(labels) != len(scores):
         raise UserError(
             f"'{flags.labels}' has {len(labels)} labels, but '{flags.graph}' has {len(scores)} classes. "
             'Name files of one training.'
         )
-    ranking = [(labels[index], round(float(scores[index]), 7)) for index in np.argsort(-scores)]
-    return ranking if ranking[0][1] >= flags.min_score else [('unsure', ranking[0][1]), *ranking[1:]]
+    return [(labels[index], round(float(scores[index]), 7)) for index in np.argsort(-scores)]
 
 
 def write_heatmap(graph_def: GraphDef, path: str, index: int, title: str, target: str) -> None:
@@ -474,7 +473,7 @@ def label_images(flags: argparse.Namespace) -> None:
     for path, scores in tqdm(scored, unit='image', disable=is_single or not is_shown):
         count += 1
         if scores is None:
-            failed, reason = failed + 1, explain_unreadable(path)
+            failed, reason = failed + 1, explain_failure(path)
             if flags.json:
                 print(json.dumps({'image': path, 'error': reason}), flush=True)
             elif is_single:
@@ -483,9 +482,11 @@ def label_images(flags: argparse.Namespace) -> None:
                 tqdm.write(f'ERROR: {reason}'.replace('\n', ' '), file=sys.stderr)
             continue
         ranking = rank(scores, labels, flags)
-        print_ranking(path, ranking[: flags.top or (len(labels) if is_single or flags.json else 1)], flags, is_single)
+        label = ranking[0][0] if ranking[0][1] >= flags.min_score else 'unsure'
+        shown = ranking if flags.json else [(label, ranking[0][1]), *ranking[1:]]
+        print_ranking(path, shown[: flags.top or (len(labels) if is_single or flags.json else 1)], flags, is_single)
         if flags.sort_into:
-            place(path, ranking[0][0], flags.sort_into)
+            place(path, label, flags.sort_into)
         if flags.heatmap:
             index = scores.argmax()
             write_heatmap(graph_def, path, index, f'{labels[index]} {scores[index]:.2f}', flags.heatmap)

@@ -4,7 +4,7 @@ import ast
 import itertools
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 SCRIPTS = ('tf_retrain.py', 'retrain_serving.py', 'tf_test.py')
 
@@ -59,22 +59,23 @@ def test_what_bears_the_same_name_is_the_same(first, second):
 
 def test_tf_test_has_something_in_common_with_the_others():
     names = [set(definitions((ROOT / script).read_text())) for script in SCRIPTS]
-    assert {'UserError', 'JPEG_DATA_TENSOR_NAME'} <= set.intersection(*names)
+    assert {'UserError', 'JPEG_DATA_NODE'} <= set.intersection(*names)
 
 
-def body(script):
-    """Returns a script without its docstring and what it does as a program."""
+def without_docstring(script):
     source = (ROOT / script).read_text()
-    nodes = ast.parse(source).body
-    return '\n'.join(source.splitlines()[nodes[0].end_lineno : nodes[-1].lineno - 1])
+    return source.split('"""', 2)[2]
 
 
 def test_retrain_serving_is_tf_retrain_and_one_section():
-    first, second = (set(definitions((ROOT / script).read_text())) for script in SCRIPTS[:2])
-    assert first - second == set()
-    assert len(first) > 80
-    before, section, after = body('retrain_serving.py').partition('# SavedModel\n')
-    added, flags, after = after.partition('# Flags\n')
-    assert section and flags
-    assert set(definitions(added)) == second - first
-    assert before + flags + after == body('tf_retrain.py')
+    """Its own are the docstring, a flag before TensorFlow is imported, and the section at the end."""
+    first, second = map(without_docstring, SCRIPTS[:2])
+    before, mark, rest = second.partition('def create_serving_parser()')
+    flag, main, rest = rest.partition("if __name__ == '__main__':\n")
+    rest, section, own = rest.partition('# SavedModel\n')
+    assert mark and main and section
+    assert set(definitions(own)) | {'create_serving_parser'} == set(definitions(second)) - set(definitions(first))
+    common = before + main + rest.replace('parse_flags(create_serving_parser())', 'parse_flags(create_parser())')
+    assert common + main + '    run(main, parsed_flags)\n' == first
+    assert len(definitions(first)) > 80
+    assert own.endswith(main + '    run(main_serving, parsed_flags)\n')

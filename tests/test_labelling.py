@@ -132,15 +132,17 @@ def test_unsure_images_and_copies_where_links_are_impossible(trained, tmp_path, 
         raise OSError('Operation not permitted')
 
     monkeypatch.setattr(os, 'link', refuse)
-    parser = tf_test.create_parser()
+    parser = tf_test.create_labeling_parser()
     for limit, name in ((score - 0.01, wanted), (min(1, score + 0.01), 'unsure')):
         arguments = [image, image, GRAPH, LABELS, f'--sort_into={tmp_path}', f'--min_score={limit}']
         tf_test.label_images(parser.parse_args(arguments[1:]))
         assert capsys.readouterr().out.startswith(f'{name} (score = ')
         tf_test.label_images(parser.parse_args(arguments))
         assert [line.split('\t')[1] for line in capsys.readouterr().out.splitlines()] == [name, name]
+        tf_test.label_images(parser.parse_args([*arguments[1:], '--json']))
+        assert json.loads(capsys.readouterr().out)['labels'][0] == wanted
         copies = list((tmp_path / name).iterdir())
-        assert len(copies) == 3
+        assert len(copies) == 4
         assert {path.read_bytes() for path in copies} == {open(image, 'rb').read()}
 
 
@@ -370,7 +372,7 @@ def test_fuzzed_labelling(trained, tmp_path, which, junk, at, cut):
     at %= len(contents)
     (tmp_path / which).write_bytes(contents[:at] + junk + (b'' if cut else contents[at + len(junk) :]))
     files[key] = tmp_path / which
-    flags = tf_test.create_parser().parse_args(list(map(str, files.values())))
+    flags = tf_test.create_labeling_parser().parse_args(list(map(str, files.values())))
     printed = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf_test, 'print_ranking', lambda path, ranking, *_: printed.extend(ranking))

@@ -12,12 +12,12 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from helpers import ROOT, run
 from PIL import Image
 
 
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'data' / f'{name}.py')
+    spec = importlib.util.spec_from_file_location(name, ROOT / '.tools' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -39,7 +39,7 @@ def quickstart(tmp_path, monkeypatch):
 
 
 def test_sample_images(tmp_path):
-    out = run('data/draw_sample_images.py', '--output_dir', tmp_path / 'new').stdout
+    out = run('.tools/draw_sample_images.py', '--output_dir', tmp_path / 'new').stdout
     assert out.startswith('Drew 60 cats and 60 dogs in ')
     paths = sorted((tmp_path / 'new').rglob('*'))
     images = [path for path in paths if path.is_file()]
@@ -49,7 +49,7 @@ def test_sample_images(tmp_path):
     sizes = {Image.open(path).size for path in images}
     assert len(sizes) > 100
     assert min(map(min, sizes)) >= 240
-    again = run('data/draw_sample_images.py', '--output_dir', tmp_path / 'new', check=False)
+    again = run('.tools/draw_sample_images.py', '--output_dir', tmp_path / 'new', check=False)
     assert again.returncode == 1
     assert re.fullmatch(r'ERROR: \S+cat has files in it already\. .+\n', again.stderr)
 
@@ -142,14 +142,13 @@ def clone(tmp_path):
     for name in ('tf_retrain.py', 'tf_test.py'):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / 'data').mkdir()
-    for path in (ROOT / 'data').glob('*.py'):
-        shutil.copy(path, tmp_path / 'data')
+    shutil.copytree(ROOT / '.tools', tmp_path / '.tools')
     (tmp_path / 'inception').mkdir()
     return tmp_path
 
 
 def run_quickstart(clone):
-    command = [sys.executable, clone / 'data/quickstart.py']
+    command = [sys.executable, clone / '.tools/quickstart.py']
     return subprocess.run(command, cwd='/', capture_output=True, text=True, timeout=300)
 
 

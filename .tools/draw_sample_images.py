@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw a sample data set: 60 cats and 60 dogs, in the folders cat and dog.
 
-    python data/draw_sample_images.py
+    python .tools/draw_sample_images.py
 
 Poses, coats, backgrounds and sizes vary, and the same images come out each time.
 """
@@ -14,7 +14,7 @@ import sys
 
 from PIL import Image, ImageDraw
 
-COUNT = 60  # images a class
+COUNT = 60  # images per class
 SIDE = 400  # of the square that an animal is drawn in
 OVERSAMPLING = 2  # drawn larger and then scaled down, which makes smooth edges
 INK = (40, 30, 30)
@@ -242,6 +242,6 @@ def main(output_dir: pathlib.Path) -> None:
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    here = pathlib.Path(__file__).parent
-    parser.add_argument('--output_dir', metavar='DIR', type=pathlib.Path, default=here, help='default: %(default)s')
+    data = pathlib.Path(__file__).resolve().parent.parent / 'data'
+    parser.add_argument('--output_dir', metavar='DIR', type=pathlib.Path, default=data, help='default: %(default)s')
     main(parser.parse_args().output_dir)

@@ -65,7 +65,7 @@ def fetch_mobilenet() -> None:
 
 
 def choose_model() -> list:
-    """Returns the flags of the network to use, and sees to it that it is there or can be downloaded."""
+    """Returns the flags of a network that is there or can be downloaded."""
     if any((ROOT / 'inception' / name).exists() for name in INCEPTION_FILES):
         return []
     if not MOBILENET_PATH.exists():
@@ -88,9 +88,9 @@ def run(script: str, *arguments: str) -> None:
 
 
 def main() -> None:
-    """Does it all."""
+    """Trains on the class folders in data/, or on drawn ones, and labels an image."""
     if not list_class_folders():
-        run('data/draw_sample_images.py')
+        run('.tools/draw_sample_images.py')
     folders = list_class_folders()
     print('Classes:', ', '.join(folder.name for folder in folders), flush=True)
     flags = ['--bottleneck_dir=bottlenecks/', '--how_many_training_steps', '500', '--model_dir=inception/']
@@ -105,7 +105,7 @@ def main() -> None:
     print(
         f'\nDone. The trained graph is {OUTPUTS[0]}, and its labels are in {OUTPUTS[1]}.\n'
         f'To look at the training: {pipenv} run tensorboard --logdir /tmp/retrain_logs, then open http://localhost:6006\n'
-        'To train on your own photographs: put a folder of them for each class into data/, in place of '
+        'To train on your own photographs: put one folder of them per class into data/, in place of '
         f'{", ".join(f"data/{folder.name}" for folder in folders)}, and run this again: {pipenv} run quickstart'
     )
 
