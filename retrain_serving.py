@@ -1225,7 +1225,7 @@ class SummaryWriter:
 
 
 def load_thumbnail(path: str, side: int) -> Image.Image:
-    """Returns an image, at most `side` pixels wide and high; a grey square if Pillow cannot read it."""
+    """Returns an image, at most `side` pixels wide and high; a gray square if Pillow cannot read it."""
     try:
         with gfile.GFile(path, 'rb') as file, Image.open(file) as image:
             image.draft('RGB', (side, side))  # decodes a JPEG no larger than needed
@@ -1233,7 +1233,7 @@ def load_thumbnail(path: str, side: int) -> Image.Image:
             image.thumbnail((side, side))
             return image
     except Exception:  # Pillow has many kinds of errors
-        return Image.new('RGB', (side, side), 'grey')
+        return Image.new('RGB', (side, side), 'gray')
 
 
 def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Image:
@@ -1730,7 +1730,7 @@ class Classifier(tf.Module):
         images = tf.map_fn(
             lambda image: resize_image(decode_request(image), self.image_size), contents, fn_output_signature=spec
         )
-        # A convolution refuses an empty batch, so it gets one grey image more than there is, if there is none.
+        # A convolution refuses an empty batch, so it gets one gray image more than there is, if there is none.
         padded = tf.cond(tf.size(contents) > 0, lambda: images, lambda: tf.zeros([1, *self.image_size, 3]))
         bottlenecks = self.network(padded)[: tf.size(contents)]
         return tf.nn.softmax(bottlenecks @ self.weights + self.biases)

@@ -1217,7 +1217,7 @@ class SummaryWriter:
 
 
 def load_thumbnail(path: str, side: int) -> Image.Image:
-    """Returns an image, at most `side` pixels wide and high; a grey square if Pillow cannot read it."""
+    """Returns an image, at most `side` pixels wide and high; a gray square if Pillow cannot read it."""
     try:
         with gfile.GFile(path, 'rb') as file, Image.open(file) as image:
             image.draft('RGB', (side, side))  # decodes a JPEG no larger than needed
@@ -1225,7 +1225,7 @@ def load_thumbnail(path: str, side: int) -> Image.Image:
             image.thumbnail((side, side))
             return image
     except Exception:  # Pillow has many kinds of errors
-        return Image.new('RGB', (side, side), 'grey')
+        return Image.new('RGB', (side, side), 'gray')
 
 
 def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Image:

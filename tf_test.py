@@ -341,8 +341,8 @@ def score_images(graph_def: GraphDef, paths: Iterable[str]) -> Iterator[tuple[st
 
     def load_or_replace(path: tf.Tensor, is_usable: tf.Tensor) -> tf.data.Dataset:
         image = tf.data.Dataset.from_tensors((path, is_usable))
-        grey = tf.data.Dataset.from_tensors((path, tf.zeros([*size, 3]), False))
-        return image.map(load).ignore_errors().concatenate(grey).take(1)
+        gray = tf.data.Dataset.from_tensors((path, tf.zeros([*size, 3]), False))
+        return image.map(load).ignore_errors().concatenate(gray).take(1)
 
     signature = tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.bool)
     dataset = tf.data.Dataset.from_generator(list_paths, output_signature=signature)
@@ -393,15 +393,15 @@ def compute_heatmap(graph_def: GraphDef, contents: bytes, index: int) -> np.ndar
 
 
 def draw_heatmap(path: str, heatmap: np.ndarray, title: str) -> Image.Image:
-    """Draws a photograph in grey, redder where the heatmap is higher, with a title above it."""
+    """Draws a photograph in gray, redder where the heatmap is higher, with a title above it."""
     with gfile.GFile(path, 'rb') as file, Image.open(file) as photograph:
-        grey = photograph.convert('RGB').convert('L').convert('RGB')
+        gray = photograph.convert('RGB').convert('L').convert('RGB')
     shares = np.maximum(heatmap, 0) / max(heatmap.max(), 1e-12)
-    mask = Image.fromarray(np.uint8(160 * shares)).resize(grey.size, Image.Resampling.BILINEAR)
-    grey.paste((255, 0, 0), (0, 0), mask)
+    mask = Image.fromarray(np.uint8(160 * shares)).resize(gray.size, Image.Resampling.BILINEAR)
+    gray.paste((255, 0, 0), (0, 0), mask)
     font = ImageFont.load_default(16)
-    picture = Image.new('RGB', (max(grey.width, 8 + int(font.getlength(title))), grey.height + 24), 'white')
-    picture.paste(grey, (0, 24))
+    picture = Image.new('RGB', (max(gray.width, 8 + int(font.getlength(title))), gray.height + 24), 'white')
+    picture.paste(gray, (0, 24))
     ImageDraw.Draw(picture).text((4, 12), title, 'black', font, 'lm')
     return picture
 
@@ -422,7 +422,7 @@ def score_image(graph_def: GraphDef, path: str) -> Iterator[tuple[str, np.ndarra
 
 
 def explain_failure(path: str) -> str:
-    """Returns why an image cannot be labelled; nothing if it can be."""
+    """Returns why an image cannot be labeled; nothing if it can be."""
     try:
         load_image(path, decode=True)
     except UserError as error:
@@ -462,7 +462,7 @@ def write_heatmap(graph_def: GraphDef, path: str, index: int, title: str, target
 
 
 def label_images(flags: argparse.Namespace) -> None:
-    """Labels images; raises UserError for what the user can fix, after all images that can be labelled."""
+    """Labels images; raises UserError for what the user can fix, after all images that can be labeled."""
     is_single = len(flags.images) == 1 and flags.images[0] != '-' and not gfile.isdir(flags.images[0])
     if flags.heatmap and not is_single:
         raise UserError('--heatmap: name one image.')
@@ -495,7 +495,7 @@ def label_images(flags: argparse.Namespace) -> None:
             f'There is no image in {", ".join(flags.images)}. Name a folder with {" ".join(IMAGE_EXTENSIONS)}'
         )
     if failed:
-        raise UserError(f'{failed} of {count} images could not be labelled.')
+        raise UserError(f'{failed} of {count} images could not be labeled.')
 
 
 if __name__ == '__main__':

@@ -178,7 +178,7 @@ def draw_animal(kind: str, rng: random.Random) -> Image.Image:
 
 
 def draw_background(width: int, height: int, rng: random.Random) -> Image.Image:
-    """Returns a meadow, a room, or a wall whose colour runs from one into another."""
+    """Returns a meadow, a room, or a wall whose color runs from one into another."""
 
     def gradient(top: tuple, bottom: tuple, height: int) -> Image.Image:
         return Image.composite(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run the main job from start to end: images, pretrained model, training, and a first image labelled.
+"""Run the main job from start to end: images, pretrained model, training, and a first image labeled.
 
     pipenv run quickstart
 

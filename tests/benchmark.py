@@ -3,10 +3,9 @@
 
     python tests/benchmark.py
 
-prints a markdown table, a row as soon as it is measured, in some 20 minutes. --quick takes a minute on two idle cores,
-and only shows that all of it runs; --only=cold,warm measures some rows; --help lists the rows and their sizes. The
-photographs, the caches and a model that has the size and structure of the Inception-v3 of 2015, with random weights,
-are made in a temporary folder, and take 1 GB there.
+prints a markdown table, row by row, in some 30 minutes. --quick takes a minute or two, and only shows that everything
+runs; --only=cold,warm measures some rows; --help lists the rows and their sizes. Photographs, caches, and a model with
+the size and structure of the Inception-v3 of 2015 but random weights are made in a temporary folder, and take 3 GB.
 
 In a row, the original's way and ours take turns, --repeats times, in the same run. The ratio says how many times faster
 ours was: the median and the range of the repeats. Memory is in units of 1,024.
@@ -37,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import retrain_serving
 import tf_retrain
+import tf_test
 
 tf = tf_retrain.tf
 v1 = tf.compat.v1
@@ -52,6 +52,8 @@ SIZES = {
     'distorted_images': (100, 8, 'images in the training step of the row distortions'),
     'computed_images': (1000, 20, 'images without a cache for the row memory_cold'),
     'listed_files': (200000, 5000, 'files for the row listing'),
+    'growth_images': (100000, 500, 'cached images of 100 classes for the row growth'),
+    'labeled_photographs': (300, 20, 'photographs for the row labeling'),
 }
 CLASSES = ('daisy', 'dandelion', 'roses', 'sunflowers', 'tulips')
 DISTORTIONS = ('--flip_left_right', '--random_crop=10', '--random_scale=10', '--random_brightness=10')
@@ -67,7 +69,7 @@ print(json.dumps([code, seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru
 """
 
 # The original's tf_test.py, with the names that TensorFlow 2 has for what it calls.
-PLAIN_LABELLING = """
+PLAIN_LABELING = """
 import sys
 import tensorflow as tf
 image, graph, labels = sys.argv[1:]
@@ -82,6 +84,29 @@ with tf.compat.v1.Session() as session:
     scores = session.run('softmax:0', {'DecodeJpeg/contents:0': image_data})[0]
     for index in scores.argsort()[::-1]:
         print('%s (score = %.5f)' % (names[index], scores[index]))
+"""
+
+# Runs tf_retrain.py, and writes how long its parts took.
+TIMED_PARTS = f"""
+import json, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import tf_retrain
+parts = {{}}
+
+def timed(name, function):
+    def call(*arguments):
+        start = time.perf_counter()
+        result = function(*arguments)
+        parts[name] = parts.get(name, 0) + time.perf_counter() - start
+        return result
+    return call
+
+for what, name in {{
+    'listing': 'list_images', 'reading cache files': 'read_bottlenecks', 'near copies': 'inspect_data', 'steps': 'train'
+}}.items():
+    setattr(tf_retrain, name, timed(what, getattr(tf_retrain, name)))
+tf_retrain.main(tf_retrain.parse_flags(tf_retrain.create_parser(), sys.argv[2:]))
+json.dump(parts, open('parts.json', 'w'))
 """
 
 
@@ -248,7 +273,7 @@ def read_bottleneck(path: str) -> list:
 
 
 def train_as_the_original(cache_paths: list, logs: pathlib.Path, steps: int) -> float:
-    """Trains on the cache files of each class, from disk, with all summaries every step; returns seconds a step."""
+    """Trains on the cache files of each class, from disk, with all summaries every step; returns seconds per step."""
 
     def draw():
         classes = [random.randrange(len(cache_paths)) for _ in range(100)]
@@ -293,16 +318,16 @@ def list_as_the_original(image_dir: str) -> None:
     for folder, _, _ in tf.io.gfile.walk(image_dir):
         for extension in ('jpg', 'jpeg', 'JPG', 'JPEG'):
             for path in tf.io.gfile.glob(os.path.join(folder, f'*.{extension}')):
-                tf_retrain.get_category(path, 10, 10)
+                tf_retrain.get_set(path, 10, 10)
 
 
 # What the rows share
 
 
-def run_process(*arguments) -> tuple:
+def run_process(*arguments, **options) -> tuple:
     """Runs Python with these arguments; returns the seconds and the peak resident bytes of that process."""
     command = [sys.executable, '-c', LAUNCHER, sys.executable, *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True, check=True)
+    process = subprocess.run(command, capture_output=True, text=True, check=True, **options)
     code, duration, peak = json.loads(process.stdout)
     if code:
         sys.exit(f'{arguments[0]} ended with exit code {code}:\n{process.stderr}')
@@ -348,7 +373,7 @@ def row(what: str, original: list, ours: list, show='{:.2f} s'.format, show_rati
 
 
 def speed_row(what: str, original: list, ours: list, count: int, **options) -> list:
-    """Returns the cells of a row that shows the seconds of `count` images as images a second."""
+    """Returns the cells of a row that shows the seconds of `count` images as images per second."""
     return row(what, original, ours, lambda seconds: f'{count / seconds:.1f} images/s', **options)
 
 
@@ -373,7 +398,15 @@ class Workbench:
 
     @functools.cached_property
     def backbone(self) -> tf_retrain.Backbone:
-        backbone = tf_retrain.load_backbone('inception_v3', str(self.graph.parent))
+        return self.load_backbone()
+
+    @functools.cached_property
+    def bfloat16(self) -> tf_retrain.Backbone:
+        return self.load_backbone('--precision=bfloat16')
+
+    def load_backbone(self, *flags: str) -> tf_retrain.Backbone:
+        arguments = ['--image_dir=unused', f'--model_dir={self.graph.parent}', *flags]
+        backbone = tf_retrain.load_backbone(tf_retrain.parse_flags(tf_retrain.create_parser(), arguments))
         compute_bottlenecks(self.photographs(len(backbone.networks) * tf_retrain.NETWORK_BATCH_SIZE), backbone)
         return backbone
 
@@ -385,23 +418,23 @@ class Workbench:
             folder.mkdir()
             rng = np.random.default_rng(0)
             for path in paths:
-                colours = Image.fromarray(rng.integers(0, 256, [height // 25, width // 25, 3], np.uint8))
-                gradients = np.asarray(colours.resize([width, height], Image.Resampling.BICUBIC))
+                colors = Image.fromarray(rng.integers(0, 256, [height // 25, width // 25, 3], np.uint8))
+                gradients = np.asarray(colors.resize([width, height], Image.Resampling.BICUBIC))
                 pixels = gradients + rng.normal(0, 4, [height, width, 1])
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
         return list(itertools.islice(itertools.cycle(paths), count))
 
-    def images(self, count: int) -> pathlib.Path:
+    def images(self, count: int, classes: tuple = CLASSES) -> pathlib.Path:
         """Returns a folder with `count` images in data/, and a cache of numbers that can be learned in bottlenecks/."""
         folder = self.folder / f'{count} images'
         rng = np.random.default_rng(0)
-        for index, name in enumerate(CLASSES if not folder.exists() else ()):
+        for index, name in enumerate(classes if not folder.exists() else ()):
             (folder / 'data' / name).mkdir(parents=True)
             (folder / 'bottlenecks' / name).mkdir(parents=True)
-            values = np.abs(rng.normal(0.3, 0.3, [20, tf_retrain.BOTTLENECK_TENSOR_SIZE])).astype(np.float32)
-            values[:, index :: len(CLASSES)] *= np.float32(1.2)
+            values = rng.exponential(0.3, [20, tf_retrain.BOTTLENECK_SIZE]).astype(np.float32)
+            values[:, index :: len(classes)] *= np.float32(1.2)
             contents = [','.join(map(str, numbers)) for numbers in values]
-            for image in range(index, count, len(CLASSES)):
+            for image in range(index, count, len(classes)):
                 os.link(self.photographs(32)[image % 32], folder / 'data' / name / f'{image}.jpg')
                 (folder / 'bottlenecks' / name / f'{image}.jpg.txt').write_text(contents[image % 20])
         return folder
@@ -437,8 +470,8 @@ def decoding(bench: Workbench) -> list:
     """What reading and decoding leave of the speed that our network has on batches decoded before."""
     size = tf_retrain.NETWORK_BATCH_SIZE
     count = max(1, bench.flags.photographs // size) * size
-    photographs = map(tf_retrain.decode_image, bench.photographs(size))
-    images = tf.stack([tf_retrain.resize_image(image, bench.backbone.image_size) for image in photographs])
+    photographs = [tf.io.decode_jpeg(tf.io.read_file(path), 3) for path in bench.photographs(size)]
+    images = tf.stack([tf_retrain.resize_image(image, bench.backbone.pixels.size) for image in photographs])
     batches = tf.data.Dataset.from_tensors((tf.range(size), images)).repeat(count // size)
     whole = timed(compute_bottlenecks, bench.photographs(count), bench.backbone)
     alone = timed(lambda: list(tf_retrain.run_networks(bench.backbone.networks, batches)))
@@ -468,7 +501,7 @@ def cache(bench: Workbench) -> list:
     paths = sorted(map(str, (bench.images(bench.flags.cached_images) / 'bottlenecks').glob('*/*.txt')))
 
     def parse_in_python():
-        bottlenecks = np.empty([len(paths), tf_retrain.BOTTLENECK_TENSOR_SIZE], np.float32)
+        bottlenecks = np.empty([len(paths), tf_retrain.BOTTLENECK_SIZE], np.float32)
         for index, path in enumerate(paths):
             bottlenecks[index] = read_bottleneck(path)
 
@@ -476,21 +509,45 @@ def cache(bench: Workbench) -> list:
     return row(f'reading the cache of {len(paths):,} images', *timings)
 
 
+def distort(paths: list, backbone: tf_retrain.Backbone) -> None:
+    """Computes the bottlenecks of a training step with all four distortions, our way."""
+    files, rows = np.array(paths, object), np.arange(len(paths))
+    images = tf_retrain.Images('', ['all'], files, np.zeros(len(paths), int), np.full(len(paths), 'training'))
+    distortion = tf_retrain.Distortion(True, 10, 10, 10)
+    ((found, _),) = tf_retrain.compute_distorted(iter([rows]), np.array([1, 2]), images, backbone, distortion)
+    assert (found >= 0).all()
+
+
 def distortions(bench: Workbench) -> list:
-    """The bottlenecks of a training step with all four distortions: two Session.runs an image, or batches."""
-    count, backbone = bench.flags.distorted_images, bench.backbone
-    paths = bench.photographs(count)
-    drawn = np.arange(count), np.zeros(count, np.int64)
-    flags = tf_retrain.create_parser().parse_args(['--image_dir=unused', *DISTORTIONS])
-
-    def ours():
-        step = tf_retrain.get_random_distorted_bottlenecks(paths, lambda: drawn, 1, [1, 2], backbone, flags)
-        assert len(list(step)) == count
-
+    """The bottlenecks of a training step with all four distortions: two Session.runs per image, or batches."""
+    paths = bench.photographs(bench.flags.distorted_images)
     original = timed(bench.original.compute_distorted_bottlenecks, paths)
-    timings = alternate(bench.flags.repeats + 1, original, timed(ours))
+    timings = alternate(bench.flags.repeats + 1, original, timed(distort, paths, bench.backbone))
     after_warm_up = (seconds[1:] for seconds in timings)
-    return row(f'a training step with distortions, batch of {count}', *after_warm_up)
+    return row(f'a training step with distortions, batch of {len(paths)}', *after_warm_up)
+
+
+def bfloat16_row(bench: Workbench, what: str, work, paths: list) -> list:
+    timings = alternate(bench.flags.repeats + 1, timed(work, paths, bench.backbone), timed(work, paths, bench.bfloat16))
+    return speed_row(f'float32, and bfloat16: {what}', *(seconds[1:] for seconds in timings), len(paths))
+
+
+def bfloat16(bench: Workbench) -> list:
+    """Bottlenecks of ordinary photographs, ours in float32 and in bfloat16."""
+    paths = bench.photographs(bench.flags.photographs)
+    return bfloat16_row(bench, f'bottlenecks of {len(paths)} photographs of 500 x 375', compute_bottlenecks, paths)
+
+
+def bfloat16_large(bench: Workbench) -> list:
+    """Bottlenecks of photographs of 12 megapixels, ours in float32 and in bfloat16."""
+    paths = bench.photographs(bench.flags.large_photographs, 4000, 3000, 2)
+    return bfloat16_row(bench, f'bottlenecks of {len(paths)} photographs of 4000 x 3000', compute_bottlenecks, paths)
+
+
+def bfloat16_distortions(bench: Workbench) -> list:
+    """The bottlenecks of a training step with all four distortions, ours in float32 and in bfloat16."""
+    paths = bench.photographs(bench.flags.distorted_images)
+    return bfloat16_row(bench, f'a training step with distortions, batch of {len(paths)}', distort, paths)
 
 
 def label(bench: Workbench) -> list:
@@ -500,12 +557,90 @@ def label(bench: Workbench) -> list:
     arguments = bench.photographs(1)[0], bench.graph, labels
     original, ours, imports = alternate(
         bench.flags.repeats,
-        lambda: run_process('-c', PLAIN_LABELLING, *arguments)[0],
+        lambda: run_process('-c', PLAIN_LABELING, *arguments)[0],
         lambda: run_process(ROOT / 'tf_test.py', *arguments)[0],
         import_tensorflow,
     )
     what = f'tf_test.py, one photograph, model of {bench.graph.stat().st_size / 1e6:.0f} MB, whole process'
     return row(f'{what} (import tensorflow alone: {statistics.median(imports):.2f} s)', original, ours)
+
+
+def labeling(bench: Workbench) -> list:
+    """Labeling a folder with tf_test.py, beside our bottlenecks of the same photographs. Without the import."""
+    paths = bench.photographs(bench.flags.labeled_photographs, different=300)
+    layer = tf_retrain.FinalLayer(bench.backbone.bottleneck_size, len(CLASSES), 0.01, np.array([1, 2]))
+    graph = tf_retrain.create_frozen_graph(bench.backbone, layer, 'final_result')
+    alone = timed(compute_bottlenecks, paths, bench.backbone)
+    timings = alternate(bench.flags.repeats, alone, timed(lambda: list(tf_test.score_images(graph, paths))))
+    what = f'tf_retrain.py computes bottlenecks, and tf_test.py labels, {len(paths)} photographs of 500 x 375'
+    return speed_row(what, *timings, len(paths), show_ratio='{:.0%}'.format)
+
+
+def cached_table(count: int) -> tuple:
+    """Returns a table of images without files, and bottlenecks of them, no two alike."""
+    rng = np.random.default_rng(0)
+    classes = np.sort(rng.integers(len(CLASSES), size=count))
+    files = np.array([f'{CLASSES[of]}/{i}.jpg' for i, of in enumerate(classes)], object)
+    sets = rng.choice(['training', 'validation', 'testing'], count, p=[0.8, 0.1, 0.1])
+    values = rng.exponential(0.3, [count, tf_retrain.BOTTLENECK_SIZE]).astype(np.float32)
+    return tf_retrain.Images('', list(CLASSES), files, classes, sets), values
+
+
+def near_copies(bench: Workbench) -> list:
+    """The search for near copies among few and many images."""
+    tables = [cached_table(count) for count in (bench.flags.trained_images, bench.flags.cached_images)]
+    timings = alternate(bench.flags.repeats, *(timed(tf_retrain.find_near_copies, *table) for table in tables))
+    counts = ' and '.join(f'{len(images.files):,}' for images, _ in tables)
+    few, many = (f'{statistics.median(seconds):.2f} s' for seconds in timings)
+    return [
+        f'search for near copies among {counts} images',
+        '',
+        f'{few} and {many}',
+        '',
+        span(timings[1], '{:.2f} s'.format),
+    ]
+
+
+def suspects(bench: Workbench) -> list:
+    """Which share of labels changed at random is found among as many suspects; needs --flowers."""
+    if not bench.flags.flowers:
+        return ['suspects: skipped, as --flowers is not given', '', '', '', '']
+    paths = sorted(pathlib.Path(bench.flags.flowers).glob('*/*.txt'))
+    labels = sorted({path.parent.name for path in paths})
+    true = np.array([labels.index(path.parent.name) for path in paths])
+    files = np.array([f'{path.parent.name}/{path.stem}' for path in paths], object)
+    bottlenecks, _ = tf_retrain.read_bottlenecks(list(map(str, paths)), tf_retrain.BOTTLENECK_SIZE)
+    plain, confident = [], []
+    for seed in range(5):
+        rng = np.random.default_rng(100 + seed)
+        changed = rng.choice(len(true), len(true) // 50, replace=False)
+        classes = true.copy()
+        classes[changed] = (classes[changed] + rng.integers(1, len(labels), len(changed))) % len(labels)
+        images = tf_retrain.Images('', labels, files, classes, np.full(len(files), 'training'))
+        arguments = ['--image_dir=unused', '--how_many_training_steps=2000', f'--random_seed={seed}']
+        flags = tf_retrain.parse_flags(tf_retrain.create_parser(), arguments)
+        scores = tf_retrain.cross_validate(images, bottlenecks, flags)
+        own = scores[np.arange(len(scores)), classes]
+        thresholds = np.array([scores[classes == index, index].mean() for index in range(len(labels))])
+        above = np.where(scores >= thresholds, scores, 0)
+        off_diagonal = above.any(axis=1) & (above.argmax(axis=1) != classes)
+        for found, order in ((plain, own), (confident, np.where(off_diagonal, own, own + 1))):
+            found.append(np.isin(np.argsort(order)[: len(changed)], changed).mean())
+    ours, other = (f'{statistics.mean(shares):.0%}' for shares in (plain, confident))
+    what = f'of labels of 2 % of {len(paths):,} flowers changed at random, those among as many suspects'
+    what += ', by the off-diagonal of confident learning (left) and by the score of the own label (right)'
+    return [what, other, ours, '', span(plain, '{:.0%}'.format)]
+
+
+def growth(bench: Workbench) -> list:
+    """A whole run on very many cached images of 100 classes, with the seconds of its parts."""
+    count, steps = bench.flags.growth_images, bench.flags.steps
+    folder = bench.images(count, tuple(f'class {index:02}' for index in range(100)))
+    seconds, peak = run_process('-c', TIMED_PARTS, *bench.training(folder, steps), cwd=folder)
+    parts = json.loads((folder / 'parts.json').read_text())
+    listed = ', '.join(f'{name} {took:.1f} s' for name, took in parts.items())
+    ours = f'{seconds:.1f} s ({listed}), {peak / 2**20:,.0f} MB'
+    return [f'tf_retrain.py, {count:,} cached images, 100 classes, {steps:,} steps', '', ours, '', '']
 
 
 def memory_warm(bench: Workbench) -> list:
@@ -540,7 +675,7 @@ def memory_row(what: str, difference: int, repeats: list) -> list:
     """Returns the cells of a row from the repeats' two peaks in bytes, of runs that differ by so many images."""
     each = [(many - few) / difference / 1024 for few, many in repeats]
     first, second = (f'{statistics.median(peaks) / 2**20:,.0f} MB' for peaks in zip(*repeats, strict=True))
-    ours = f'{first} and {second}: {statistics.median(each):.1f} KB an image'
+    ours = f'{first} and {second}: {statistics.median(each):.1f} KB per image'
     return [f'peak memory of tf_retrain.py, {what}', '', ours, '', span(each, '{:.1f} KB'.format)]
 
 
@@ -548,7 +683,7 @@ def serving(bench: Workbench) -> list:
     """Batches of encoded photographs through the SavedModel, beside our bottlenecks of the same photographs."""
     size = 32
     paths = bench.photographs(max(1, bench.flags.photographs // size) * size)
-    layer = tf_retrain.FinalLayer(bench.backbone.bottleneck_size, len(CLASSES), 0.01, [1, 2])
+    layer = tf_retrain.FinalLayer(bench.backbone.bottleneck_size, len(CLASSES), 0.01, np.array([1, 2]))
     folder = str(bench.folder / 'saved_models' / '1')
     classifier = retrain_serving.Classifier(bench.backbone, layer, CLASSES)
     predict = tf.saved_model.load(retrain_serving.write_saved_model(classifier, folder)).signatures['serving_default']
@@ -567,12 +702,26 @@ def listing(bench: Workbench) -> list:
         (folder / f'class {index}').mkdir(parents=True)
     for index in range(count):
         (folder / f'class {index % 10}' / f'{index}.jpg').touch()
-    ours = timed(tf_retrain.create_image_lists, str(folder), 10, 10)
+    flags = tf_retrain.parse_flags(tf_retrain.create_parser(), [f'--image_dir={folder}'])
+    ours = timed(tf_retrain.list_images, flags)
     timings = alternate(bench.flags.repeats, timed(list_as_the_original, str(folder)), ours)
     return row(f'listing and splitting {count:,} files', *timings)
 
 
-ROWS = (cold, decoding, large, warm, cache, distortions, label, memory_warm, memory_cold, listing, serving)
+ROWS = (
+    cold,
+    decoding,
+    large,
+    bfloat16,
+    bfloat16_large,
+    distortions,
+    bfloat16_distortions,
+    warm,
+    cache,
+    growth,
+    listing,
+)
+ROWS += (label, labeling, serving, memory_warm, memory_cold, near_copies, suspects)
 
 
 def parse_flags() -> argparse.Namespace:
@@ -587,6 +736,7 @@ def parse_flags() -> argparse.Namespace:
         '--repeats', metavar='N', type=int, help='how often each row is measured (default: 3, quick: 1)'
     )
     parser.add_argument('--quick', action='store_true', help='small sizes: shows that it runs, measures nothing')
+    parser.add_argument('--flowers', metavar='DIR', help="bottlenecks of the tutorial's flowers, for the row suspects")
     parser.add_argument('--only', metavar='NAME,NAME', help='measure these rows only')
     for name, (full, quick, what) in SIZES.items():
         parser.add_argument(f'--{name}', metavar='N', type=int, help=f'{what} (default: {full}, quick: {quick})')

@@ -67,7 +67,7 @@ def test_a_folder_gives_a_line_per_image_in_order(trained, mixed):
     assert process.returncode == 1
     assert process.stderr.splitlines() == [
         f"ERROR: '{mixed}/a/deep/0.jpg' is not an image that the graph decodes. Save it as JPEG, PNG or still GIF.",
-        'ERROR: 1 of 82 images could not be labelled.',
+        'ERROR: 1 of 82 images could not be labeled.',
     ]
     lines = [line.split('\t') for line in process.stdout.splitlines()]
     paths = sorted([*mixed.glob('a/deep/deep*'), *mixed.glob('b/*.jpg'), mixed / 'c.PNG'])
@@ -225,7 +225,7 @@ def test_images_that_are_refused_do_not_stop_the_others(trained, tmp_path):
     process = label(trained, *images, check=False)
     assert process.returncode == 1
     assert [line.split('\t')[0] for line in process.stdout.splitlines()] == [str(trained.test_image())]
-    reasons = ['only plain files are.', 'has 400,000,000 pixels', 'No such file', '3 of 4 images could not be labelled']
+    reasons = ['only plain files are.', 'has 400,000,000 pixels', 'No such file', '3 of 4 images could not be labeled']
     for line, reason in zip(process.stderr.splitlines(), reasons, strict=True):
         assert reason in line
 
