@@ -16,7 +16,7 @@ import tf_retrain
 tf = tf_retrain.tf
 
 
-def test_folded_network_equals_the_graph(get_scores, tmp_path, model):
+def test_folded_network_equals_the_graph(tmp_path, model):
     write_photographs(tmp_path, 'x', 5, (90, 140, 60))
     backbone = load_backbone(model.parent)
     before = backbone.graph_def.SerializeToString(deterministic=True)

@@ -258,6 +258,13 @@ def test_serving(clone):
     assert reader.names['answer']['label'].numpy() == [b'dog']
 
 
+@pytest.mark.slow
+def test_tests():
+    tests, benchmark = (output for _, output in Reader(ROOT).follow('tests/README.md').outputs)
+    assert re.search(r'\d+ passed', tests)
+    assert re.search(r'^\| reading the cache of 1,000 images \|', benchmark, re.MULTILINE)
+
+
 def test_every_flag_is_explained():
     readme = (ROOT / 'README.md').read_text()
     trainers = retrain_serving.create_serving_parser().parse_args(['--image_dir=x'])

@@ -1,0 +1,271 @@
+"""Random sequences of what users do to images, cache and model: no run computes too much, or uses what is stale.
+
+The network is a function of the file's content, so that thousands of runs take a minute. To search longer:
+STATEFUL_EXAMPLES=100000 python3 -m pytest tests/test_cache_stateful.py
+"""
+
+import contextlib
+import itertools
+import os
+import pathlib
+import shutil
+import tempfile
+import threading
+import types
+import zlib
+from collections import Counter, defaultdict
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+
+import tf_retrain
+from tf_retrain import Images, UserError, gfile, tf
+
+SIZE = 4
+NAMES = [f'{label}/{i}.jpg' for label in ('cat', 'dog') for i in range(4)]
+REMOVE, RENAME = gfile.remove, gfile.rename
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL: no operation on a file succeeds after it."""
+
+
+def compute(content, model):
+    """The bottleneck of an image; None if it cannot be decoded."""
+    if content.startswith(b'bad'):
+        return None
+    return np.random.default_rng(zlib.crc32(content, model)).normal(size=SIZE).astype(np.float32)
+
+
+def to_text(bottleneck):
+    return ','.join(map(str, bottleneck))
+
+
+class Run:
+    """A run in a thread, on files that may stop to obey."""
+
+    current = threading.local()
+
+    def __init__(self, images, folder, model, operations=None, is_read_only=False):
+        self.computed, self.result, self.error = Counter(), None, None
+        self.operations, self.is_read_only = operations, is_read_only
+        source = types.SimpleNamespace(source='model', checksum=model, cache_suffix='', bottleneck_size=SIZE)
+        flags = types.SimpleNamespace(bottleneck_dir=str(folder), data_service=None, strict=False)
+        self.thread = threading.Thread(target=self.work, args=(images, source, flags))
+
+    def work(self, images, backbone, flags):
+        Run.current.run = self
+        try:
+            self.result = tf_retrain.cache_bottlenecks(images, backbone, flags)
+        except BaseException as error:
+            self.error = error
+
+    def operate(self):
+        """Counts an operation that changes a file; fails where that is not possible any longer."""
+        if self.is_read_only:
+            raise tf.errors.PermissionDeniedError(None, None, 'read-only')
+        if self.operations is not None:
+            self.operations -= 1
+            if self.operations < 0:
+                raise Killed
+
+
+def remove(path):
+    Run.current.run.operate()
+    REMOVE(path)
+
+
+def rename(source, target, overwrite=False):
+    Run.current.run.operate()
+    RENAME(source, target, overwrite)
+
+
+def compute_bottlenecks(paths, backbone, distort, service):
+    """Yields what the program's own yields, in batches of two, and counts it."""
+    found = []
+    for index, path in enumerate(paths):
+        content = pathlib.Path(path).read_bytes()
+        Run.current.run.computed[path] += 1
+        if (bottleneck := compute(content, backbone.checksum)) is not None:
+            found.append((index, int(tf_retrain.fingerprint(content)), bottleneck))
+    for batch in itertools.batched(found, 2) if hasattr(itertools, 'batched') else ([one] for one in found):
+        yield np.array([row[:2] for row in batch]), np.array([row[2] for row in batch])
+
+
+class Cache(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.folder = pathlib.Path(tempfile.mkdtemp())
+        self.model, self.clock, self.lengths = 1, 10**18, itertools.count(10)
+        patches = {'compute_bottlenecks': compute_bottlenecks, 'print': lambda *arguments: None}
+        self.stack = contextlib.ExitStack()
+        self.stack.enter_context(mock.patch.multiple(tf_retrain, create=True, **patches))
+        self.stack.enter_context(mock.patch.multiple(tf_retrain.tqdm, write=lambda *arguments: None))
+        self.stack.enter_context(mock.patch.multiple(gfile, remove=remove, rename=rename))
+        for name in (NAMES[0], NAMES[4]):
+            self.replace(name, False)
+        self.run_once()
+
+    def teardown(self):
+        self.stack.close()
+        shutil.rmtree(self.folder)
+
+    def image(self, name):
+        return self.folder / 'data' / name
+
+    def cached(self, name):
+        return self.folder / 'cache' / f'{name}.txt'
+
+    def names(self):
+        return [name for name in NAMES if self.image(name).exists()]
+
+    def table(self):
+        names = self.names()
+        classes = np.array([name > 'd' for name in names], int)
+        sets = np.full(len(names), 'training')
+        return Images(str(self.folder / 'data'), ['cat', 'dog'], np.array(names, object), classes, sets)
+
+    def start(self, **options):
+        run = Run(self.table(), self.folder / 'cache', self.model, **options)
+        run.thread.start()
+        return run
+
+    def look(self):
+        """Returns {name: (content, whether its cache file is what it should be)}."""
+        found = {}
+        for name in self.names():
+            content, cached = self.image(name).read_bytes(), self.cached(name)
+            bottleneck = compute(content, self.model)
+            is_valid = bottleneck is not None and cached.exists() and cached.read_text() == to_text(bottleneck)
+            found[name] = content, is_valid
+        return found
+
+    def check(self, run, before):
+        """Whatever became of a run, it computed each image at most once, and none that the cache had."""
+        run.thread.join()
+        for name, (_, is_valid) in before.items():
+            assert run.computed[str(self.image(name))] <= (not is_valid), name
+        if run.result is None:
+            return
+        bottlenecks, readable = run.result
+        for row, (name, (content, _)) in enumerate(before.items()):
+            expected = compute(content, self.model)
+            assert readable[row] == (expected is not None), name
+            if expected is not None:
+                np.testing.assert_array_equal(bottlenecks[row], expected, name)
+
+    def check_finished(self, run, before):
+        self.check(run, before)
+        usable = defaultdict(bool)
+        for name, (content, _) in before.items():
+            usable[name[:3]] |= compute(content, self.model) is not None
+        if all(usable.values()):
+            assert run.error is None, run.error
+            for name, (content, _) in before.items():
+                expected = compute(content, self.model)
+                assert expected is None or self.cached(name).read_text() == to_text(expected)
+        else:
+            assert isinstance(run.error, UserError) and 'can be read' in str(run.error)
+        journals = list((self.folder / 'cache').glob('.provenance-*'))
+        return len(journals)
+
+    @rule()
+    def run_once(self):
+        before = self.look()
+        assert self.check_finished(self.start(), before) <= 1
+        again = self.start()
+        self.check(again, self.look())
+        assert not again.computed, 'a second run computes nothing'
+
+    @rule()
+    def run_twice_at_once(self):
+        before = self.look()
+        runs = [self.start(), self.start()]
+        for run in runs:
+            self.check_finished(run, before)
+
+    @rule(operations=st.integers(0, 20))
+    def run_and_kill(self, operations):
+        before = self.look()
+        self.check(self.start(operations=operations), before)
+
+    @rule()
+    def run_on_a_read_only_cache(self):
+        before = self.look()
+        run = self.start(is_read_only=True)
+        self.check(run, before)
+        if all(is_valid for _, is_valid in before.values()):
+            assert run.error is None
+        elif run.error is not None:
+            assert isinstance(run.error, UserError)
+            assert not run.computed
+
+    @rule(name=st.sampled_from(NAMES), is_bad=st.booleans())
+    def replace(self, name, is_bad):
+        self.image(name).parent.mkdir(parents=True, exist_ok=True)
+        content = (b'bad' if is_bad else b'\xff\xd8').ljust(next(self.lengths), b'x')
+        self.image(name).write_bytes(content)
+        self.touch(name)
+
+    @rule(name=st.sampled_from(NAMES))
+    def touch(self, name):
+        if self.image(name).exists():
+            self.clock += 1
+            os.utime(self.image(name), ns=(self.clock, self.clock))
+
+    @rule()
+    def copy_the_folder(self):
+        for name in NAMES:
+            self.touch(name)
+
+    @rule(name=st.sampled_from(NAMES))
+    def delete(self, name):
+        if sum(other[:3] == name[:3] for other in self.names()) > 1:
+            self.image(name).unlink(missing_ok=True)
+
+    @rule(name=st.sampled_from(NAMES), other=st.sampled_from(NAMES))
+    def swap(self, name, other):
+        if self.image(name).exists() and self.image(other).exists():
+            contents = self.image(name).read_bytes(), self.image(other).read_bytes()
+            times = self.image(name).stat().st_mtime_ns, self.image(other).stat().st_mtime_ns
+            for target, content, time in zip((other, name), contents, times, strict=True):
+                self.image(target).write_bytes(content)
+                os.utime(self.image(target), ns=(time, time))
+
+    @rule(name=st.sampled_from(NAMES), share=st.floats(0, 0.7))
+    def cut_a_cache_file(self, name, share):
+        if self.cached(name).exists():
+            text = self.cached(name).read_text()
+            self.cached(name).write_text(text[: int(len(text) * share)])
+
+    @rule(name=st.sampled_from(NAMES))
+    def delete_a_cache_file(self, name):
+        self.cached(name).unlink(missing_ok=True)
+
+    @rule()
+    def delete_the_journals(self):
+        """After a run, as before it the cache files of changed images would be believed, which is documented."""
+        self.run_once()
+        for journal in (self.folder / 'cache').glob('.provenance-*'):
+            journal.unlink()
+        for name in NAMES:  # of images that are not there, the cache files may be of anything
+            if name not in self.names() or compute(self.image(name).read_bytes(), self.model) is None:
+                self.cached(name).unlink(missing_ok=True)
+        run = self.start()
+        run.thread.join()
+        assert all(compute(pathlib.Path(path).read_bytes(), self.model) is None for path in run.computed)
+
+    @rule(model=st.integers(1, 2))
+    def change_the_model(self, model):
+        self.model = model
+
+
+@pytest.mark.slow
+def test_whatever_users_do():
+    examples = int(os.environ.get('STATEFUL_EXAMPLES', 40))
+    options = {'deadline': None, 'suppress_health_check': list(HealthCheck), 'stateful_step_count': 30}
+    run_state_machine_as_test(Cache, settings=settings(max_examples=examples, print_blob=True, **options))
