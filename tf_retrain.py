@@ -41,8 +41,8 @@ import uuid
 import warnings
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 # Flags
 
@@ -290,7 +290,7 @@ def list_dir(path: str) -> list[str]:
 
 def select_images(path: str) -> list[str]:
     """Returns the names of the images in a class folder; prints what is passed over, and warns of few images."""
-    images, others = [], Counter()
+    images, others = [], Counter[str]()
     for name in list_dir(path):
         extension = os.path.splitext(name)[1].lower()
         if extension in IMAGE_EXTENSIONS and not name.startswith('.'):
@@ -312,7 +312,8 @@ def list_images(flags: argparse.Namespace) -> Images:
     """Returns the images of the class folders; raises UserError unless two or more make classes."""
     if not gfile.isdir(flags.image_dir):
         raise UserError(f"--image_dir: there is no folder '{flags.image_dir}'. Name the one with your class folders.")
-    labels, rows, loose_images = {}, [], 0
+    labels: dict[str, str] = {}
+    rows, loose_images = [], 0
     for folder in list_dir(flags.image_dir):
         path = os.path.join(flags.image_dir, folder)
         if folder.startswith('.') or not gfile.isdir(path):
@@ -414,8 +415,9 @@ def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str
         download(url, archive)
     with contextlib.suppress(tarfile.TarError), gfile.GFile(archive, 'rb') as file:
         for member in (tar := tarfile.open(fileobj=file, mode='r|gz')):
-            if member.isfile() and os.path.normpath(member.name) == graph_name:
-                write_whole(graph_path, tar.extractfile(member).read())
+            is_graph = member.isfile() and os.path.normpath(member.name) == graph_name
+            if is_graph and (graph := tar.extractfile(member)):
+                write_whole(graph_path, graph.read())
                 return graph_path
     raise UserError(f'{archive} has no {graph_name} in it. Delete it and run the same command again.')
 
@@ -567,7 +569,7 @@ def prepend_decoding(graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: s
     return export_graph(graph)
 
 
-def find_feature_vector(module: object) -> tuple[Callable, Pixels, int] | None:
+def find_feature_vector(module: Any) -> tuple[Callable, Pixels, int] | None:
     """Finds the function of a module from images in 0..1, float [N, height, width, 3], to features, float [N, size].
 
     That is the common signature of https://www.tensorflow.org/hub/common_signatures/images.
@@ -579,7 +581,9 @@ def find_feature_vector(module: object) -> tuple[Callable, Pixels, int] | None:
         outputs = [output.shape for output in tf.nest.flatten(function.structured_outputs)]
         # One of the functions may be for training: it has True among its arguments.
         if [len(shape) for shape in (*inputs, *outputs) if shape.rank] == [4, 2] and True not in arguments:
-            height, width = (side or default for side, default in zip(inputs[0][1:3], (224, 224), strict=True))
+            height, width = (side or 224 for side in inputs[0][1:3])
+            if None in inputs[0][1:3]:
+                print(f'--tfhub_module: it takes images of any size, and gets {height} x {width} pixels.')
             return function, Pixels((height, width), 0, 255), outputs[0][1]
     return None
 
@@ -595,7 +599,8 @@ def load_tfhub_module(handle: str) -> Backbone:
     except ImportError as error:
         raise UserError(f"--tfhub_module: {error}. Run pip install tensorflow-hub 'setuptools<81' first.")
     except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
-        raise UserError(f"--tfhub_module: '{handle}' cannot be loaded ({str(error).strip()}). Name another module.")
+        advice = 'Download it into a folder, as inception/README.md shows, and name that.'
+        raise UserError(f"--tfhub_module: '{handle}' cannot be loaded ({str(error).strip()}). {advice}")
     if not (found := find_feature_vector(module)):
         raise UserError(f"--tfhub_module: '{handle}' does not compute feature vectors of images. Name one that does.")
     function, pixels, size = found
@@ -1157,7 +1162,7 @@ def create_optimized_graph(backbone: Backbone, layer: FinalLayer, final_tensor_n
 # TensorBoard
 
 
-def summarize(layer: FinalLayer, evaluation: Evaluation) -> dict[str, object]:
+def summarize(layer: FinalLayer, evaluation: Evaluation) -> dict[str, Any]:
     """Returns the original's summaries of the layer and of what it makes of a batch, {tag: number or array}."""
     summaries = {'final_training_ops/Wx_plus_b/pre_activations': evaluation.logits, 'activations': evaluation.scores}
     for name, values in (('weights', layer.weights), ('biases', layer.biases)):
@@ -1173,7 +1178,7 @@ def encode_png(picture: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def create_value(tag: str, value: object) -> Summary.Value:
+def create_value(tag: str, value: Any) -> Summary.Value:
     """Returns a summary of a number, of a picture, or of an array, whose distribution is shown in 30 buckets."""
     if isinstance(value, Image.Image):
         image = {'width': value.width, 'height': value.height, 'encoded_image_string': encode_png(value)}
@@ -1203,7 +1208,7 @@ class SummaryWriter:
         self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
         self.write(file_version='brain.Event:2')
 
-    def write(self, values: dict[str, object] | None = None, **fields: object) -> None:
+    def write(self, values: Mapping[str, Any] | None = None, **fields: object) -> None:
         """Writes an Event of {tag: number, picture or array}, and with other fields."""
         summary = Summary(value=itertools.starmap(create_value, (values or {}).items()))
         event = tf.compat.v1.Event(wall_time=time.time(), summary=summary if values else None, **fields)
@@ -1302,7 +1307,8 @@ def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tupl
     unless the two are variants by `_nohash_`. Of more than MAX_COMPARED images, those for training are not compared.
     Returns pairs of rows, the worst first, and how many images for validation or test are like a training image.
     """
-    classes, is_training, badness, leaked = images.classes, images.sets == 'training', {}, 0
+    badness: dict[tuple[int, int], float] = {}
+    classes, is_training, leaked = images.classes, images.sets == 'training', 0
     stems = np.array([file.split('_nohash_')[0] for file in images.files], object)
     norms = np.linalg.norm(bottlenecks, axis=1, keepdims=True) * (np.ptp(bottlenecks, axis=1, keepdims=True) > 0)
     units = tf.math.divide_no_nan(bottlenecks, norms)  # a bottleneck of equal numbers is like no other
@@ -1317,7 +1323,7 @@ def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tupl
             if worst:
                 pair = min(row, other), max(row, other)
                 badness[pair] = max(worst, badness.get(pair, 0))
-    return sorted(badness, key=badness.get, reverse=True), int(leaked)
+    return sorted(badness, key=badness.__getitem__, reverse=True), int(leaked)
 
 
 def report_near_copies(images: Images, pairs: list[tuple[int, int]], leaked: int, print_all: bool) -> None:
@@ -1349,9 +1355,8 @@ def cross_validate(images: Images, bottlenecks: np.ndarray, flags: argparse.Name
     with tqdm(total=FOLDS * steps, desc='Cross-validation', unit='step', delay=1, disable=None) as bar:
         for fold in range(FOLDS):
             split = dataclasses.replace(images, sets=np.where(folds == fold, 'testing', 'training'))
-            layer = FinalLayer(
-                *bottlenecks.shape[1:], *scores.shape[1:], flags.learning_rate, rng.integers(2**31, size=2)
-            )
+            seed = rng.integers(2**31, size=2)
+            layer = FinalLayer(bottlenecks.shape[1], scores.shape[1], flags.learning_rate, seed)
             for _ in range(steps):
                 rows = split.draw('training', flags.train_batch_size, rng)
                 layer.train(bottlenecks[rows], images.classes[rows])
@@ -1566,7 +1571,7 @@ def describe(images: Images, backbone: Backbone) -> None:
 def create_record(images: Images, backbone: Backbone, tested: Tested | None, flags: argparse.Namespace) -> dict:
     """Returns what the run did, in the order of trained_model/README.md."""
     pixels = backbone.pixels._asdict() | {'tensor': f'{JPEG_DATA_NODE}:0', 'optimized_tensor': f'{SCALED_INPUT_NODE}:0'}
-    record = {
+    record: dict[str, Any] = {
         'command': sys.argv,
         'flags': vars(flags),
         'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__},

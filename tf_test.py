@@ -14,6 +14,7 @@ if __name__ == '__main__':  # Ctrl-C, or a pipe that nobody reads any longer, en
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 import argparse
+import io
 import itertools
 import json
 import os
@@ -500,7 +501,7 @@ def label_images(flags: argparse.Namespace) -> None:
 
 if __name__ == '__main__':
     for stream in (sys.stdout, sys.stderr):
-        if stream:
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors='replace')
     try:
         label_images(parsed_flags)

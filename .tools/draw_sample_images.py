@@ -221,9 +221,8 @@ def draw_image(kind: str, seed: int) -> Image.Image:
     if rng.random() < 0.5:
         animal = animal.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     animal = animal.resize((size, size), Image.Resampling.LANCZOS)
-    spare = (width - size, height - size)
-    corner = tuple(int(room * rng.uniform(0.3, 0.7)) for room in spare)
-    picture.paste(animal, corner, animal)
+    x, y = (int(room * rng.uniform(0.3, 0.7)) for room in (width - size, height - size))
+    picture.paste(animal, (x, y), animal)
     return picture
 
 

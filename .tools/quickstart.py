@@ -100,8 +100,8 @@ def main() -> None:
         path for folder in folders for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_EXTENSIONS
     )
     run('tf_test.py', os.path.relpath(next(images), ROOT), *OUTPUTS)
-    pipenv = pathlib.Path(sys.executable).with_name('pipenv')  # there if the set-up of README.md was followed
-    pipenv = os.path.relpath(pipenv, ROOT) if pipenv.exists() else 'pipenv'
+    installed = pathlib.Path(sys.executable).with_name('pipenv')  # there if the set-up of README.md was followed
+    pipenv = os.path.relpath(installed, ROOT) if installed.exists() else 'pipenv'
     print(
         f'\nDone. The trained graph is {OUTPUTS[0]}, and its labels are in {OUTPUTS[1]}.\n'
         f'To look at the training: {pipenv} run tensorboard --logdir /tmp/retrain_logs, then open http://localhost:6006\n'
