@@ -63,6 +63,17 @@ def checked(convert: type, is_valid: Callable, rule: str) -> Callable:
     return parse
 
 
+PERCENTAGE = checked(int, lambda value: 0 <= value <= 100, 'from 0 to 100')
+COUNT = checked(int, lambda value: value >= 0, '0 or more')
+SIZE = checked(int, lambda value: value >= 1, '1 or more')
+SIZE_OR_ALL = checked(int, lambda value: value >= 1 or value == -1, '1 or more, or -1 for all images')
+RATE = checked(float, lambda value: 0 < value < math.inf, 'above 0')
+ADDRESS = checked(str, re.compile(r'grpc://.+:\d+').fullmatch, 'grpc://HOST:PORT')
+# The pattern is that of tensorflow/core/framework/node_def_util.cc.
+NODE_NAME = checked(str, re.compile(r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*').fullmatch, 'of letters, digits, _ . - /')
+DEFAULT = ' (default: %(default)s)'
+
+
 def create_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
@@ -71,59 +82,54 @@ def create_parser() -> argparse.ArgumentParser:
         formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36),
         epilog='the usual command:\n' + __doc__.split('\n\n')[1],
     )
-    percentage = checked(int, lambda value: 0 <= value <= 100, 'from 0 to 100')
-    count = checked(int, lambda value: value >= 0, '0 or more')
-    size = checked(int, lambda value: value >= 1, '1 or more')
-    size_or_all = checked(int, lambda value: value >= 1 or value == -1, '1 or more, or -1 for all images')
-    rate = checked(float, lambda value: 0 < value < math.inf, 'above 0')
-    address = checked(str, re.compile(r'grpc://.+:\d+').fullmatch, 'grpc://HOST:PORT')
-    # The pattern is that of tensorflow/core/framework/node_def_util.cc.
-    node_name = checked(str, re.compile(r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*').fullmatch, 'of letters, digits, _ . - /')
-    default = ' (default: %(default)s)'
-
     add = parser.add_argument_group('data').add_argument
     add('--image_dir', metavar='DIR', required=True, help='folder with one folder of images per class')
-    add('--testing_percentage', metavar='P', type=percentage, default=10, help='percent to test with' + default)
-    add('--validation_percentage', metavar='P', type=percentage, default=10, help='percent to validate with' + default)
+    add('--testing_percentage', metavar='P', type=PERCENTAGE, default=10, help='percent to test with' + DEFAULT)
+    add('--validation_percentage', metavar='P', type=PERCENTAGE, default=10, help='percent to validate with' + DEFAULT)
     add('--strict', action='store_true', help='stop at an image that cannot be read instead of leaving it out')
     add('--print_duplicates', action='store_true', help='name all near copies among the images, not only ten')
-    add('--find_suspects', metavar='N', type=count, default=0, help='name the N most doubtful labels' + default)
-    add('--bottleneck_dir', metavar='DIR', default='/tmp/bottleneck', help='cache of the bottlenecks' + default)
-    add('--data_service', metavar='grpc://HOST:PORT', type=address, help='tf.data service that shares the work')
+    add('--find_suspects', metavar='N', type=COUNT, default=0, help='name the N most doubtful labels' + DEFAULT)
+    add('--bottleneck_dir', metavar='DIR', default='/tmp/bottleneck', help='cache of the bottlenecks' + DEFAULT)
+    add('--data_service', metavar='grpc://HOST:PORT', type=ADDRESS, help='tf.data service that shares the work')
 
     group = parser.add_argument_group('model')
-    group.add_argument('--model_dir', metavar='DIR', default='/tmp/imagenet', help='the pretrained model' + default)
-    formats, help_text = ['float32', 'bfloat16'], 'number format for bottlenecks; bfloat16 can be faster' + default
+    group.add_argument('--model_dir', metavar='DIR', default='/tmp/imagenet', help='the pretrained model' + DEFAULT)
+    formats, help_text = ['float32', 'bfloat16'], 'number format for bottlenecks; bfloat16 can be faster' + DEFAULT
     group.add_argument('--precision', metavar='FORMAT', choices=formats, default='float32', help=help_text)
     add = group.add_mutually_exclusive_group().add_argument
-    names = 'inception_v3, or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>' + default
+    names = 'inception_v3, or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>' + DEFAULT
     add('--architecture', metavar='NAME', choices=ARCHITECTURES, default=ARCHITECTURES[0], help=names)
     add('--tfhub_module', metavar='HANDLE', help='image feature vector of TensorFlow Hub: URL or folder')
 
+    add_training_flags(parser)
+    return parser
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of training, distortions and output to a parser."""
     add = parser.add_argument_group('training').add_argument
-    add('--how_many_training_steps', metavar='N', type=count, default=4000, help='training steps' + default)
-    add('--learning_rate', metavar='RATE', type=rate, default=0.01, help='size of the steps' + default)
-    add('--train_batch_size', metavar='N', type=size, default=100, help='images per training step' + default)
-    validated = 'images per validation; -1: all' + default
-    add('--validation_batch_size', metavar='N', type=size_or_all, default=100, help=validated)
-    add('--test_batch_size', metavar='N', type=size_or_all, default=-1, help='images in the test; -1: all' + default)
-    add('--eval_step_interval', metavar='N', type=size, default=10, help='steps between evaluations' + default)
-    add('--random_seed', metavar='N', type=count, help='runs with the same number give the same result')
+    add('--how_many_training_steps', metavar='N', type=COUNT, default=4000, help='training steps' + DEFAULT)
+    add('--learning_rate', metavar='RATE', type=RATE, default=0.01, help='size of the steps' + DEFAULT)
+    add('--train_batch_size', metavar='N', type=SIZE, default=100, help='images per training step' + DEFAULT)
+    validated = 'images per validation; -1: all' + DEFAULT
+    add('--validation_batch_size', metavar='N', type=SIZE_OR_ALL, default=100, help=validated)
+    add('--test_batch_size', metavar='N', type=SIZE_OR_ALL, default=-1, help='images in the test; -1: all' + DEFAULT)
+    add('--eval_step_interval', metavar='N', type=SIZE, default=10, help='steps between evaluations' + DEFAULT)
+    add('--random_seed', metavar='N', type=COUNT, help='runs with the same number give the same result')
     add('--print_misclassified_test_images', action='store_true', help='list the misclassified test images')
 
     add = parser.add_argument_group('distortions of the training images (training takes far longer)').add_argument
     add('--flip_left_right', action='store_true', help='mirror half of the images at random')
-    add('--random_crop', metavar='P', type=percentage, default=0, help='margin to crop from, in percent' + default)
-    add('--random_scale', metavar='P', type=percentage, default=0, help='enlarge by up to this percentage' + default)
-    add('--random_brightness', metavar='P', type=percentage, default=0, help='change by up to P percent' + default)
+    add('--random_crop', metavar='P', type=PERCENTAGE, default=0, help='margin to crop from, in percent' + DEFAULT)
+    add('--random_scale', metavar='P', type=PERCENTAGE, default=0, help='enlarge by up to this percentage' + DEFAULT)
+    add('--random_brightness', metavar='P', type=PERCENTAGE, default=0, help='change by up to P percent' + DEFAULT)
 
     add = parser.add_argument_group('output').add_argument
-    add('--output_graph', metavar='FILE', default='/tmp/output_graph.pb', help='the trained graph' + default)
+    add('--output_graph', metavar='FILE', default='/tmp/output_graph.pb', help='the trained graph' + DEFAULT)
     add('--optimized_graph', metavar='FILE', help='also write the trained graph for other runtimes')
-    add('--output_labels', metavar='FILE', default='/tmp/output_labels.txt', help='the labels, one per line' + default)
-    add('--summaries_dir', metavar='DIR', default='/tmp/retrain_logs', help='logs for TensorBoard' + default)
-    add('--final_tensor_name', metavar='NAME', type=node_name, default='final_result', help='of the scores' + default)
-    return parser
+    add('--output_labels', metavar='FILE', default='/tmp/output_labels.txt', help='the labels, one per line' + DEFAULT)
+    add('--summaries_dir', metavar='DIR', default='/tmp/retrain_logs', help='logs for TensorBoard' + DEFAULT)
+    add('--final_tensor_name', metavar='NAME', type=NODE_NAME, default='final_result', help='of the scores' + DEFAULT)
 
 
 def parse_flags(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -1039,20 +1045,20 @@ def distort_image(image: tf.Tensor, seed: tf.Tensor, size: tuple[int, int], dist
 
 
 def compute_distorted(
-    draws: Iterator[np.ndarray], seed: np.ndarray, images: Images, backbone: Backbone, distortion: Distortion
+    draws: Iterator[np.ndarray], images: Images, backbone: Backbone, distort: Callable
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (rows, bottlenecks) of each draw of rows, every image distorted anew.
+    """Yields (rows, bottlenecks) of each draw of rows, of what distort(image, number) makes of each image drawn.
 
     The row of an image that can no longer be read comes as ~row, which is negative.
     """
-    size, start = backbone.pixels.size, 0
+    start = 0
     while (block := np.array(list(itertools.islice(draws, DISTORTED_STEPS)))).size:
         rows, bottlenecks = ~block.ravel(), np.zeros([block.size, backbone.bottleneck_size], np.float32)
 
-        def distort(image: tf.Tensor, index: tf.Tensor, start: int = start) -> tf.Tensor:
-            return distort_image(image, tf.random.fold_in(seed, start + index), size, distortion)
+        def distort_drawn(image: tf.Tensor, index: tf.Tensor, start: int = start) -> tf.Tensor:
+            return distort(image, start + index)
 
-        for tags, found in compute_bottlenecks([images.paths[row] for row in block.ravel()], backbone, distort):
+        for tags, found in compute_bottlenecks([images.paths[row] for row in block.ravel()], backbone, distort_drawn):
             rows[tags[:, 0]], bottlenecks[tags[:, 0]] = ~rows[tags[:, 0]], found
         start += block.size
         yield from zip(rows.reshape(block.shape), bottlenecks.reshape(*block.shape, -1), strict=True)
@@ -1456,6 +1462,12 @@ def log(step: int, text: str) -> None:
     print(f'{datetime.datetime.now()}: Step {step}: {text}', flush=True)
 
 
+def report_vanished(paths: list[str]) -> None:
+    """Names images that were there when the training began."""
+    listed = ', '.join(paths[:10]) + (f' and {len(paths) - 10} more' if len(paths) > 10 else '')
+    print(f'WARNING: {len(paths)} images could no longer be read, and were not trained on: {listed}')
+
+
 def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace) -> FinalLayer:
     """Trains the final layer; logs accuracy and cross entropy every --eval_step_interval steps and at the last one."""
     root = np.random.SeedSequence(flags.random_seed)
@@ -1466,7 +1478,12 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
     draws = (images.draw('training', flags.train_batch_size, training_rng) for _ in range(steps))
     distortion = Distortion(flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness)
     if any(distortion):
-        batches = compute_distorted(draws, distortion_seed.generate_state(2), images, backbone, distortion)
+        seed, size = distortion_seed.generate_state(2), backbone.pixels.size
+
+        def distort(image: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+            return distort_image(image, tf.random.fold_in(seed, number), size, distortion)
+
+        batches = compute_distorted(draws, images, backbone, distort)
     else:
         batches = ((rows, bottlenecks[rows]) for rows in draws)
     train_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'train'))
@@ -1493,9 +1510,7 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
             if stopped:
                 break
     if vanished:
-        names, more = [images.paths[row] for row in sorted(vanished)], len(vanished) - 10
-        listed = ', '.join(names[:10]) + (f' and {more} more' if more > 0 else '')
-        print(f'WARNING: {len(vanished)} images could no longer be read, and were not trained on: {listed}')
+        report_vanished([images.paths[row] for row in sorted(vanished)])
     return layer
 
 

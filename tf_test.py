@@ -453,9 +453,8 @@ def rank(scores: np.ndarray, labels: list[str], flags: argparse.Namespace) -> li
     return [(labels[index], round(float(scores[index]), 7)) for index in np.argsort(-scores)]
 
 
-def write_heatmap(graph_def: GraphDef, path: str, index: int, title: str, target: str) -> None:
-    """Writes a picture of what each part of an image adds to the score of a class."""
-    picture = draw_heatmap(path, compute_heatmap(graph_def, load_image(path), index), title)
+def save_picture(picture: Image.Image, target: str) -> None:
+    """Writes a picture in the format that the extension of its file asks for."""
     try:
         picture.save(target)
     except (OSError, ValueError) as error:
@@ -490,7 +489,8 @@ def label_images(flags: argparse.Namespace) -> None:
             place(path, label, flags.sort_into)
         if flags.heatmap:
             index = scores.argmax()
-            write_heatmap(graph_def, path, index, f'{labels[index]} {scores[index]:.2f}', flags.heatmap)
+            heatmap = compute_heatmap(graph_def, load_image(path), index)
+            save_picture(draw_heatmap(path, heatmap, f'{labels[index]} {scores[index]:.2f}'), flags.heatmap)
     if not count:
         raise UserError(
             f'There is no image in {", ".join(flags.images)}. Name a folder with {" ".join(IMAGE_EXTENSIONS)}'

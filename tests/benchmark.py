@@ -513,8 +513,12 @@ def distort(paths: list, backbone: tf_retrain.Backbone) -> None:
     """Computes the bottlenecks of a training step with all four distortions, our way."""
     files, rows = np.array(paths, object), np.arange(len(paths))
     images = tf_retrain.Images('', ['all'], files, np.zeros(len(paths), int), np.full(len(paths), 'training'))
-    distortion = tf_retrain.Distortion(True, 10, 10, 10)
-    ((found, _),) = tf_retrain.compute_distorted(iter([rows]), np.array([1, 2]), images, backbone, distortion)
+    size, distortion = backbone.pixels.size, tf_retrain.Distortion(True, 10, 10, 10)
+
+    def change(image: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+        return tf_retrain.distort_image(image, tf.random.fold_in([1, 2], number), size, distortion)
+
+    ((found, _),) = tf_retrain.compute_distorted(iter([rows]), images, backbone, change)
     assert (found >= 0).all()
 
 
