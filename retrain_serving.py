@@ -466,9 +466,7 @@ class Backbone:
     """A pretrained network up to its bottleneck: the one thing here that depends on the kind of network."""
 
     source: str  # path or handle of the model
-    graph_def: (
-        GraphDef  # from DecodeJpeg/contents and Mul of the 2015 graph to the bottleneck; TensorFlow 1 loads it too
-    )
+    graph_def: GraphDef  # from DecodeJpeg/contents to the bottleneck, for TensorFlow 1 too
     checksum: int  # differs between models
     bottleneck: str  # the node of the bottlenecks, float [N, bottleneck_size]
     bottleneck_size: int
@@ -602,6 +600,26 @@ def find_feature_vector(module: Any) -> tuple[Callable, Pixels, int] | None:
     return None
 
 
+def inline_functions(function: Any) -> Any:
+    """Returns a frozen function of images in plain ops: without functions, which XLA may claim, and own gradients."""
+    graph_def = function.graph.as_graph_def()
+    for node in itertools.chain(graph_def.node, *(inner.node_def for inner in graph_def.library.function)):
+        for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):
+            node.attr.pop(name, None)
+        if 'f' in node.attr:
+            node.attr['f'].func.name += '_inlined'
+    for inner in graph_def.library.function:
+        inner.attr.clear()
+        inner.signature.name += '_inlined'  # TensorFlow has the other ones under their names
+
+    def plain(resized: tf.Tensor) -> list[tf.Tensor]:
+        inputs = {function.inputs[0].name: resized}
+        return tf.graph_util.import_graph_def(graph_def, inputs, [function.outputs[0].name], name='')
+
+    wrapped = tf.compat.v1.wrap_function(plain, [tf.TensorSpec(function.inputs[0].shape)])
+    return convert_variables_to_constants_v2(wrapped)
+
+
 def load_tfhub_module(handle: str) -> Backbone:
     """Returns the network of a TF2 image feature vector; raises UserError if the module is none."""
     try:
@@ -624,7 +642,7 @@ def load_tfhub_module(handle: str) -> Backbone:
         (features,) = tf.nest.flatten(function(images))
         return tf.reshape(features, [-1, size], name='bottleneck')
 
-    frozen = convert_variables_to_constants_v2(extract.get_concrete_function())
+    frozen = inline_functions(convert_variables_to_constants_v2(extract.get_concrete_function()))
     checksum = 0
     for folder, _, names in sorted(gfile.walk(path)):
         for name in sorted(names):

@@ -1,7 +1,9 @@
 """What several files of tests use: a small model, a job to run, and finished runs to look at."""
 
+import shutil
+
 import pytest
-from helpers import Job, build_model, write_mobilenet, write_module
+from helpers import COLOURS, ROOT, Job, build_model, write_mobilenet, write_module, write_photographs
 
 
 @pytest.fixture(scope='session')
@@ -36,3 +38,17 @@ def networks(request, tmp_path_factory, model):
     job.flags |= {'how_many_training_steps': '5', 'optimized_graph': 'trained_model/optimized_model.pb'}
     job.process = job.run(*job.network, '--saved_model_dir=saved/1', script='retrain_serving.py')
     return job
+
+
+@pytest.fixture
+def clone(tmp_path, model, monkeypatch):
+    """A copy of the project with the small model and photographs, as the working directory."""
+    for name in ('tf_retrain.py', 'retrain_serving.py', 'tf_test.py'):
+        shutil.copy(ROOT / name, tmp_path)
+    for label, colour in zip(('cat', 'dog'), COLOURS, strict=False):
+        write_photographs(tmp_path / 'data', label, 40, colour)
+    for name in ('inception', 'trained_model', 'trained_model_serving', 'bottlenecks'):
+        (tmp_path / name).mkdir()
+    shutil.copy(model, tmp_path / 'inception')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import http.server
 import io
+import json
 import os
 import re
 import shutil
@@ -165,6 +166,86 @@ def test_a_model_that_keras_exports(tmp_path):
     assert (backbone.pixels.size, backbone.bottleneck_size) == ((32, 48), 5)
     images = np.random.default_rng(0).uniform(0, 255, [3, 32, 48, 3]).astype(np.float32)
     np.testing.assert_allclose(backbone.networks[0](images), network(images / 255), atol=1e-5)
+
+
+KERAS = {  # what brings pixels from 0..1 to those that the network wants, and the size of its bottlenecks
+    'EfficientNetV2B0': ((255, 0), 1280),
+    'MobileNetV3Large': ((255, 0), 960),
+    'ConvNeXtTiny': ((255, 0), 768),
+    'ResNet50V2': ((2, -1), 2048),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', KERAS)
+def test_networks_of_keras(job, name):
+    """Exported as inception/README.md shows, but without their weights: trained, labeled and served."""
+    scaling, size = KERAS[name]
+    network = getattr(keras.applications, name)(include_top=False, weights=None, pooling='avg')
+    model = keras.Sequential([keras.Input([224, 224, 3]), keras.layers.Rescaling(*scaling), network])
+    model.export(str(job.folder / 'module'), verbose=False)
+    job.photographs(cat=20, dog=20)
+    flags = '--tfhub_module=module', '--saved_model_dir=saved/1'
+    assert 'Final test accuracy = ' in job.run(*flags, script='retrain_serving.py', how_many_training_steps='10').stdout
+    image = job.test_image()
+    expected = model(resize(image, [224, 224]) / 255).numpy()[0]
+    found = read_cache(job.folder / f'bottlenecks/{image.parent.name}/{image.name}_module.txt')
+    assert len(found) == size
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    graph, labels = job.flags['output_graph'], job.flags['output_labels']
+    labeled = json.loads(run('tf_test.py', image, graph, labels, '--json', cwd=job.folder).stdout)
+    served = tf.saved_model.load(str(job.folder / 'saved/1')).signatures['predict_rows'](image=[image.read_bytes()])
+    assert labeled['labels'] == [label.decode() for label in served['labels'].numpy()[0]]
+    np.testing.assert_allclose(labeled['scores'], served['scores'].numpy()[0], atol=1e-5)
+
+
+class ModuleServer(http.server.BaseHTTPRequestHandler):
+    """Serves a module as .tar.gz; some paths are forbidden, break off in the middle, or bring a web page."""
+
+    def do_GET(self):
+        if self.path.startswith('/forbidden'):
+            return self.send_error(403)
+        self.send_response(200)
+        if self.path.startswith('/broken'):
+            self.send_header('Content-Length', str(len(self.server.archive)))
+        self.end_headers()
+        half = len(self.server.archive) // 2
+        answers = {'broken': self.server.archive[:half], 'short': self.server.archive[:half], 'page': b'<html></html>'}
+        self.wfile.write(answers.get(self.path.strip('/').partition('?')[0], self.server.archive))
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def module_url(tmp_path, monkeypatch):
+    """The URL of a server with a module."""
+    monkeypatch.setenv('TFHUB_CACHE_DIR', str(tmp_path / 'modules'))
+    write_module(tmp_path / 'module')
+    with tarfile.open(fileobj=(archive := io.BytesIO()), mode='w:gz') as tar:
+        tar.add(tmp_path / 'module', '.')
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), ModuleServer) as httpd:
+        httpd.archive = archive.getvalue()
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{httpd.server_port}'
+        httpd.shutdown()
+
+
+def test_a_module_from_a_server(module_url, tmp_path):
+    served = tf_retrain.load_tfhub_module(f'{module_url}/module.tar.gz')
+    local = tf_retrain.load_tfhub_module(str(tmp_path / 'module'))
+    images = np.random.default_rng(0).uniform(0, 255, [3, *local.pixels.size, 3]).astype(np.float32)
+    np.testing.assert_array_equal(served.networks[0](images), local.networks[0](images))
+
+
+@pytest.mark.parametrize('kind', ['forbidden', 'broken', 'short', 'page'])
+def test_a_server_that_fails(module_url, kind):
+    """The error shows the sturdy way, and nothing broken is kept: a later attempt may succeed."""
+    reason = r'HTTP Error 403: Forbidden' if kind == 'forbidden' else r'.* does not appear to be a valid module\.'
+    pattern = rf"^--tfhub_module: '{module_url}/{kind}' cannot be loaded \({reason}\)\. .*inception/README\.md"
+    for _ in range(2):
+        with pytest.raises(tf_retrain.UserError, match=pattern):
+            tf_retrain.load_tfhub_module(f'{module_url}/{kind}')
 
 
 class Detector(tf.Module):

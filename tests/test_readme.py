@@ -1,144 +1,23 @@
 """Every command of every README.md, from top to bottom, in a copy of the project with a small model and photographs."""
 
-import contextlib
+import base64
+import concurrent.futures
 import hashlib
 import json
-import os
 import pathlib
 import re
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
 import types
+import urllib.error
 import urllib.request
 
-import numpy as np
 import pytest
 from helpers import COLOURS, ROOT, created, get_set, write_mobilenet, write_photographs
 from PIL import Image
+from reader import CI, IMAGE, Reader, read_blocks, shell, train
 
 import retrain_serving
 import tf_retrain
-
-CI = ('pipenv run quickstart', 'pipenv run test')  # .ci/run runs these
-IMAGE = 'data/dog/dog 0.jpg'
-
-
-def read_blocks(readme):
-    """Returns the blocks of a README.md in their order, as (language, text): those in sh line by line."""
-    blocks = []
-    for language, text in re.findall(r'^```(\w+)\n(.*?)^```', (ROOT / readme).read_text(), re.M | re.S):
-        is_shell = language == 'sh'
-        blocks += [(language, line) for line in (text.replace('\\\n', '').splitlines() if is_shell else [text])]
-    return blocks
-
-
-def environment():
-    """python3 and tensorboard are those of the environment that runs the tests, as after `. .venv/bin/activate`."""
-    path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ['PATH']])
-    return {**os.environ, 'PATH': path}
-
-
-def shell(command, folder):
-    process = subprocess.run(
-        command, shell=True, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
-    )
-    assert process.returncode == 0, process.stdout + process.stderr
-    return process.stdout
-
-
-class Reader:
-    """Does what a README.md says, in a folder; .outputs are (command, what it printed)."""
-
-    def __init__(self, folder, **names):
-        self.folder, self.names = folder, names
-        self.outputs = []
-        self.servers = []
-        self.ports = {port: str(free_port()) for port in ('5000', '5001', '6006')}
-
-    def follow(self, readme):
-        for language, text in read_blocks(readme):
-            if language == 'sh':
-                self.outputs.append((text, self.type(text)))
-            elif language == 'python':
-                exec(text, self.names)
-        return self
-
-    def type(self, command):
-        """Runs a line; a server is left running."""
-        if command.endswith(CI):
-            return ''
-        if 'dispatcher' in command.lower():  # of the tf.data service, or one of its workers
-            port = '5001' if 'worker_address' in command else '5000'
-            return self.serve(re.sub('5000|5001', lambda match: self.ports[match[0]], command), self.ports[port])
-        if command.startswith('tensorboard'):
-            return self.serve(f'{command} --host localhost --port {self.ports["6006"]}', self.ports['6006'])
-        if command == '. .venv/bin/activate':
-            return ''
-        return shell(command.replace('<path to image>', f'"{IMAGE}"'), self.folder)
-
-    def serve(self, command, port):
-        null = subprocess.DEVNULL
-        options = {'shell': True, 'cwd': self.folder, 'env': environment(), 'stdout': null, 'stderr': null}
-        self.servers.append(subprocess.Popen(command, start_new_session=True, **options))
-        wait_for(int(port))
-        return ''
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        for server in self.servers:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-    def find(self, text):
-        """Returns what the commands with a text in them printed."""
-        return [output for command, output in self.outputs if text in command]
-
-
-def wait_for(port, seconds=60):
-    """Waits until something listens on a port of this machine."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if not probe.connect_ex(('localhost', port)):
-                return
-        time.sleep(0.2)
-    raise AssertionError(f'nothing listens on port {port}')
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('localhost', 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture
-def clone(tmp_path, model, monkeypatch):
-    for name in ('tf_retrain.py', 'retrain_serving.py', 'tf_test.py'):
-        shutil.copy(ROOT / name, tmp_path)
-    for label, colour in zip(('cat', 'dog'), COLOURS, strict=False):
-        write_photographs(tmp_path / 'data', label, 40, colour)
-    for name in ('inception', 'trained_model', 'trained_model_serving', 'bottlenecks'):
-        (tmp_path / name).mkdir()
-    shutil.copy(model, tmp_path / 'inception')
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-TRAIN = [
-    *('--bottleneck_dir=bottlenecks/', '--how_many_training_steps=100', '--model_dir=inception/', '--random_seed=1'),
-    *('--output_graph=trained_model/unoptimized_model.pb', '--output_labels=trained_model/labels.txt'),
-    *('--image_dir=data/', '--summaries_dir=logs'),
-]
-
-
-def train(script, *flags):
-    subprocess.run([sys.executable, script, *TRAIN, *flags], check=True, capture_output=True)
 
 
 def test_the_first_commands_are_those_of_ci():
@@ -224,38 +103,65 @@ def test_bottlenecks(clone):
 
 @pytest.mark.slow
 def test_trained_model(clone):
-    """Every runtime gives the scores of tf_test.py."""
     train('tf_retrain.py')
-    first = (clone / 'trained_model/unoptimized_model.pb').read_bytes()
-    found = []
-    reader = Reader(clone, path=IMAGE)
-    for language, text in read_blocks('trained_model/README.md'):
-        if language == 'sh':
-            reader.type(f'{text} --random_seed=1' if 'retrain' in text else text)
-        elif language == 'python':
-            with tf_retrain.tf.Graph().as_default() if 'Session' in text else contextlib.nullcontext():
-                exec(compile(text, 'README', 'exec'), reader.names)
-                if 'scores = ' in text:
-                    found.append(np.ravel(reader.names.pop('scores')))
-        if 'record' in text and language == 'python':
-            assert (clone / 'trained_model/unoptimized_model.pb').read_bytes() == first
-    assert (clone / 'trained_model/model.tflite').stat().st_size > 10_000
+    graph = clone / 'trained_model/unoptimized_model.pb'
+    first = graph.read_bytes()
+    with tf_retrain.tf.Graph().as_default():
+        scores = Reader(clone, path=IMAGE).follow('trained_model/README.md', 'Tensors').names['scores']
+    assert json.loads(shell(f'python3 tf_test.py --json "{IMAGE}" {graph} trained_model/labels.txt', clone))[
+        'scores'
+    ] == (pytest.approx(sorted(scores[0], reverse=True), abs=1e-5))
+    graph.unlink()
+    Reader(clone).follow('trained_model/README.md', 'The record of a run')
+    assert graph.read_bytes() == first
+    Reader(clone).follow('trained_model/README.md', 'Which pixels mattered')
     with Image.open(clone / 'trained_model/heatmap.png') as heatmap:
         assert heatmap.height > 24
-    lines = reader.type(f'python3 tf_test.py "{IMAGE}" trained_model/unoptimized_model.pb trained_model/labels.txt')
-    expected = [float(re.search(rf'{name} \(score = (.+)\)', lines)[1]) for name in ('cat', 'dog')]
-    assert len(found) >= 2
-    # The first is of the graph before the second training, with other steps.
-    np.testing.assert_allclose(found[1:], [expected] * (len(found) - 1), atol=1e-4)
+
+
+def ask(url, body):
+    """Returns the status and the JSON of the answer to a POST request."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def check_server(url, model):
+    """200 requests by 8 threads, every fourth one wrong, get what `predict_rows` of the model gives."""
+    paths = sorted(pathlib.Path('data').glob('*/*.jpg'))[:10]
+    contents = [path.read_bytes() for path in paths]
+    expected = [model.signatures['predict_rows'](image=[content]) for content in contents]
+
+    def check(i):
+        if i % 4 == 3:
+            wrong = [b'', b'{}', b'[1]', b'{"instances": [{"image": {"b64": "eA=="}}]}', b'{"instances": [{"b64": 1}]}']
+            status, answer = ask(url, wrong[i // 4 % len(wrong)])
+            assert (status, list(answer)) == (400, ['error']) and answer['error']
+            return
+        pair = [i % 10, (i + 1) % 10]
+        instances = [{'image': {'b64': base64.b64encode(contents[j]).decode()}} for j in pair]
+        status, answer = ask(url, json.dumps({'signature_name': 'predict_rows', 'instances': instances}).encode())
+        assert status == 200
+        for j, row in zip(pair, answer['predictions'], strict=True):
+            assert row['label'].encode() == expected[j]['label'][0]
+            assert row['score'] == pytest.approx(float(expected[j]['score'][0]), abs=1e-5)
+            assert [label.encode() for label in row['labels']] == expected[j]['labels'][0].numpy().tolist()
+            assert row['scores'] == pytest.approx(expected[j]['scores'][0].numpy().tolist(), abs=1e-5)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert len(list(pool.map(check, range(200)))) == 200
 
 
 @pytest.mark.slow
 def test_serving(clone):
     train('retrain_serving.py', '--saved_model_dir=trained_model_serving/1')
-    reader = Reader(clone, path=IMAGE).follow('trained_model_serving/README.md')
-    (shown,) = reader.find('saved_model_cli')
-    assert "inputs['image']" in shown
-    assert reader.names['answer']['label'].numpy() == [b'dog']
+    with Reader(clone, path=IMAGE).follow('trained_model_serving/README.md') as reader:
+        (shown,) = reader.find('saved_model_cli')
+        assert "inputs['image']" in shown
+        assert reader.names['answer']['label'].numpy() == [b'dog']
+        check_server(f'http://localhost:{reader.ports["8501"]}/v1/models/retrained:predict', reader.names['model'])
 
 
 @pytest.mark.slow
