@@ -450,6 +450,8 @@ def rank(scores: np.ndarray, labels: list[str], flags: argparse.Namespace) -> li
             f"'{flags.labels}' has {len(labels)} labels, but '{flags.graph}' has {len(scores)} classes. "
             'Name files of one training.'
         )
+    if not np.isfinite(scores).all():
+        raise UserError(f"'{flags.graph}' is damaged: its scores are not finite. Train again, or get another copy.")
     return [(labels[index], round(float(scores[index]), 7)) for index in np.argsort(-scores)]
 
 

@@ -4,6 +4,11 @@ import shutil
 
 import pytest
 from helpers import COLOURS, ROOT, Job, build_model, write_mobilenet, write_module, write_photographs
+from hypothesis import settings
+
+# The same examples in every run. `pytest --hypothesis-profile=default` searches for others.
+settings.register_profile('same', derandomize=True)
+settings.load_profile('same')
 
 
 @pytest.fixture(scope='session')

@@ -360,6 +360,7 @@ def test_a_network_without_a_map_and_other_mistakes(trained, halves, tmp_path):
 @given(st.sampled_from(['image', 'graph', 'labels']), st.binary(max_size=200), st.integers(0, 300_000), st.booleans())
 @example('graph', b'', 0, True)
 @example('labels', b'\xff', 0, True)
+@example('graph', bytes(10) + b'}', 19732, False)  # scores that are not finite
 def test_fuzzed_labelling(trained, tmp_path, which, junk, at, cut):
     """Whatever is in the three files, the answer is scores, or an error that the program prints as one line."""
     files = {
