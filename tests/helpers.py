@@ -1,11 +1,14 @@
 """Small networks with the ops, names and versions of the published ones; photographs; a way to run the scripts."""
 
+import contextlib
+import http.server
 import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 from PIL import Image
@@ -296,6 +299,31 @@ def run_v1(graph_def, image_data, tensor):
 def get_scores(graph_def, image_data):
     """Returns what tf_test.py makes of an encoded image, by the softmax that ends a graph: float [classes]."""
     return tf_test.run_graph(graph_def, image_data, graph_def.node[-1].name)[0]
+
+
+@contextlib.contextmanager
+def serve(answer):
+    """Has answer(handler) answer GET requests at a port of this machine, from which it yields the URL."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer(self)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f'http://127.0.0.1:{httpd.server_port}'
+        httpd.shutdown()
+
+
+def send(handler, body, length=None, status=200):
+    """Sends a body, of which the header may say another length."""
+    handler.send_response(status)
+    handler.send_header('Content-Length', str(len(body) if length is None else length))
+    handler.end_headers()
+    handler.wfile.write(body)
 
 
 class DataService:

@@ -2,14 +2,13 @@
 
 import contextlib
 import gzip
-import http.server
 import io
 import re
 import tarfile
 import threading
 
 import pytest
-from helpers import build_model, load_backbone
+from helpers import build_model, load_backbone, send, serve
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
@@ -48,26 +47,13 @@ def server(monkeypatch, answer):
     """Serves DATA_URL by answer(handler, number of the request); yields the list of the Range headers that came."""
     ranges = []
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            ranges.append(self.headers.get('Range'))
-            answer(self, len(ranges))
+    def count(handler):
+        ranges.append(handler.headers.get('Range'))
+        answer(handler, len(ranges))
 
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        monkeypatch.setattr(tf_retrain, 'DATA_URL', f'http://127.0.0.1:{httpd.server_port}/{ARCHIVE}')
+    with serve(count) as url:
+        monkeypatch.setattr(tf_retrain, 'DATA_URL', f'{url}/{ARCHIVE}')
         yield ranges
-        httpd.shutdown()
-
-
-def send(handler, body, length=None, status=200):
-    handler.send_response(status)
-    handler.send_header('Content-Length', str(len(body) if length is None else length))
-    handler.end_headers()
-    handler.wfile.write(body)
 
 
 def resume(handler, contents, end=None):

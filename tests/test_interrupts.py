@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import http.server
 import os
 import pty
 import re
@@ -16,7 +15,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, Job, default_ctrl_c, read_all, run, run_v1
+from helpers import ROOT, Job, default_ctrl_c, read_all, run, run_v1, send, serve
 
 import tf_retrain
 
@@ -96,21 +95,12 @@ def test_ctrl_c_while_downloading_keeps_what_came(job):
     (job.folder / 'inception/classify_image_graph_def.pb').unlink()
     release = threading.Event()
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header('Content-Length', '5000')
-            self.end_headers()
-            self.wfile.write(b'x' * 1000)
-            release.wait(60)
+    def stall(handler):
+        send(handler, b'x' * 1000, 5000)
+        release.wait(60)
 
-        def log_message(self, *arguments):
-            pass
-
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        url = f'http://127.0.0.1:{httpd.server_port}/'
-        command = [sys.executable, '-c', PROGRAM, url, str(ROOT / 'tf_retrain.py'), *job.arguments()]
+    with serve(stall) as url:
+        command = [sys.executable, '-c', PROGRAM, f'{url}/', str(ROOT / 'tf_retrain.py'), *job.arguments()]
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
         process = subprocess.Popen(command, cwd=job.folder, **pipes, preexec_fn=default_ctrl_c)
         shown = ''
@@ -120,7 +110,6 @@ def test_ctrl_c_while_downloading_keeps_what_came(job):
         process.send_signal(signal.SIGINT)
         check_stopped(process)
         release.set()
-        httpd.shutdown()
     assert (job.folder / 'inception' / 'inception-2015-12-05.tgz.part').exists()
 
 

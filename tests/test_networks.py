@@ -1,8 +1,6 @@
 """Other networks than Inception-v3: MobileNets at their published layout, and modules of TensorFlow Hub."""
 
-import functools
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -11,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 import zipfile
 
 import keras
@@ -29,6 +26,8 @@ from helpers import (
     load_backbone,
     run,
     run_v1,
+    send,
+    serve,
     write_mobilenet,
     write_module,
 )
@@ -104,16 +103,13 @@ def test_networks_share_a_cache_folder(job, monkeypatch, capsys):
 def test_mobilenet_is_downloaded_to_its_published_layout(tmp_path, monkeypatch):
     name = 'mobilenet_v1_0.25_128'
     graph = write_mobilenet(tmp_path / 'published', '0.25_128')
-    (tmp_path / 'served').mkdir()
-    with tarfile.open(tmp_path / f'served/{name}_frozen.tgz', 'w:gz') as tar:
+    with tarfile.open(fileobj=(archive := io.BytesIO()), mode='w:gz') as tar:
         tar.add(graph, f'./{name}/frozen_graph.pb')
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path / 'served'))
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f'http://127.0.0.1:{server.server_port}/mobilenet_v1_{{}}_frozen.tgz'
-        monkeypatch.setattr(tf_retrain, 'MOBILENET_URL', url)
+    asked = []
+    with serve(lambda handler: asked.append(handler.path) or send(handler, archive.getvalue())) as url:
+        monkeypatch.setattr(tf_retrain, 'MOBILENET_URL', f'{url}/mobilenet_v1_{{}}_frozen.tgz')
         backbone = load_backbone(tmp_path / 'new', f'--architecture={MOBILENET}')
-        server.shutdown()
+    assert asked == [f'/{name}_frozen.tgz']
     assert backbone.pixels == ((128, 128), 127.5, 127.5)
     assert backbone.source == str(tmp_path / f'new/{name}/frozen_graph.pb')
     assert (tmp_path / f'new/{name}/frozen_graph.pb').read_bytes() == graph.read_bytes()
@@ -199,36 +195,24 @@ def test_networks_of_keras(job, name):
     np.testing.assert_allclose(labeled['scores'], served['scores'].numpy()[0], atol=1e-5)
 
 
-class ModuleServer(http.server.BaseHTTPRequestHandler):
-    """Serves a module as .tar.gz; some paths are forbidden, break off in the middle, or bring a web page."""
-
-    def do_GET(self):
-        if self.path.startswith('/forbidden'):
-            return self.send_error(403)
-        self.send_response(200)
-        if self.path.startswith('/broken'):
-            self.send_header('Content-Length', str(len(self.server.archive)))
-        self.end_headers()
-        half = len(self.server.archive) // 2
-        answers = {'broken': self.server.archive[:half], 'short': self.server.archive[:half], 'page': b'<html></html>'}
-        self.wfile.write(answers.get(self.path.strip('/').partition('?')[0], self.server.archive))
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
 def module_url(tmp_path, monkeypatch):
-    """The URL of a server with a module."""
+    """The URL of a server with a module as .tar.gz; some paths are forbidden, break off, or bring a web page."""
     monkeypatch.setenv('TFHUB_CACHE_DIR', str(tmp_path / 'modules'))
     write_module(tmp_path / 'module')
     with tarfile.open(fileobj=(archive := io.BytesIO()), mode='w:gz') as tar:
         tar.add(tmp_path / 'module', '.')
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), ModuleServer) as httpd:
-        httpd.archive = archive.getvalue()
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f'http://127.0.0.1:{httpd.server_port}'
-        httpd.shutdown()
+    module = archive.getvalue()
+    half = module[: len(module) // 2]
+    answers = {
+        'module.tar.gz': {'body': module},
+        'forbidden': {'body': b'', 'status': 403},
+        'broken': {'body': half, 'length': len(module)},
+        'short': {'body': half},
+        'page': {'body': b'<html></html>'},
+    }
+    with serve(lambda handler: send(handler, **answers[handler.path.strip('/').partition('?')[0]])) as url:
+        yield url
 
 
 def test_a_module_from_a_server(module_url, tmp_path):

@@ -1,18 +1,16 @@
 """The sample images, and the quick start: in one process whole, in pieces where something is missing."""
 
 import hashlib
-import http.server
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
-import threading
 import zipfile
 
 import numpy as np
 import pytest
-from helpers import ROOT, run
+from helpers import ROOT, run, send, serve
 from PIL import Image
 
 
@@ -70,24 +68,11 @@ def test_a_model_that_is_there_is_taken(quickstart, monkeypatch):
     assert quickstart.choose_model() == []
 
 
-class Megabytes(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(bytes(1 << (24 if self.path == '/large' else 20)))
-
-    def log_message(self, *arguments):
-        pass
-
-
 def test_a_model_that_can_be_downloaded_is_left_to_the_training(quickstart, monkeypatch):
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Megabytes) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f'http://127.0.0.1:{server.server_port}'
+    with serve(lambda handler: send(handler, bytes(1 << (24 if handler.path == '/large' else 20)))) as url:
         assert not quickstart.can_download(f'{url}/small')
         monkeypatch.setattr(quickstart, 'INCEPTION_URL', f'{url}/large')
         assert quickstart.choose_model() == []
-        server.shutdown()
 
 
 def fake_pip(monkeypatch, quickstart, contents):
