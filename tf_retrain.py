@@ -598,8 +598,9 @@ def inline_functions(function: Any) -> Any:
     for node in itertools.chain(graph_def.node, *(inner.node_def for inner in graph_def.library.function)):
         for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):
             node.attr.pop(name, None)
-        if 'f' in node.attr:
-            node.attr['f'].func.name += '_inlined'
+        for attribute in node.attr.values():
+            if attribute.func.name:
+                attribute.func.name += '_inlined'
     for inner in graph_def.library.function:
         inner.attr.clear()
         inner.signature.name += '_inlined'  # TensorFlow has the other ones under their names

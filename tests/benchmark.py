@@ -554,6 +554,27 @@ def bfloat16_distortions(bench: Workbench) -> list:
     return bfloat16_row(bench, f'a training step with distortions, batch of {len(paths)}', distort, paths)
 
 
+def bfloat16_accuracy(bench: Workbench) -> list:
+    """The accuracy on 60 % of the images after training on the others, in float32 and in bfloat16; needs --images."""
+    if not bench.flags.images:
+        return ['bfloat16_accuracy: skipped, as --images is not given', '', '', '', '']
+    folder = bench.folder / 'accuracy'
+    flags = {'image_dir': bench.flags.images, 'model_dir': bench.flags.model_dir, 'architecture': 'mobilenet_1.0_224'}
+    flags |= {'bottleneck_dir': folder, 'summaries_dir': folder / 'logs', 'output_graph': folder / 'graph.pb'}
+    flags |= {'output_labels': folder / 'labels.txt', 'testing_percentage': 60, 'how_many_training_steps': 500}
+    accuracies = {'float32': [], 'bfloat16': []}
+    for seed, precision in itertools.product(range(5), accuracies):
+        arguments = (
+            f'--{name}={value}' for name, value in {**flags, 'precision': precision, 'random_seed': seed}.items()
+        )
+        run_process(ROOT / 'tf_retrain.py', *arguments)
+        test = json.loads((folder / 'graph.pb.json').read_text())['test']
+        accuracies[precision].append(test['accuracy'])
+    means = (f'{statistics.mean(of):.1%} ({span(of, "{:.1%}".format)})' for of in accuracies.values())
+    what = f'float32, and bfloat16: accuracy on {test["images"]} images, {flags["architecture"]}, 5 seeds'
+    return [what, *means, '', '']
+
+
 def label(bench: Workbench) -> list:
     """A whole run of tf_test.py, or of a plain port of the original, for one photograph."""
     labels = bench.folder / 'labels.txt'
@@ -720,6 +741,7 @@ ROWS = (
     bfloat16_large,
     distortions,
     bfloat16_distortions,
+    bfloat16_accuracy,
     warm,
     cache,
     growth,
@@ -741,6 +763,8 @@ def parse_flags() -> argparse.Namespace:
     )
     parser.add_argument('--quick', action='store_true', help='small sizes: shows that it runs, measures nothing')
     parser.add_argument('--flowers', metavar='DIR', help="bottlenecks of the tutorial's flowers, for the row suspects")
+    parser.add_argument('--images', metavar='DIR', help='photographs in class folders, for the row bfloat16_accuracy')
+    parser.add_argument('--model_dir', metavar='DIR', default='inception', help='its MobileNet (default: inception)')
     parser.add_argument('--only', metavar='NAME,NAME', help='measure these rows only')
     for name, (full, quick, what) in SIZES.items():
         parser.add_argument(f'--{name}', metavar='N', type=int, help=f'{what} (default: {full}, quick: {quick})')
