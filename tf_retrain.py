@@ -194,7 +194,7 @@ DOWNLOAD_ATTEMPTS = 3  # in a row that bring nothing new
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
 DUPLICATE_SIMILARITY = 0.99  # cosine of two bottlenecks
-MAX_COMPARED = 10_000  # images: all pairs of more would take longer than two seconds
+MAX_COMPARED = 25_000  # images: all pairs of more would take longer than five seconds
 FOLDS = 5  # of the cross-validation
 SHOWN_IMAGES = 100  # misclassified images in TensorBoard, at most
 PROJECTED_IMAGES = 2000  # points in TensorBoard's projector: more are slow in a browser
@@ -820,18 +820,27 @@ def get_status(path: str) -> tuple[int, int] | None:
     return None
 
 
+class State(NamedTuple):
+    """What a cache file was made of."""
+
+    size: int  # of the image file, in bytes
+    changed: int  # its modification time, in ns
+    model: int  # checksum of the network
+    contents: int | None = None  # fingerprint of the image file; records of earlier versions lack it
+
+
 class Provenance:
     """Knows which image and model each cache file was made of, and which images cannot be decoded.
 
-    Journals in the bottleneck folder say so, in JSON lines [file, made, [size, time, model, contents]]: `made` is the
-    fingerprint of the cache file, or why there is none; `contents` is that of the image file, which was last seen with
-    this size and time. Lines are facts: order and number do not matter. A journal is written whole, never changed, and
-    removed only after another one holds its lines: no kill loses one, and runs at the same time do not meet.
+    Journals in the bottleneck folder say so, in JSON lines [file, outcome, [size, changed, model, contents]], the last
+    of which is a State. The outcome is the fingerprint of the cache file, or the reason why there is none. Lines are
+    facts: order and number do not matter. A journal is written whole, never changed, and removed only after another one
+    holds its lines: no kill loses one, and runs at the same time do not meet.
     """
 
     def __init__(self, folder: str, model: int) -> None:
         self.folder, self.model = folder, model
-        self.facts: dict[str, dict] = defaultdict(dict)  # {file: {made: (size, time, model, contents)}}
+        self.facts: dict[str, dict[int | str, State]] = defaultdict(dict)  # {file: {outcome: state}}
         self.statuses: dict[str, tuple[int, int] | None] = {}  # size and time of the image files as they are
         self.new: list[list] = []
         self.journals: set[str] = set()
@@ -845,19 +854,19 @@ class Provenance:
                     self.journals.add(name)
                     for line in lines:
                         with contextlib.suppress(ValueError, TypeError):
-                            self.add(*json.loads(line))
+                            self.learn(*json.loads(line))
 
-    def add(self, file: str, made: int | str, state: list) -> None:
-        """Takes up a fact. Lines of earlier versions have no contents; their reasons are not believed."""
-        size, changed, model, contents = (*state, None)[:4]
-        if contents is not None or isinstance(made, int) and made not in self.facts[file]:
-            self.facts[file][made] = (size, changed, model, contents)
+    def learn(self, file: str, outcome: int | str, state: list) -> None:
+        """Takes up a fact. Of records without contents, reasons are not believed."""
+        new = State(*state)
+        if new.contents is not None or isinstance(outcome, int) and outcome not in self.facts[file]:
+            self.facts[file][outcome] = new
 
-    def record(self, file: str, made: int | str, contents: int | None) -> None:
+    def record(self, file: str, outcome: int | str, contents: int | None) -> None:
         """Takes up a fact about an image as it is now, which flush() makes last."""
         if status := self.statuses[file]:
-            self.new.append([file, made, [*status, self.model, contents]])
-            self.add(*self.new[-1])
+            self.new.append([file, outcome, [*status, self.model, contents]])
+            self.learn(*self.new[-1])
 
     def flush(self) -> None:
         """Writes the new facts into a journal of their own."""
@@ -878,14 +887,18 @@ class Provenance:
                 for name in merged:
                     gfile.remove(os.path.join(self.folder, name))
 
-    def find(self, file: str, made: int, contents: int | None = None) -> int | str | None:
-        """Returns what is known of an image: `made` if this cache file is current, or why it cannot be decoded."""
+    def find(self, file: str, cached: int, contents: int | None = None) -> int | str | None:
+        """Returns what is known of an image: `cached` if this cache file is current, or why it cannot be decoded.
+
+        `contents`, if given, is the fingerprint of the image, and counts more than its time.
+        """
         status = self.statuses[file]
-        for known, (size, changed, model, known_contents) in self.facts.get(file, {}).items():
-            if isinstance(known, str) or (known, model) == (made, self.model):
-                is_sized = known_contents is None and status is not None and status[0] == size
-                if (size, changed) == status or contents is not None and (contents == known_contents or is_sized):
-                    return known
+        for outcome, state in self.facts.get(file, {}).items():
+            if isinstance(outcome, str) or (outcome, state.model) == (cached, self.model):
+                is_sized = state.contents is None and status is not None and status[0] == state.size
+                is_same = contents is not None and (contents == state.contents or is_sized)
+                if is_same or (state.size, state.changed) == status:
+                    return outcome
         return None
 
     def compare(self, images: Images, fingerprints: np.ndarray) -> list[int | str | None]:
@@ -903,12 +916,11 @@ class Provenance:
             found[row] = self.find(file, int(fingerprints[row]), int(mark))
             if found[row] is not None:
                 self.record(file, found[row], int(mark))
-        for row, file in enumerate(images.files):
-            facts, made = self.facts[file], int(fingerprints[row])
-            is_known = made in facts or any(isinstance(other, int) and facts[other][2] == self.model for other in facts)
-            if found[row] is None and made >= 0 and not is_known:
-                found[row] = made
-                self.record(file, made, None)
+        for row, (file, cached) in enumerate(zip(images.files, fingerprints.tolist(), strict=True)):
+            models = {state.model for outcome, state in self.facts[file].items() if isinstance(outcome, int)}
+            if found[row] is None and cached >= 0 and cached not in self.facts[file] and self.model not in models:
+                found[row] = cached
+                self.record(file, cached, None)
         return found
 
 
@@ -958,8 +970,8 @@ class BottleneckCache:
             raise UserError(f'{self.backbone.source} gives numbers that are not finite. Get the model anew.')
         self.bottlenecks[rows] = bottlenecks
         texts = [','.join(map(str, values)) for values in bottlenecks]
-        for row, made, mark in zip(rows, fingerprint(texts).numpy(), contents, strict=True):
-            self.provenance.record(self.images.files[row], int(made), int(mark))
+        for row, cached, mark in zip(rows, fingerprint(texts).numpy(), contents, strict=True):
+            self.provenance.record(self.images.files[row], int(cached), int(mark))
         self.provenance.flush()
         for row, text in zip(rows, texts, strict=True):
             tqdm.write(f'Creating bottleneck at {self.paths[row]}')
@@ -1325,6 +1337,21 @@ def write_pictures(images: Images, bottlenecks: np.ndarray, tested: Tested | Non
 # Data set
 
 
+def get_directions(bottlenecks: np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns bottlenecks as unit vectors, float [N, size], and short vectors for them, float [N, up to 65].
+
+    The product of two short vectors is no less than the cosine similarity, so that few pairs need the long ones: with
+    P the projection on the span of 64 images, u.v <= Pu.Pv + |u - Pu| |v - Pv| (Cauchy-Schwarz). A bottleneck of equal
+    numbers is like no other: its vectors are 0.
+    """
+    norms = np.linalg.norm(bottlenecks, axis=1, keepdims=True) * (np.ptp(bottlenecks, axis=1, keepdims=True) > 0)
+    units = tf.math.divide_no_nan(bottlenecks, norms)
+    basis, _ = np.linalg.qr(bottlenecks[np.linspace(0, len(bottlenecks) - 1, 64, dtype=int)].T)
+    projected = tf.matmul(units, basis)
+    rest = tf.maximum(np.float32(norms > 0) - tf.reduce_sum(tf.square(projected), axis=1, keepdims=True), 0)
+    return units, tf.concat([projected, tf.sqrt(rest)], axis=1)
+
+
 def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tuple[int, int]], int]:
     """Pairs images whose bottlenecks have a cosine similarity of DUPLICATE_SIMILARITY, each with at most one.
 
@@ -1335,16 +1362,21 @@ def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tupl
     badness: dict[tuple[int, int], float] = {}
     classes, is_training, leaked = images.classes, images.sets == 'training', 0
     stems = np.array([file.split('_nohash_')[0] for file in images.files], object)
-    norms = np.linalg.norm(bottlenecks, axis=1, keepdims=True) * (np.ptp(bottlenecks, axis=1, keepdims=True) > 0)
-    units = tf.math.divide_no_nan(bottlenecks, norms)  # a bottleneck of equal numbers is like no other
+    units, shadows = get_directions(bottlenecks)
     compared = np.arange(len(classes)) if len(classes) <= MAX_COMPARED else np.flatnonzero(~is_training)
     for rows in np.split(compared, range(512, len(compared), 512)):
-        similarity = tf.matmul(tf.gather(units, rows), units, transpose_b=True).numpy()
-        differs, leaks = classes[rows, None] != classes, is_training & ~is_training[rows, None]
-        is_alike = (similarity >= DUPLICATE_SIMILARITY) & (differs | leaks | (stems[rows, None] != stems))
+        bound = tf.matmul(tf.gather(shadows, rows), shadows, transpose_b=True)
+        is_near = (bound > DUPLICATE_SIMILARITY - 1e-4).numpy()
+        is_near[np.arange(len(rows)), rows] = False
+        rows, others = rows[is_near.any(axis=1)], np.flatnonzero(is_near.any(axis=0))
+        if not rows.size:
+            continue
+        similarity = tf.matmul(tf.gather(units, rows), tf.gather(units, others), transpose_b=True).numpy()
+        differs, leaks = classes[rows, None] != classes[others], is_training[others] & ~is_training[rows, None]
+        is_alike = (similarity >= DUPLICATE_SIMILARITY) & (differs | leaks | (stems[rows, None] != stems[others]))
         leaked += (is_alike & leaks).any(axis=1).sum()
         score = np.where(is_alike, 2 * differs + leaks + similarity, 0)
-        for row, other, worst in zip(rows, score.argmax(axis=1), score.max(axis=1), strict=True):
+        for row, other, worst in zip(rows, others[score.argmax(axis=1)], score.max(axis=1), strict=True):
             if worst:
                 pair = min(row, other), max(row, other)
                 badness[pair] = max(worst, badness.get(pair, 0))
@@ -1364,6 +1396,8 @@ def report_near_copies(images: Images, pairs: list[tuple[int, int]], leaked: int
         print(f'  {images.paths[row]} ({images.sets[row]}), {images.paths[other]} ({images.sets[other]})')
     if len(shown) < len(pairs):
         print(f'  and {len(pairs) - len(shown)} more pairs of near copies, which --print_duplicates names')
+    if len(images.files) > MAX_COMPARED:
+        print('Training images were not compared with each other for near copies: there are too many.')
 
 
 def cross_validate(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> np.ndarray:

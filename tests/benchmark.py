@@ -413,11 +413,11 @@ class Workbench:
     def photographs(self, count: int, width=500, height=375, different=32) -> list:
         """Returns paths of JPEG files of gradients and noise, of about the size that photographs have."""
         folder = self.folder / f'{width} x {height}'
+        folder.mkdir(exist_ok=True)
         paths = [str(folder / f'{index}.jpg') for index in range(different)]
-        if not folder.exists():
-            folder.mkdir()
-            rng = np.random.default_rng(0)
-            for path in paths:
+        for index, path in enumerate(paths):
+            if not os.path.exists(path):
+                rng = np.random.default_rng(index)
                 colors = Image.fromarray(rng.integers(0, 256, [height // 25, width // 25, 3], np.uint8))
                 gradients = np.asarray(colors.resize([width, height], Image.Resampling.BICUBIC))
                 pixels = gradients + rng.normal(0, 4, [height, width, 1])

@@ -67,10 +67,32 @@ def test_a_class_of_images_that_are_all_alike_prints_a_few_lines(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(pairs)
 
 
-def test_of_many_images_those_for_training_are_not_compared_with_each_other(monkeypatch):
+def test_of_many_images_those_for_training_are_not_compared_with_each_other(monkeypatch, capsys):
     monkeypatch.setattr(tf_retrain, 'MAX_COMPARED', 3)
     images = make([TRAINING, TRAINING, TRAINING, TESTING], [0, 0, 0, 1])
     assert find(images, BASE[[0, 0, 1, 1]]) == ([(2, 3)], 1)
+    tf_retrain.report_near_copies(images, [(2, 3)], 1, print_all=False)
+    assert 'Training images were not compared' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('noise', [0, 0.03, 0.045, 0.06])
+@pytest.mark.parametrize('size', [4, 200])
+def test_short_vectors_miss_no_pair(noise, size):
+    """The pairs are those that a plain comparison of all finds, at every distance from the threshold."""
+    rng = np.random.default_rng(0)
+    half = rng.exponential(1, [600, size])
+    bottlenecks = np.float32(np.concatenate([half, half * (1 + noise * rng.normal(0, 2.2, half.shape))]))
+    images = make(['training', 'testing'] * 600, [0] * 1200)
+    units = bottlenecks / np.linalg.norm(bottlenecks, axis=1, keepdims=True)
+    similarity = units @ units.T
+    np.fill_diagonal(similarity, 0)
+    leaks = (images.sets == 'training') & (images.sets == 'testing')[:, None]
+    leaked = ((similarity >= tf_retrain.DUPLICATE_SIMILARITY) & leaks).any(axis=1).sum()
+    pairs, found = find(images, bottlenecks)
+    assert found == leaked
+    assert set(itertools.chain(*pairs)) == set(
+        np.flatnonzero(similarity.max(axis=1) >= tf_retrain.DUPLICATE_SIMILARITY)
+    )
 
 
 @pytest.fixture(scope='module')
