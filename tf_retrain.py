@@ -440,7 +440,7 @@ def load_graph_def(path: str, architecture: str, needed: list[str]) -> tuple[Gra
     if missing := [name for name in [*needed, *inputs] if name not in names]:
         raise UserError(
             f'{path} is damaged, or not the graph of {architecture}: it lacks {missing[0]}. Delete it and run the same '
-            'command again to get the model anew.'
+            'command again to download it.'
         )
     return tf.compat.v1.graph_util.extract_sub_graph(graph_def, [needed[-1]]), zlib.crc32(contents)
 
@@ -508,7 +508,7 @@ class Backbone:
                     tensors = {name: tf.constant(value) for name, value in weights.items()}
                 networks.append(self.create_network(structure, tensors, device))
         except (LookupError, TypeError, ValueError, tf.errors.OpError) as error:
-            raise UserError(f'The graph of {self.source} is damaged ({error}). Get the model anew.')
+            raise UserError(f'The graph of {self.source} is damaged ({error}). Download the model again.')
         return networks
 
 
@@ -857,13 +857,13 @@ class Provenance:
                             self.learn(*json.loads(line))
 
     def learn(self, file: str, outcome: int | str, state: list) -> None:
-        """Takes up a fact. Of records without contents, reasons are not believed."""
+        """Adds a fact. Reasons in records without contents are not believed."""
         new = State(*state)
         if new.contents is not None or isinstance(outcome, int) and outcome not in self.facts[file]:
             self.facts[file][outcome] = new
 
     def record(self, file: str, outcome: int | str, contents: int | None) -> None:
-        """Takes up a fact about an image as it is now, which flush() makes last."""
+        """Adds a fact about an image as it is now, for the next flush()."""
         if status := self.statuses[file]:
             self.new.append([file, outcome, [*status, self.model, contents]])
             self.learn(*self.new[-1])
@@ -967,7 +967,7 @@ class BottleneckCache:
     def write(self, rows: np.ndarray, bottlenecks: np.ndarray, contents: np.ndarray) -> None:
         """Writes bottlenecks, after a record of the file contents (fingerprints) that they are made of."""
         if not np.isfinite(bottlenecks).all():
-            raise UserError(f'{self.backbone.source} gives numbers that are not finite. Get the model anew.')
+            raise UserError(f'{self.backbone.source} gives numbers that are not finite. Download the model again.')
         self.bottlenecks[rows] = bottlenecks
         texts = [','.join(map(str, values)) for values in bottlenecks]
         for row, cached, mark in zip(rows, fingerprint(texts).numpy(), contents, strict=True):
@@ -995,8 +995,8 @@ class BottleneckCache:
                     left.difference_update(todo[tags[:, 0]])
                     bar.update(len(found))
         if turned := sum(is_turned for _, is_turned in headers.values()):
-            advice = 'See data/README.md on how to turn them.'
-            print(f'WARNING: images that their camera stored turned, and that are used so: {turned}. {advice}')
+            advice = 'See data/README.md on how to rotate them.'
+            print(f'WARNING: images that the camera stored sideways, and that are used as stored: {turned}. {advice}')
         reasons = {}
         for row in sorted(left | {row for row, (pixels, _) in headers.items() if pixels > MAX_PIXELS}):
             reasons[row], contents = explain_unreadable(paths[row])
@@ -1138,7 +1138,7 @@ class FinalLayer:
         return Evaluation(logits, exponentials / sums, cross_entropy, (logits.argmax(axis=1) == classes).mean())
 
     def train(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
-        """Takes a step; returns the evaluation of the batch from before it."""
+        """Takes one step, and returns the evaluation of the batch before it."""
         before = self.evaluate(bottlenecks, classes)
         gradient = before.scores.copy()
         gradient[np.arange(len(classes)), classes] -= 1  # of the cross entropy, by the logits, times N
@@ -1443,18 +1443,6 @@ def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespac
     SummaryWriter(os.path.join(flags.summaries_dir, 'suspects')).write(pictures)
 
 
-def inspect_data(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> int:
-    """Reports near copies, and on demand suspects; returns how many pairs of near copies there are."""
-    pairs: list[tuple[int, int]] = []
-    with extra('the search for duplicates'):
-        pairs, leaked = find_near_copies(images, bottlenecks)
-        report_near_copies(images, pairs, leaked, flags.print_duplicates)
-    if flags.find_suspects:
-        with extra('the search for suspects'):
-            report_suspects(images, cross_validate(images, bottlenecks, flags), flags)
-    return len(pairs)
-
-
 # Main
 
 
@@ -1477,7 +1465,7 @@ def ctrl_c_stops_training() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Within, a failure or Ctrl-C costs nothing but what is made there: it is a warning."""
+    """Turns a failure or Ctrl-C inside into a warning: only what is made there is lost."""
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
@@ -1595,8 +1583,8 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
     right, count = np.trace(tested.confusion), len(tested.rows)
     print(f'Final test accuracy = {100 * right / count:.1f}% (N={count})')
     low, high = get_interval(right, count)
-    advice = f' About {4 * count} test images would halve that.' if high - low > 0.1 else ''
-    print(f'With other test images it would be {100 * low:.1f} to {100 * high:.1f}%, at 95% confidence.{advice}')
+    advice = f' About {4 * count} test images would halve it.' if high - low > 0.1 else ''
+    print(f'95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%.{advice}')
     width = min(max(map(len, [*images.labels, 'class'])), 24)
     print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
     for i, (label, counts) in enumerate(zip(images.labels, tested.confusion, strict=True)):
@@ -1671,7 +1659,13 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     if not readable.all():
         images, bottlenecks = images.keep(readable), bottlenecks[readable]
     check_sets(images, flags)
-    duplicates = inspect_data(images, bottlenecks, flags)
+    pairs: list[tuple[int, int]] = []
+    with extra('the search for duplicates'):
+        pairs, leaked = find_near_copies(images, bottlenecks)
+        report_near_copies(images, pairs, leaked, flags.print_duplicates)
+    if flags.find_suspects:
+        with extra('the search for suspects'):
+            report_suspects(images, cross_validate(images, bottlenecks, flags), flags)
     layer = train(images, bottlenecks, backbone, flags)
     tested = test(images, bottlenecks, layer, flags)
     report_test(images, tested, flags)
@@ -1682,7 +1676,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
         write_outputs(images.labels, backbone, layer, flags)
     with extra('the record of the run'):
         record = create_record(images, backbone, tested, flags)
-        record |= {'unreadable': int((~readable).sum()), 'duplicates': duplicates, 'started': str(started)}
+        record |= {'unreadable': int((~readable).sum()), 'duplicates': len(pairs), 'started': str(started)}
         record['seconds'] = (datetime.datetime.now() - started).total_seconds()
         write_whole(f'{flags.output_graph}.json', (json.dumps(record, indent=2) + '\n').encode())
     with extra('the pictures for TensorBoard'):

@@ -102,7 +102,8 @@ def timed(name, function):
     return call
 
 for what, name in {{
-    'listing': 'list_images', 'reading cache files': 'read_bottlenecks', 'near copies': 'inspect_data', 'steps': 'train'
+    'listing': 'list_images', 'reading cache files': 'read_bottlenecks', 'near copies': 'find_near_copies',
+    'steps': 'train',
 }}.items():
     setattr(tf_retrain, name, timed(what, getattr(tf_retrain, name)))
 tf_retrain.main(tf_retrain.parse_flags(tf_retrain.create_parser(), sys.argv[2:]))

@@ -302,7 +302,7 @@ def test_photographs_that_lie_on_their_side_are_counted(job, monkeypatch, capsys
         save(job.data / f'cat/phone {i}.jpg', 'JPEG', exif=exif)
     out = job.cache(monkeypatch, capsys)
     (line,) = [line for line in out.splitlines() if 'data/README.md' in line]
-    assert line.startswith('WARNING: images that their camera stored turned, and that are used so: 3. ')
+    assert line.startswith('WARNING: images that the camera stored sideways, and that are used as stored: 3. ')
     expected = run_v1(build_model(), (job.data / 'cat/phone 2.jpg').read_bytes(), 'pool_3/_reshape:0')[0]
     numbers = np.array((job.folder / 'bottlenecks/cat/phone 2.jpg.txt').read_text().split(','), float)
     np.testing.assert_allclose(numbers, expected, atol=1e-5 * np.abs(expected).max())  # no pixel was changed

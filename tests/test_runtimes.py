@@ -121,7 +121,7 @@ def wait_for_status(browser, *starts):
 
 @pytest.mark.slow
 def test_the_page(recipes, browser, clone):
-    """Photographs as they come from cameras: a JPEG, one that its camera stored turned, a PNG; and the webcam."""
+    """Photographs as they come from cameras: a JPEG, one that its camera stored sideways, a PNG; and the webcam."""
     shutil.copy(ROOT / 'trained_model/index.html', 'trained_model')
     if not shutil.which('npm'):
         pytest.skip('there is no npm here')

@@ -46,7 +46,7 @@ def confusion(confused):
 def test_table_of_classes(confused, confusion):
     out = confused.process.stdout
     header = r'\nclass  images   right   wrong  precision  most confused with\n'
-    assert re.search(rf'\(N={len(confused.tested)}\)\nWith other test images .*{header}', out)
+    assert re.search(rf'\(N={len(confused.tested)}\)\n95% confidence interval: .*{header}', out)
     for label in ('cat', 'dog', 'wolf'):
         counts = {predicted: len(paths) for (true, predicted), paths in confusion.items() if true == label}
         called = sum(len(paths) for (_, predicted), paths in confusion.items() if predicted == label)

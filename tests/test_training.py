@@ -186,8 +186,8 @@ def test_the_interval_is_printed_with_advice_where_it_is_wide(trained):
     accuracy, count = re.fullmatch(r'Final test accuracy = (.+)% \(N=(\d+)\)', lines[i]).groups()
     right = round(float(accuracy) * int(count) / 100)
     low, high = (100 * bound for bound in tf_retrain.get_interval(right, int(count)))
-    advice = f' About {4 * int(count)} test images would halve that.' if high - low > 10 else ''
-    expected = f'With other test images it would be {low:.1f} to {high:.1f}%, at 95% confidence.{advice}'
+    advice = f' About {4 * int(count)} test images would halve it.' if high - low > 10 else ''
+    expected = f'95% confidence interval: {low:.1f} to {high:.1f}%.{advice}'
     assert lines[i + 1] == expected
 
 
