@@ -1337,19 +1337,19 @@ def write_pictures(images: Images, bottlenecks: np.ndarray, tested: Tested | Non
 # Data set
 
 
-def get_directions(bottlenecks: np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns bottlenecks as unit vectors, float [N, size], and short vectors for them, float [N, up to 65].
+def shorten(bottlenecks: np.ndarray) -> tuple[np.ndarray, tf.Tensor]:
+    """Returns the factors that make bottlenecks unit vectors, float [N, 1], and short vectors, float [N, up to 129].
 
     The product of two short vectors is no less than the cosine similarity, so that few pairs need the long ones: with
-    P the projection on the span of 64 images, u.v <= Pu.Pv + |u - Pu| |v - Pv| (Cauchy-Schwarz). A bottleneck of equal
-    numbers is like no other: its vectors are 0.
+    P the projection on the span of 128 images, u.v <= Pu.Pv + |u - Pu| |v - Pv| (Cauchy-Schwarz). A bottleneck of equal
+    numbers is like no other: its factor is 0. No second array as large as that of the bottlenecks is made.
     """
-    norms = np.linalg.norm(bottlenecks, axis=1, keepdims=True) * (np.ptp(bottlenecks, axis=1, keepdims=True) > 0)
-    units = tf.math.divide_no_nan(bottlenecks, norms)
-    basis, _ = np.linalg.qr(bottlenecks[np.linspace(0, len(bottlenecks) - 1, 64, dtype=int)].T)
-    projected = tf.matmul(units, basis)
-    rest = tf.maximum(np.float32(norms > 0) - tf.reduce_sum(tf.square(projected), axis=1, keepdims=True), 0)
-    return units, tf.concat([projected, tf.sqrt(rest)], axis=1)
+    squares = np.einsum('ij,ij->i', bottlenecks, bottlenecks, dtype=np.float64)
+    scale = np.float32(np.where(np.ptp(bottlenecks, axis=1) > 0, 1 / np.sqrt(squares), 0))[:, None]
+    basis, _ = np.linalg.qr(bottlenecks[np.linspace(0, len(bottlenecks) - 1, 128, dtype=int)].T)
+    projected = bottlenecks @ basis * scale
+    rest = np.maximum((scale > 0) - np.square(projected).sum(axis=1, keepdims=True), 0)
+    return scale, tf.constant(np.hstack([projected, np.sqrt(rest)]), tf.float32)
 
 
 def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tuple[int, int]], int]:
@@ -1362,16 +1362,17 @@ def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tupl
     badness: dict[tuple[int, int], float] = {}
     classes, is_training, leaked = images.classes, images.sets == 'training', 0
     stems = np.array([file.split('_nohash_')[0] for file in images.files], object)
-    units, shadows = get_directions(bottlenecks)
+    scale, short = shorten(bottlenecks)
     compared = np.arange(len(classes)) if len(classes) <= MAX_COMPARED else np.flatnonzero(~is_training)
     for rows in np.split(compared, range(512, len(compared), 512)):
-        bound = tf.matmul(tf.gather(shadows, rows), shadows, transpose_b=True)
+        bound = tf.matmul(tf.gather(short, rows), short, transpose_b=True)
         is_near = (bound > DUPLICATE_SIMILARITY - 1e-4).numpy()
         is_near[np.arange(len(rows)), rows] = False
         rows, others = rows[is_near.any(axis=1)], np.flatnonzero(is_near.any(axis=0))
         if not rows.size:
             continue
-        similarity = tf.matmul(tf.gather(units, rows), tf.gather(units, others), transpose_b=True).numpy()
+        units, other_units = (bottlenecks[of] * scale[of] for of in (rows, others))
+        similarity = tf.matmul(units, other_units, transpose_b=True).numpy()
         differs, leaks = classes[rows, None] != classes[others], is_training[others] & ~is_training[rows, None]
         is_alike = (similarity >= DUPLICATE_SIMILARITY) & (differs | leaks | (stems[rows, None] != stems[others]))
         leaked += (is_alike & leaks).any(axis=1).sum()
