@@ -269,3 +269,15 @@ def test_whatever_users_do():
     examples = int(os.environ.get('STATEFUL_EXAMPLES', 40))
     options = {'deadline': None, 'suppress_health_check': list(HealthCheck), 'stateful_step_count': 30}
     run_state_machine_as_test(Cache, settings=settings(max_examples=examples, print_blob=True, **options))
+
+
+@pytest.mark.parametrize('operations', range(10))
+def test_a_run_that_is_killed_after_any_operation(operations):
+    """A cache file that is there has a record: it is not computed again, although its image has changed before."""
+    cache = Cache()
+    try:
+        cache.replace(NAMES[0], False)
+        cache.run_and_kill(operations)
+        cache.run_once()
+    finally:
+        cache.teardown()
