@@ -26,36 +26,34 @@ import io
 import itertools
 import json
 import math
+import multiprocessing.pool
 import os
-import platform
-import queue
 import re
 import shlex
 import socket
 import sys
 import tarfile
-import threading
 import time
 import urllib.request
 import uuid
 import warnings
 import zlib
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 # Flags
 
 MOBILENET_SIZES = [f'{size}_{side}' for size in ('1.0', '0.75', '0.50', '0.25') for side in (224, 192, 160, 128)]
+MOBILENETS = 'or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>'
 ARCHITECTURES = ['inception_v3', *(f'mobilenet_{size}' for size in MOBILENET_SIZES)]
+PRECISIONS = ['float32', 'bfloat16']
 
 
 def checked(convert: type, is_valid: Callable, rule: str) -> Callable:
     """Returns an argparse type: a value for which is_valid holds. `rule` describes such values."""
 
     def parse(text: str) -> object:
-        value = convert(text)
-        if not is_valid(value):
+        if not is_valid(value := convert(text)):
             raise argparse.ArgumentTypeError(f"must be {rule}, not '{text}'")
         return value
 
@@ -72,6 +70,7 @@ ADDRESS = checked(str, re.compile(r'grpc://.+:\d+').fullmatch, 'grpc://HOST:PORT
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
 NODE_NAME = checked(str, re.compile(r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*').fullmatch, 'of letters, digits, _ . - /')
 DEFAULT = ' (default: %(default)s)'
+OUTPUTS = ('output_graph', 'output_labels', 'optimized_graph')
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -91,45 +90,33 @@ def create_parser() -> argparse.ArgumentParser:
     add('--find_suspects', metavar='N', type=COUNT, default=0, help='name the N most doubtful labels' + DEFAULT)
     add('--bottleneck_dir', metavar='DIR', default='/tmp/bottleneck', help='cache of the bottlenecks' + DEFAULT)
     add('--data_service', metavar='grpc://HOST:PORT', type=ADDRESS, help='tf.data service that shares the work')
-
     group = parser.add_argument_group('model')
     group.add_argument('--model_dir', metavar='DIR', default='/tmp/imagenet', help='the pretrained model' + DEFAULT)
-    formats, help_text = ['float32', 'bfloat16'], 'number format for bottlenecks; bfloat16 can be faster' + DEFAULT
-    group.add_argument('--precision', metavar='FORMAT', choices=formats, default='float32', help=help_text)
+    group.add_argument('--precision', choices=PRECISIONS, default='float32', help='format of bottlenecks' + DEFAULT)
     add = group.add_mutually_exclusive_group().add_argument
-    names = 'inception_v3, or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>' + DEFAULT
-    add('--architecture', metavar='NAME', choices=ARCHITECTURES, default=ARCHITECTURES[0], help=names)
+    add('--architecture', metavar='NAME', choices=ARCHITECTURES, default='inception_v3', help=MOBILENETS + DEFAULT)
     add('--tfhub_module', metavar='HANDLE', help='image feature vector of TensorFlow Hub: URL or folder')
-
-    add_training_flags(parser)
-    return parser
-
-
-def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of training, distortions and output to a parser."""
     add = parser.add_argument_group('training').add_argument
     add('--how_many_training_steps', metavar='N', type=COUNT, default=4000, help='training steps' + DEFAULT)
     add('--learning_rate', metavar='RATE', type=RATE, default=0.01, help='size of the steps' + DEFAULT)
     add('--train_batch_size', metavar='N', type=SIZE, default=100, help='images per training step' + DEFAULT)
-    validated = 'images per validation; -1: all' + DEFAULT
-    add('--validation_batch_size', metavar='N', type=SIZE_OR_ALL, default=100, help=validated)
-    add('--test_batch_size', metavar='N', type=SIZE_OR_ALL, default=-1, help='images in the test; -1: all' + DEFAULT)
+    add('--validation_batch_size', metavar='N', type=SIZE_OR_ALL, default=100, help='-1: all images' + DEFAULT)
+    add('--test_batch_size', metavar='N', type=SIZE_OR_ALL, default=-1, help='-1: all images' + DEFAULT)
     add('--eval_step_interval', metavar='N', type=SIZE, default=10, help='steps between evaluations' + DEFAULT)
     add('--random_seed', metavar='N', type=COUNT, help='runs with the same number give the same result')
     add('--print_misclassified_test_images', action='store_true', help='list the misclassified test images')
-
     add = parser.add_argument_group('distortions of the training images (training takes far longer)').add_argument
     add('--flip_left_right', action='store_true', help='mirror half of the images at random')
     add('--random_crop', metavar='P', type=PERCENTAGE, default=0, help='margin to crop from, in percent' + DEFAULT)
     add('--random_scale', metavar='P', type=PERCENTAGE, default=0, help='enlarge by up to this percentage' + DEFAULT)
     add('--random_brightness', metavar='P', type=PERCENTAGE, default=0, help='change by up to P percent' + DEFAULT)
-
     add = parser.add_argument_group('output').add_argument
     add('--output_graph', metavar='FILE', default='/tmp/output_graph.pb', help='the trained graph' + DEFAULT)
     add('--optimized_graph', metavar='FILE', help='also write the trained graph for other runtimes')
     add('--output_labels', metavar='FILE', default='/tmp/output_labels.txt', help='the labels, one per line' + DEFAULT)
     add('--summaries_dir', metavar='DIR', default='/tmp/retrain_logs', help='logs for TensorBoard' + DEFAULT)
     add('--final_tensor_name', metavar='NAME', type=NODE_NAME, default='final_result', help='of the scores' + DEFAULT)
+    return parser
 
 
 def parse_flags(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
@@ -164,8 +151,12 @@ with open(os.devnull, 'w') as silence, os.fdopen(os.dup(2), 'w') as stderr:
 
 from google.protobuf.message import DecodeError
 from tensorflow.compat.v1 import GraphDef, NodeDef, Summary
+from tensorflow.compat.v1.graph_util import extract_sub_graph
+from tensorflow.compat.v1.image import resize_bilinear
+from tensorflow.graph_util import import_graph_def
 from tensorflow.io import gfile
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+from tensorflow.python.grappler import tf_optimizer
 
 tf.get_logger().setLevel('ERROR')
 np.seterr(all='ignore')  # no warnings: numbers that are too large show in the cross entropy
@@ -189,7 +180,6 @@ MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
 NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32  # images: more are not faster on a CPU, and need more memory
-DISTORTED_STEPS = 10 if HAS_GPU else 1  # per dataset, which takes 0.05 s to make
 DOWNLOAD_ATTEMPTS = 3  # in a row that bring nothing new
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
@@ -199,6 +189,10 @@ FOLDS = 5  # of the cross-validation
 SHOWN_IMAGES = 100  # misclassified images in TensorBoard, at most
 PROJECTED_IMAGES = 2000  # points in TensorBoard's projector: more are slow in a browser
 THUMBNAIL_SIDE = 64  # pixels
+fingerprint = functools.partial(tf.strings.to_hash_bucket_fast, num_buckets=2**62)  # FarmHash, the same everywhere
+
+
+Batches = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 class UserError(Exception):
@@ -227,6 +221,11 @@ def ensure_writable_dir(path: str, flag: str) -> None:
         gfile.remove(probe)
     except tf.errors.OpError as error:
         raise UserError(f"{flag}: nothing can be written in '{path or '.'}' ({error.message}). Name another folder.")
+
+
+def name_some(names: list[str]) -> str:
+    """Returns the first ten of some names, and how many more there are, for a message."""
+    return ', '.join(names[:10]) + (f' and {len(names) - 10} more' if len(names) > 10 else '')
 
 
 # Images and split
@@ -295,18 +294,14 @@ def list_dir(path: str) -> list[str]:
 
 
 def select_images(path: str) -> list[str]:
-    """Returns the names of the images in a class folder; prints what is passed over, and warns of few images."""
-    images, others = [], Counter[str]()
+    """Returns the names of the images in a class folder; names what is passed over, and warns of few images."""
+    images: list[str] = []
+    others: list[str] = []
     for name in list_dir(path):
-        extension = os.path.splitext(name)[1].lower()
-        if extension in IMAGE_EXTENSIONS and not name.startswith('.'):
-            images.append(name)
-        else:
-            kind = 'folder' if gfile.isdir(os.path.join(path, name)) else extension or 'without extension'
-            others['hidden' if name.startswith('.') else kind] += 1
+        is_image = os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not name.startswith('.')
+        (images if is_image else others).append(name)
     if others:
-        kinds = ', '.join(f'{count} {kind}' for kind, count in sorted(others.items()))
-        print(f'{path}: {len(images)} images; passed over: {kinds}')
+        print(f'{path}: {len(images)} images; passed over: {name_some(others)}')
     if not images:
         print(f'WARNING: {path} has no images. It is not used as a class.')
     elif len(images) < 20:
@@ -336,10 +331,8 @@ def list_images(flags: argparse.Namespace) -> Images:
     if loose_images:
         print(f'WARNING: {flags.image_dir} has {loose_images} images outside of class folders. They are not used.')
     if len(labels) < 2:
-        raise UserError(
-            f"--image_dir: '{flags.image_dir}' has {len(labels) or 'no'} class folder with images. Two or more are "
-            f'needed: put the images of each class ({" ".join(IMAGE_EXTENSIONS)}) into a folder of its own.'
-        )
+        found = f"--image_dir: '{flags.image_dir}' has {len(labels) or 'no'} class folder with images"
+        raise UserError(f'{found}. Two or more are needed: put the images of each class into a folder of its own.')
     files, classes, sets = zip(*rows, strict=True)
     return Images(flags.image_dir, list(labels), np.array(files, object), np.array(classes), np.array(sets))
 
@@ -350,10 +343,8 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
     for name, percentage in percentages.items():
         empty = [label for label, count in zip(images.labels, images.members[name][1], strict=True) if not count]
         if empty and percentage:
-            print(
-                f'WARNING: no {name} image in {len(empty)} of {len(images.labels)} classes, left out of that set: '
-                f'{", ".join(empty)}. Add images, or change --testing_percentage or --validation_percentage.'
-            )
+            missing = f'no {name} image in {len(empty)} of {len(images.labels)} classes: {name_some(empty)}'
+            print(f'WARNING: {missing}. Add images, or change --testing_percentage or --validation_percentage.')
     if not images.members['training'][0].size:
         raise UserError('--image_dir: no image fell into the training set. Add images, or lower --testing_percentage.')
 
@@ -363,20 +354,16 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
 
 def is_whole_archive(path: str) -> bool:
     """Tells whether a .tgz unpacks to its end; gzip's checksum finds a byte that is wrong or missing."""
-    try:
-        with gfile.GFile(path, 'rb') as file, gzip.open(file) as archive:
-            while archive.read(1 << 20):
-                pass
+    with contextlib.suppress(OSError, EOFError, zlib.error), gfile.GFile(path, 'rb') as file:
+        archive = gzip.open(file)
+        while archive.read(1 << 20):
+            pass
         return True
-    except (OSError, EOFError, zlib.error):
-        return False
+    return False
 
 
 def download(url: str, path: str) -> None:
-    """Downloads an archive to `path`, which appears when it is whole; until then, attempts go on from `path`.part.
-
-    Raises UserError when DOWNLOAD_ATTEMPTS in a row bring nothing new.
-    """
+    """Downloads an archive to `path`.part, goes on there after a break, and renames it to `path` when it is whole."""
     partial, failures = path + '.part', 0
     while failures < DOWNLOAD_ATTEMPTS:
         time.sleep(failures)
@@ -438,11 +425,9 @@ def load_graph_def(path: str, architecture: str, needed: list[str]) -> tuple[Gra
     inputs = [name.lstrip('^').split(':')[0] for node in graph_def.node for name in node.input]
     names = {node.name for node in graph_def.node}
     if missing := [name for name in [*needed, *inputs] if name not in names]:
-        raise UserError(
-            f'{path} is damaged, or not the graph of {architecture}: it lacks {missing[0]}. Delete it and run the same '
-            'command again to download it.'
-        )
-    return tf.compat.v1.graph_util.extract_sub_graph(graph_def, [needed[-1]]), zlib.crc32(contents)
+        problem = f'{path} is damaged, or not the graph of {architecture}: it lacks {missing[0]}'
+        raise UserError(f'{problem}. Delete it and run the same command again to download it.')
+    return extract_sub_graph(graph_def, [needed[-1]]), zlib.crc32(contents)
 
 
 class Pixels(NamedTuple):
@@ -464,35 +449,17 @@ class Backbone:
     bottleneck_size: int
     pixels: Pixels
     cache_suffix: str = ''  # between the name of an image and the '.txt' of its cache file
-    dtype: tf.DType = tf.float32  # in which bottlenecks are computed
-
-    @property
-    def output(self) -> str:
-        """The node before `bottleneck`, which has batches of any size: the 2015 graph's bottleneck is a single row."""
-        return next(node.input[0] for node in self.graph_def.node if node.name == self.bottleneck)
-
-    def fold(self) -> GraphDef:
-        """Returns the folded graph to `output`, with a placeholder for scaled images, [N, height, width, 3], as Mul."""
-        folded = fold_batch_norms(self.graph_def)
-        (scaled,) = (node for node in folded.node if node.name == SCALED_INPUT_NODE)
-        shape = tf.TensorShape([None, *self.pixels.size, 3]).as_proto()
-        make_placeholder(scaled, tf.float32.as_datatype_enum, shape)
-        return tf.compat.v1.graph_util.extract_sub_graph(folded, [self.output])
+    optimizer: str = ''  # of TensorFlow's, which makes bottlenecks faster and less precise
 
     def create_network(self, structure: GraphDef, weights: dict, device: str | None = None) -> Callable:
-        """Returns a tf.function from images in 0..255, float [N, height, width, 3], to bottlenecks.
-
-        It takes what split_weights makes of the folded graph, with the weights made tensors or variables.
-        """
+        """Returns a tf.function from images in 0..255, float [N, *size, 3], to bottlenecks; weights are on a device."""
 
         @tf.function(input_signature=[tf.TensorSpec([None, *self.pixels.size, 3])])
         def network(images: tf.Tensor) -> tf.Tensor:
             with tf.device(device):
                 inputs = {f'{name}:0': tf.identity(tensor) for name, tensor in weights.items()}
-                scaled = (images - self.pixels.mean) * (1 / self.pixels.deviation)
-                inputs[f'{SCALED_INPUT_NODE}:0'] = tf.cast(scaled, self.dtype)
-                (rows,) = tf.graph_util.import_graph_def(structure, inputs, [f'{self.output}:0'])
-                return tf.reshape(tf.cast(rows, tf.float32), [-1, self.bottleneck_size])
+                inputs[f'{SCALED_INPUT_NODE}:0'] = (images - self.pixels.mean) * (1 / self.pixels.deviation)
+                return import_graph_def(structure, inputs, [f'{self.bottleneck}:0'])[0]
 
         network.get_concrete_function()  # finds out now whether TensorFlow accepts the graph
         return network
@@ -502,7 +469,9 @@ class Backbone:
         """The network on each device that computes bottlenecks; raises UserError if the graph is damaged."""
         networks = []
         try:
-            structure, weights = split_weights(convert_floats(self.fold(), self.dtype))
+            structure, weights = split_weights(fold(self.graph_def, self.bottleneck, self.pixels.size))
+            if self.optimizer:
+                structure = optimize(structure, self.bottleneck, self.optimizer)
             for device in [gpu.name for gpu in tf.config.list_logical_devices('GPU')] or ['/CPU:0']:
                 with tf.device(device):
                     tensors = {name: tf.constant(value) for name, value in weights.items()}
@@ -523,8 +492,7 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
         url, name = MOBILENET_URL.format(size), MOBILENET_GRAPH_NAME.format(size)
         path = maybe_download_and_extract(flags.model_dir, url, name)
         graph_def, checksum = load_graph_def(path, flags.architecture, ['input', MOBILENET_BOTTLENECK_NODE])
-        side = int(size.split('_')[1])
-        pixels = Pixels((side, side), 127.5, 127.5)
+        pixels = Pixels((int(size[-3:]), int(size[-3:])), 127.5, 127.5)
         graph_def = prepend_decoding(graph_def, 'input:0', pixels)
         bottleneck = MOBILENET_BOTTLENECK_NODE, MOBILENET_BOTTLENECK_SIZE
         backbone = Backbone(path, graph_def, checksum, *bottleneck, pixels, f'_{flags.architecture}')
@@ -544,8 +512,9 @@ def use_bfloat16(backbone: Backbone) -> Backbone:
     if not HAS_GPU and not re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', features):
         print('--precision: this processor has no bfloat16 instructions, so that would not be faster. float32 is used.')
         return backbone
-    suffix, checksum = f'{backbone.cache_suffix}_bfloat16', zlib.crc32(b'bfloat16', backbone.checksum)
-    return dataclasses.replace(backbone, dtype=tf.bfloat16, cache_suffix=suffix, checksum=checksum)
+    optimizer = 'auto_mixed_precision' if HAS_GPU else 'auto_mixed_precision_onednn_bfloat16'
+    suffix, checksum = f'{backbone.cache_suffix}_bfloat16', zlib.crc32(optimizer.encode(), backbone.checksum)
+    return dataclasses.replace(backbone, optimizer=optimizer, cache_suffix=suffix, checksum=checksum)
 
 
 def export_graph(graph: tf.Graph) -> GraphDef:
@@ -558,22 +527,18 @@ def export_graph(graph: tf.Graph) -> GraphDef:
 
 
 def prepend_decoding(graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: str = '') -> GraphDef:
-    """Returns a graph that feeds a tensor of another with a decoded image, by nodes named as in the 2015 graph.
-
-    The nodes of the other graph get a prefix.
-    """
+    """Returns a graph, under a prefix, that gets a tensor from the nodes that decode images in the graph of 2015."""
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
         image = tf.cast(tf.io.decode_jpeg(contents, 3, name='DecodeJpeg'), tf.float32, name='Cast')
-        image = tf.expand_dims(image, 0, name='ExpandDims')
-        image = tf.compat.v1.image.resize_bilinear(image, pixels.size, name=RESIZED_INPUT_NODE)
+        image = resize_bilinear(tf.expand_dims(image, 0, name='ExpandDims'), pixels.size, name=RESIZED_INPUT_NODE)
         image = tf.subtract(image, pixels.mean, name='Sub')
         image = tf.multiply(image, 1 / pixels.deviation, name=SCALED_INPUT_NODE)
-        tf.graph_util.import_graph_def(graph_def, {tensor: image}, name=prefix)
+        import_graph_def(graph_def, {tensor: image}, name=prefix)
     return export_graph(graph)
 
 
-def find_feature_vector(module: Any) -> tuple[Callable, Pixels, int] | None:
+def find_feature_vector(module: Any, handle: str) -> tuple[Callable, Pixels, int]:
     """Finds the function of a module from images in 0..1, float [N, height, width, 3], to features, float [N, size].
 
     That is the common signature of https://www.tensorflow.org/hub/common_signatures/images.
@@ -589,28 +554,25 @@ def find_feature_vector(module: Any) -> tuple[Callable, Pixels, int] | None:
             if None in inputs[0][1:3]:
                 print(f'--tfhub_module: it takes images of any size, and gets {height} x {width} pixels.')
             return function, Pixels((height, width), 0, 255), outputs[0][1]
-    return None
+    raise UserError(f"--tfhub_module: '{handle}' does not compute feature vectors of images. Name one that does.")
 
 
-def inline_functions(function: Any) -> Any:
-    """Returns a frozen function of images in plain ops: without functions, which XLA may claim, and own gradients."""
-    graph_def = function.graph.as_graph_def()
-    for node in itertools.chain(graph_def.node, *(inner.node_def for inner in graph_def.library.function)):
+def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
+    """Returns a graph up to a node after an optimizer of TensorFlow (tensorflow/core/grappler/optimizers)."""
+    meta_graph = tf.compat.v1.MetaGraphDef(graph_def=graph_def)
+    meta_graph.collection_def['train_op'].node_list.value.append(output)  # what it must keep
+    config = tf.compat.v1.ConfigProto()
+    config.graph_options.rewrite_options.optimizers.append(optimizer)
+    return tf_optimizer.OptimizeGraph(config, meta_graph)
+
+
+def inline_functions(graph_def: GraphDef, output: str) -> GraphDef:
+    """Returns a graph up to a node in plain ops: without functions, which XLA may claim, and gradients of its own."""
+    nodes = itertools.chain(graph_def.node, *(function.node_def for function in graph_def.library.function))
+    for owner in itertools.chain(nodes, graph_def.library.function):
         for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):
-            node.attr.pop(name, None)
-        for attribute in node.attr.values():
-            if attribute.func.name:
-                attribute.func.name += '_inlined'
-    for inner in graph_def.library.function:
-        inner.attr.clear()
-        inner.signature.name += '_inlined'  # TensorFlow has the other ones under their names
-
-    def plain(resized: tf.Tensor) -> list[tf.Tensor]:
-        inputs = {function.inputs[0].name: resized}
-        return tf.graph_util.import_graph_def(graph_def, inputs, [function.outputs[0].name], name='')
-
-    wrapped = tf.compat.v1.wrap_function(plain, [tf.TensorSpec(function.inputs[0].shape)])
-    return convert_variables_to_constants_v2(wrapped)
+            owner.attr.pop(name, None)
+    return optimize(graph_def, output, 'function')
 
 
 def load_tfhub_module(handle: str) -> Backbone:
@@ -626,23 +588,18 @@ def load_tfhub_module(handle: str) -> Backbone:
     except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
         advice = 'Download it into a folder, as inception/README.md shows, and name that.'
         raise UserError(f"--tfhub_module: '{handle}' cannot be loaded ({str(error).strip()}). {advice}")
-    if not (found := find_feature_vector(module)):
-        raise UserError(f"--tfhub_module: '{handle}' does not compute feature vectors of images. Name one that does.")
-    function, pixels, size = found
+    function, pixels, size = find_feature_vector(module, handle)
 
     @tf.function(input_signature=[tf.TensorSpec([None, *pixels.size, 3])])
     def extract(images: tf.Tensor) -> tf.Tensor:
-        (features,) = tf.nest.flatten(function(images))
-        return tf.reshape(features, [-1, size], name='bottleneck')
+        return tf.reshape(tf.nest.flatten(function(images))[0], [-1, size], name='bottleneck')
 
-    frozen = inline_functions(convert_variables_to_constants_v2(extract.get_concrete_function()))
-    checksum = 0
-    for folder, _, names in sorted(gfile.walk(path)):
-        for name in sorted(names):
-            with gfile.GFile(os.path.join(folder, name), 'rb') as file:
-                checksum = zlib.crc32(file.read(), checksum)
-    graph_def = prepend_decoding(frozen.graph.as_graph_def(), frozen.inputs[0].name, pixels, 'module')
-    graph_def = tf.compat.v1.graph_util.extract_sub_graph(graph_def, ['module/bottleneck'])
+    frozen = convert_variables_to_constants_v2(extract.get_concrete_function())
+    plain = inline_functions(frozen.graph.as_graph_def(), 'bottleneck')
+    graph_def = prepend_decoding(plain, frozen.inputs[0].name, pixels, 'module')
+    graph_def = extract_sub_graph(graph_def, ['module/bottleneck'])
+    files = sorted(os.path.join(folder, name) for folder, _, names in gfile.walk(path) for name in names)
+    checksum = functools.reduce(lambda crc, file: zlib.crc32(gfile.GFile(file, 'rb').read(), crc), files, 0)
     suffix = '_' + re.sub(r'[:/]+', '~', handle.rstrip('/'))[-100:]  # as the retrain script of TensorFlow Hub has it
     return Backbone(handle, graph_def, checksum, 'module/bottleneck', size, pixels, suffix)
 
@@ -654,25 +611,25 @@ def make_placeholder(node: NodeDef, dtype: int, shape: object) -> None:
     node.attr['shape'].shape.CopyFrom(shape)
 
 
-def fold_batch_norms(graph_def: GraphDef) -> GraphDef:
-    """Returns a graph with its batch norms, an op that TensorFlow 2 refuses, folded into its convolutions.
+def modernize(graph_def: GraphDef) -> GraphDef:
+    """Returns a graph that computes the same, for batches of any size, without ops that TensorFlow 2 refuses.
 
     BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts
     only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights w, that is a
     convolution with w * s and a bias of beta - mean * s. CheckNumerics goes too: it is of use only in training.
     """
-    folded = GraphDef()
-    folded.CopyFrom(graph_def)
-    folded.versions.producer = tf.version.GRAPH_DEF_VERSION
-    nodes = {node.name: node for node in folded.node}
+    modern = GraphDef()
+    modern.CopyFrom(graph_def)
+    modern.versions.producer = tf.version.GRAPH_DEF_VERSION
+    nodes = {node.name: node for node in modern.node}
 
     def read(name: str) -> np.ndarray:
         return tf.make_ndarray(nodes[name].attr['value'].tensor).astype(np.float64)
 
     def write(name: str, value: np.ndarray) -> None:
-        nodes[name].attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value, tf.float32))
+        nodes[name].attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value))
 
-    for node in folded.node:
+    for node in modern.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
         node.input[:] = [name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics']
         if node.op == 'BatchNormWithGlobalNormalization':
@@ -681,24 +638,25 @@ def fold_batch_norms(graph_def: GraphDef) -> GraphDef:
             if node.attr['scale_after_normalization'].b:
                 scale *= read(gamma)
             weights = nodes[convolution].input[1]
-            write(weights, read(weights) * scale)
-            write(beta, read(beta) - read(mean) * scale)
+            write(weights, np.float32(read(weights) * scale))
+            write(beta, np.float32(read(beta) - read(mean) * scale))
             node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=[convolution, beta]))
             node.attr['T'].type = tf.float32.as_datatype_enum
-    return folded
+        elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
+            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input))
+            node.attr['T'].type = tf.float32.as_datatype_enum
+        elif node.op == 'Reshape' and (shape := nodes[node.input[1]]).op == 'Const':
+            if len(sides := tf.make_ndarray(shape.attr['value'].tensor)) == 2 and sides[0] == 1:
+                write(shape.name, np.array([-1, sides[1]], sides.dtype))
+    return modern
 
 
-def convert_floats(graph_def: GraphDef, dtype: tf.DType) -> GraphDef:
-    """Returns a graph that computes in another format all that it computes in float32."""
-    converted = GraphDef()
-    converted.CopyFrom(graph_def)
-    for attribute in itertools.chain.from_iterable(node.attr.values() for node in converted.node):
-        if attribute.type == tf.float32.as_datatype_enum:
-            attribute.type = dtype.as_datatype_enum
-        if attribute.tensor.dtype == tf.float32.as_datatype_enum:
-            value = tf.make_ndarray(attribute.tensor).astype(dtype.as_numpy_dtype)
-            attribute.tensor.CopyFrom(tf.make_tensor_proto(value))
-    return converted
+def fold(graph_def: GraphDef, output: str, size: tuple[int, int]) -> GraphDef:
+    """Returns the modern graph up to a node, with a placeholder for scaled images, [N, *size, 3], as Mul."""
+    modern = modernize(graph_def)
+    (scaled,) = (node for node in modern.node if node.name == SCALED_INPUT_NODE)
+    make_placeholder(scaled, tf.float32.as_datatype_enum, tf.TensorShape([None, *size, 3]).as_proto())
+    return extract_sub_graph(modern, [output])
 
 
 def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]:
@@ -718,17 +676,7 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
 # Bottlenecks
 
 
-def fingerprint(contents: tf.Tensor | list[str]) -> tf.Tensor:
-    """Returns FarmHash's 62-bit fingerprint of strings, which is the same on every machine: int64."""
-    return tf.strings.to_hash_bucket_fast(contents, 2**62)
-
-
-def resize_image(image: tf.Tensor, size: tuple[int, int] | tf.Tensor) -> tf.Tensor:
-    """Resizes to (height, width) with the graph's own op, which tf.image.resize does not use: float [*size, 3]."""
-    return tf.compat.v1.image.resize_bilinear(image[tf.newaxis], size)[0]
-
-
-def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Batches:
     """Yields (tags, bottlenecks) of each (tags, images): the devices work at once, while the next batches are made."""
     iterator = iter(batches.prefetch(2 * len(networks)))
     while group := list(itertools.islice(iterator, len(networks))):
@@ -736,7 +684,7 @@ def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator
         yield from ((tags.numpy(), bottlenecks.numpy()) for tags, bottlenecks in results)
 
 
-def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Batches:
     """Yields (tags, bottlenecks) of each (tags, images), both made by the workers of a tf.data service.
 
     Ends at an error, or when DATA_SERVICE_TIMEOUT seconds bring nothing: the service waits forever for a dead worker.
@@ -749,23 +697,13 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
     policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
     batches = batches.map(lambda tags, images: (tags, network(images)))
     batches = batches.apply(tf.data.experimental.service.distribute(policy, address))
-    arrived: queue.Queue = queue.Queue(2)
-
-    def fetch() -> None:
-        try:
-            for batch in itertools.chain(batches.as_numpy_iterator(), [None]):
-                arrived.put(batch)
-        except Exception as error:
-            arrived.put(error)
-
-    threading.Thread(target=fetch, daemon=True).start()
-    problem = f'nothing came for {DATA_SERVICE_TIMEOUT} s'
-    with contextlib.suppress(queue.Empty):
-        while isinstance(batch := arrived.get(timeout=DATA_SERVICE_TIMEOUT), tuple):
+    iterator, thread = batches.as_numpy_iterator(), multiprocessing.pool.ThreadPool(1)
+    try:
+        while batch := thread.apply_async(next, [iterator, None]).get(DATA_SERVICE_TIMEOUT):
             yield batch
-        problem = batch
-    if problem:
-        print(f'WARNING: {address} failed ({problem}). The rest is computed here.')
+    except (tf.errors.OpError, multiprocessing.TimeoutError) as error:
+        reason = getattr(error, 'message', f'nothing came for {DATA_SERVICE_TIMEOUT} s')
+        print(f'WARNING: {address} failed ({reason}). The rest is computed here.')
 
 
 def load_files(paths: list[str], load: Callable) -> tf.data.Dataset:
@@ -775,22 +713,20 @@ def load_files(paths: list[str], load: Callable) -> tf.data.Dataset:
     return files.ignore_errors()
 
 
-def compute_bottlenecks(
-    paths: list[str], backbone: Backbone, distort: Callable | None = None, data_service: str | None = None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def compute_bottlenecks(paths: list[str], backbone: Backbone, distort: Callable | None, service: str | None) -> Batches:
     """Yields (tags, bottlenecks) in batches, without the images that cannot be decoded.
 
     Tags are int64 [N, 2]: the index of a path, and the fingerprint of the file's contents. Images are resized, or are
-    what distort(image, index) makes of them. With a data service, its workers do everything, each image on one of them.
+    what distort(image, index) makes of them. With a tf.data service, its workers do all this.
     """
 
     def load(index: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         image = tf.io.decode_jpeg(contents, channels=3)
-        image = distort(image, index) if distort else resize_image(image, backbone.pixels.size)
+        image = distort(image, index) if distort else resize_bilinear(image[tf.newaxis], backbone.pixels.size)[0]
         return tf.stack([index, fingerprint(contents)]), image
 
     batches, networks = load_files(paths, load).batch(NETWORK_BATCH_SIZE), backbone.networks
-    return run_service(data_service, networks[0], batches) if data_service else run_networks(networks, batches)
+    return run_service(service, networks[0], batches) if service else run_networks(networks, batches)
 
 
 def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -810,118 +746,14 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
     return bottlenecks, fingerprints
 
 
-def get_status(path: str) -> tuple[int, int] | None:
-    """Returns size in bytes and modification time in ns of a file, if there is one."""
+def get_status(path: str) -> tuple[int, int]:
+    """Returns size in bytes and modification time in ns of a file; -1 and -1 if there is none."""
     try:
         return (status := os.stat(path.encode())).st_size, status.st_mtime_ns  # bytes, as LANG may be of ASCII alone
     except OSError:  # gs:// and its like; gfile knows the times of local files only in seconds
         with contextlib.suppress(tf.errors.OpError):
             return (status := gfile.stat(path)).length, status.mtime_nsec
-    return None
-
-
-class State(NamedTuple):
-    """What a cache file was made of."""
-
-    size: int  # of the image file, in bytes
-    changed: int  # its modification time, in ns
-    model: int  # checksum of the network
-    contents: int | None = None  # fingerprint of the image file; records of earlier versions lack it
-
-
-class Provenance:
-    """Knows which image and model each cache file was made of, and which images cannot be decoded.
-
-    Journals in the bottleneck folder say so, in JSON lines [file, outcome, [size, changed, model, contents]], the last
-    of which is a State. The outcome is the fingerprint of the cache file, or the reason why there is none. Lines are
-    facts: order and number do not matter. A journal is written whole, never changed, and removed only after another one
-    holds its lines: no kill loses one, and runs at the same time do not meet.
-    """
-
-    def __init__(self, folder: str, model: int) -> None:
-        self.folder, self.model = folder, model
-        self.facts: dict[str, dict[int | str, State]] = defaultdict(dict)  # {file: {outcome: state}}
-        self.statuses: dict[str, tuple[int, int] | None] = {}  # size and time of the image files as they are
-        self.new: list[list] = []
-        self.journals: set[str] = set()
-        seen: set[str] = set()
-        # A journal that vanishes before it is read was merged by another run, into one that the next listing shows.
-        while names := {name for name in list_dir(folder) if name.startswith('.provenance-')} - seen:
-            seen |= names
-            for name in names:
-                with contextlib.suppress(tf.errors.OpError), gfile.GFile(os.path.join(folder, name), 'rb') as journal:
-                    lines = journal.read().splitlines()
-                    self.journals.add(name)
-                    for line in lines:
-                        with contextlib.suppress(ValueError, TypeError):
-                            self.learn(*json.loads(line))
-
-    def learn(self, file: str, outcome: int | str, state: list) -> None:
-        """Adds a fact. Reasons in records without contents are not believed."""
-        new = State(*state)
-        if new.contents is not None or isinstance(outcome, int) and outcome not in self.facts[file]:
-            self.facts[file][outcome] = new
-
-    def record(self, file: str, outcome: int | str, contents: int | None) -> None:
-        """Adds a fact about an image as it is now, for the next flush()."""
-        if status := self.statuses[file]:
-            self.new.append([file, outcome, [*status, self.model, contents]])
-            self.learn(*self.new[-1])
-
-    def flush(self) -> None:
-        """Writes the new facts into a journal of their own."""
-        if self.new:
-            name = f'.provenance-{uuid.uuid4().hex}.jsonl'
-            write_whole(os.path.join(self.folder, name), ''.join(json.dumps(line) + '\n' for line in self.new).encode())
-            self.journals.add(name)
-            self.new = []
-
-    def merge(self) -> None:
-        """Replaces the journals that this run has read and written by one. A read-only folder stays as it is."""
-        with contextlib.suppress(tf.errors.OpError):
-            self.flush()
-            if len(self.journals) > 1:
-                merged = set(self.journals)
-                self.new = [[file, *fact] for file, facts in self.facts.items() for fact in facts.items()]
-                self.flush()
-                for name in merged:
-                    gfile.remove(os.path.join(self.folder, name))
-
-    def find(self, file: str, cached: int, contents: int | None = None) -> int | str | None:
-        """Returns what is known of an image: `cached` if this cache file is current, or why it cannot be decoded.
-
-        `contents`, if given, is the fingerprint of the image, and counts more than its time.
-        """
-        status = self.statuses[file]
-        for outcome, state in self.facts.get(file, {}).items():
-            if isinstance(outcome, str) or (outcome, state.model) == (cached, self.model):
-                is_sized = state.contents is None and status is not None and status[0] == state.size
-                is_same = contents is not None and (contents == state.contents or is_sized)
-                if is_same or (state.size, state.changed) == status:
-                    return outcome
-        return None
-
-    def compare(self, images: Images, fingerprints: np.ndarray) -> list[int | str | None]:
-        """Returns what is known of each image and its cache file; None if the bottleneck must be computed.
-
-        An image whose size and time are as they were is not read. A cache file without facts, as the original wrote it,
-        is believed.
-        """
-        self.statuses = dict(zip(images.files, map(get_status, images.paths), strict=True))
-        found = list(map(self.find, images.files, fingerprints.tolist()))
-        unsure = [row for row, file in enumerate(images.files) if found[row] is None and file in self.facts]
-        contents = load_files([images.paths[row] for row in unsure], lambda index, text: (index, fingerprint(text)))
-        for index, mark in contents.as_numpy_iterator():
-            row, file = unsure[index], images.files[unsure[index]]
-            found[row] = self.find(file, int(fingerprints[row]), int(mark))
-            if found[row] is not None:
-                self.record(file, found[row], int(mark))
-        for row, (file, cached) in enumerate(zip(images.files, fingerprints.tolist(), strict=True)):
-            models = {state.model for outcome, state in self.facts[file].items() if isinstance(outcome, int)}
-            if found[row] is None and cached >= 0 and cached not in self.facts[file] and self.model not in models:
-                found[row] = cached
-                self.record(file, cached, None)
-        return found
+    return -1, -1
 
 
 def read_header(path: str) -> tuple[int, bool]:
@@ -952,29 +784,84 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
         return re.sub(r'{{.*?}} *| \[Op:.*', '', error.message, flags=re.DOTALL), mark
 
 
+class State(NamedTuple):
+    """What a cache file was made of."""
+
+    size: int  # of the image file, in bytes
+    changed: int  # its modification time, in ns
+    model: int  # checksum of the network
+    contents: int | None  # fingerprint of the image file, unless it was not read
+
+
 class BottleneckCache:
-    """The cache files of some images and one network, and their bottlenecks, float32 [images, bottleneck size]."""
+    """The cache files of some images and one network, and their bottlenecks, float32 [images, bottleneck size].
+
+    Each cache file has a record, .records/<folder>/<file>.rec: a JSON list of [outcome, State], where an outcome is
+    the fingerprint of the cache file, or the reason why the image cannot be decoded. A record is written before its
+    cache file, and keeps what it had: whenever a run is killed, the cache file that is there is in its record.
+    """
 
     def __init__(self, images: Images, backbone: Backbone, folder: str) -> None:
-        self.images, self.backbone = images, backbone
-        self.paths = [os.path.join(folder, f'{file}{backbone.cache_suffix}.txt') for file in images.files]
+        self.images, self.backbone, self.written = images, backbone, 0
+        names = [f'{file}{backbone.cache_suffix}' for file in images.files]
+        self.paths = [os.path.join(folder, f'{name}.txt') for name in names]
         self.bottlenecks, self.fingerprints = read_bottlenecks(self.paths, backbone.bottleneck_size)
         # After the cache files: another run first records what a cache file is made of, and then writes it.
-        self.provenance = Provenance(folder, backbone.checksum)
-        self.known = self.provenance.compare(images, self.fingerprints)
-        self.written = 0
+        self.records = [os.path.join(folder, '.records', f'{name}.rec') for name in names]
+        self.facts: list[dict[int | str, State]] = [{} for _ in names]
+        for rows, texts in load_files(self.records, lambda *file: file).batch(256).as_numpy_iterator():
+            for row, text in zip(rows, texts, strict=True):
+                with contextlib.suppress(ValueError, TypeError):
+                    self.facts[row] = {outcome: State(*state) for outcome, state in json.loads(text)}
+        self.statuses = list(map(get_status, images.paths))
+
+    def record(self, row: int, outcome: int | str, contents: int | None) -> None:
+        """Adds to a record what an image is now. If it cannot be written, the next run may have to compute again."""
+        self.facts[row][outcome] = State(*self.statuses[row], self.backbone.checksum, contents)
+        with contextlib.suppress(tf.errors.OpError):
+            gfile.makedirs(os.path.dirname(self.records[row]))
+            write_whole(self.records[row], json.dumps(list(self.facts[row].items())).encode())
+
+    def find(self, row: int, contents: int | None = None) -> int | str | None:
+        """Returns the fingerprint of a cache file if it is current, or why its image cannot be decoded, if either is.
+
+        `contents`, if given, is the fingerprint of the image, and counts more than its time.
+        """
+        size, changed = self.statuses[row]
+        for outcome, state in self.facts[row].items():
+            if isinstance(outcome, str) or (outcome, state.model) == (self.fingerprints[row], self.backbone.checksum):
+                is_same = contents is not None and state.contents in (contents, None)
+                if state.size == size and (state.changed == changed or is_same):
+                    return outcome
+        return None
+
+    def compare(self) -> list[int | str | None]:
+        """Returns what is known of each image; None if the bottleneck must be computed.
+
+        An image whose size and time are as they were is not read. A cache file without a record, as the original wrote
+        it, is believed.
+        """
+        for row, cached in enumerate(self.fingerprints.tolist()):
+            if cached >= 0 and not self.facts[row]:
+                self.record(row, cached, None)
+        known = [self.find(row) for row in range(len(self.paths))]
+        unsure = [row for row, outcome in enumerate(known) if outcome is None and self.facts[row]]
+        images = load_files([self.images.paths[row] for row in unsure], lambda index, text: (index, fingerprint(text)))
+        for index, mark in images.as_numpy_iterator():
+            if (outcome := self.find(row := unsure[index], int(mark))) is not None:
+                known[row] = outcome
+                self.record(row, outcome, int(mark))
+        return known
 
     def write(self, rows: np.ndarray, bottlenecks: np.ndarray, contents: np.ndarray) -> None:
-        """Writes bottlenecks, after a record of the file contents (fingerprints) that they are made of."""
+        """Writes bottlenecks, and records of the file contents (fingerprints) that they are made of."""
         if not np.isfinite(bottlenecks).all():
             raise UserError(f'{self.backbone.source} gives numbers that are not finite. Download the model again.')
         self.bottlenecks[rows] = bottlenecks
         texts = [','.join(map(str, values)) for values in bottlenecks]
-        for row, cached, mark in zip(rows, fingerprint(texts).numpy(), contents, strict=True):
-            self.provenance.record(self.images.files[row], int(cached), int(mark))
-        self.provenance.flush()
-        for row, text in zip(rows, texts, strict=True):
+        for row, text, cached, mark in zip(rows, texts, fingerprint(texts).numpy(), contents, strict=True):
             tqdm.write(f'Creating bottleneck at {self.paths[row]}')
+            self.record(row, int(cached), int(mark))
             try:
                 write_whole(self.paths[row], text.encode())
             except tf.errors.InvalidArgumentError as error:  # the name is too long
@@ -985,11 +872,11 @@ class BottleneckCache:
 
     def compute(self, rows: np.ndarray, data_service: str | None) -> dict[int, str]:
         """Computes and writes the bottlenecks of some rows; returns {row: reason} of the images that cannot be used."""
-        paths, headers = self.images.paths, {row: read_header(self.images.paths[row]) for row in rows}
-        left = {row for row, (pixels, _) in headers.items() if pixels <= MAX_PIXELS}
+        paths, left = self.images.paths, set(rows)
+        headers = {row: read_header(paths[row]) for row in rows}
         with tqdm(total=len(left), desc='Bottlenecks', unit='image', disable=None) as bar:
             for service in dict.fromkeys([data_service, None]):  # what a service does not bring is computed here
-                todo = np.array(sorted(left), int)
+                todo = np.array([row for row in sorted(left) if headers[row][0] <= MAX_PIXELS], int)
                 for tags, found in compute_bottlenecks([paths[row] for row in todo], self.backbone, None, service):
                     self.write(todo[tags[:, 0]], found, tags[:, 1])
                     left.difference_update(todo[tags[:, 0]])
@@ -998,18 +885,37 @@ class BottleneckCache:
             advice = 'See data/README.md on how to rotate them.'
             print(f'WARNING: images that the camera stored sideways, and that are used as stored: {turned}. {advice}')
         reasons = {}
-        for row in sorted(left | {row for row, (pixels, _) in headers.items() if pixels > MAX_PIXELS}):
+        for row in sorted(left):
             reasons[row], contents = explain_unreadable(paths[row])
             if contents is not None:
-                self.provenance.record(self.images.files[row], reasons[row], contents)
+                self.record(row, reasons[row], contents)
         return reasons
 
 
-def check_readable(images: Images, reasons: dict[int, str], strict: bool) -> np.ndarray:
-    """Names the images that are left out, and returns which are not, bool [images].
+def cache_bottlenecks(images: Images, backbone: Backbone, flags: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the bottlenecks, float32 [images, bottleneck size], and which of them there are, bool [images].
 
-    Raises UserError if `strict`, or if a class has no others.
+    Each cache file and each record is read once. What the cache lacks is computed, each image at most once, and kept
+    in memory while it is written: a float32 value is the same after it was written as text and read again.
     """
+    cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
+    known = cache.compare()
+    missing = np.flatnonzero([outcome is None for outcome in known])
+    reasons = {row: outcome for row, outcome in enumerate(known) if isinstance(outcome, str)}
+    if missing.size:
+        ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
+        for row in missing:
+            gfile.makedirs(os.path.dirname(cache.paths[row]))
+            if cache.fingerprints[row] >= 0:
+                print(f'The image or the model changed, recreating bottleneck {cache.paths[row]}')
+            elif gfile.exists(cache.paths[row]):
+                print(f'Invalid float found, recreating bottleneck {cache.paths[row]}')
+        reasons |= cache.compute(missing, flags.data_service)
+    return cache.bottlenecks, check_readable(images, reasons, flags.strict)
+
+
+def check_readable(images: Images, reasons: dict[int, str], strict: bool) -> np.ndarray:
+    """Names the images that are left out, and returns which are not, bool [images]; UserError if a class has none."""
     for row, reason in sorted(reasons.items()):
         line = f'{images.paths[row]!r} is left out: {reason}'
         if strict:
@@ -1024,75 +930,51 @@ def check_readable(images: Images, reasons: dict[int, str], strict: bool) -> np.
     return readable
 
 
-def cache_bottlenecks(images: Images, backbone: Backbone, flags: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bottlenecks, float32 [images, bottleneck size], and which of them there are, bool [images].
-
-    Each cache file and each journal is read once. What the cache lacks is computed, each image at most once, and kept
-    in memory while it is written: a float32 value is the same after it was written as text and read again.
-    """
-    cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
-    missing = np.flatnonzero([known is None for known in cache.known])
-    reasons = {row: known for row, known in enumerate(cache.known) if isinstance(known, str)}
-    if missing.size:
-        ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
-        for row in missing:
-            gfile.makedirs(os.path.dirname(cache.paths[row]))
-            if cache.fingerprints[row] >= 0:
-                print(f'The image or the model changed, recreating bottleneck {cache.paths[row]}')
-            elif gfile.exists(cache.paths[row]):
-                print(f'Invalid float found, recreating bottleneck {cache.paths[row]}')
-        reasons |= cache.compute(missing, flags.data_service)
-    cache.provenance.merge()
-    return cache.bottlenecks, check_readable(images, reasons, flags.strict)
-
-
 # Distortions
 
 
 class Distortion(NamedTuple):
-    """The flags of the distortions; all false if there is none."""
+    """How images are distorted: the flags, the size of the result, and the seed of the random numbers."""
 
     flip_left_right: bool
     random_crop: int
     random_scale: int
     random_brightness: int
+    size: tuple[int, int]
+    seed: np.ndarray
 
 
-def distort_image(image: tf.Tensor, seed: tf.Tensor, size: tuple[int, int], distortion: Distortion) -> tf.Tensor:
-    """Crops, scales, mirrors and brightens an image at random: float [*size, 3].
+def distort_image(image: tf.Tensor, number: tf.Tensor, distortion: Distortion) -> tf.Tensor:
+    """Crops, scales, mirrors and brightens the image of a number at random: float [*size, 3].
 
     It is resized to size * (1 + random_crop / 100) * U(1, 1 + random_scale / 100), cropped to size, mirrored half of
     the time, and multiplied by U(1 - b / 100, 1 + b / 100) for a random_brightness of b.
     """
-    scale_seed, crop_seed, flip_seed, brightness_seed = tf.unstack(tf.random.split(seed, 4))
+    seeds = tf.unstack(tf.random.split(tf.random.fold_in(distortion.seed, number), 4))
     margin_scale = 1.0 + distortion.random_crop / 100.0
-    resize_scale = tf.random.stateless_uniform([], scale_seed, 1.0, 1.0 + distortion.random_scale / 100.0)
-    precrop_size = tf.cast(margin_scale * resize_scale * size, tf.int32)
-    image = tf.image.stateless_random_crop(resize_image(image, precrop_size), [*size, 3], crop_seed)
+    resize_scale = tf.random.stateless_uniform([], seeds[0], 1.0, 1.0 + distortion.random_scale / 100.0)
+    precrop_size = tf.cast(margin_scale * resize_scale * distortion.size, tf.int32)
+    image = resize_bilinear(image[tf.newaxis], precrop_size)[0]
+    image = tf.image.stateless_random_crop(image, [*distortion.size, 3], seeds[1])
     if distortion.flip_left_right:
-        image = tf.image.stateless_random_flip_left_right(image, flip_seed)
+        image = tf.image.stateless_random_flip_left_right(image, seeds[2])
     spread = distortion.random_brightness / 100.0
-    return image * tf.random.stateless_uniform([], brightness_seed, 1.0 - spread, 1.0 + spread)
+    return image * tf.random.stateless_uniform([], seeds[3], 1.0 - spread, 1.0 + spread)
 
 
-def compute_distorted(
-    draws: Iterator[np.ndarray], images: Images, backbone: Backbone, distort: Callable
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields (rows, bottlenecks) of each draw of rows, of what distort(image, number) makes of each image drawn.
-
-    The row of an image that can no longer be read comes as ~row, which is negative.
-    """
+def compute_distorted(draws: Iterator, images: Images, backbone: Backbone, distortion: Distortion) -> Batches:
+    """Yields (rows, bottlenecks) of distorted images for each draw of rows; ~row if an image can no longer be read."""
     start = 0
-    while (block := np.array(list(itertools.islice(draws, DISTORTED_STEPS)))).size:
-        rows, bottlenecks = ~block.ravel(), np.zeros([block.size, backbone.bottleneck_size], np.float32)
+    for drawn in draws:
+        rows, bottlenecks = ~drawn, np.zeros([drawn.size, backbone.bottleneck_size], np.float32)
 
-        def distort_drawn(image: tf.Tensor, index: tf.Tensor, start: int = start) -> tf.Tensor:
-            return distort(image, start + index)
+        def distort(image: tf.Tensor, index: tf.Tensor, start: int = start) -> tf.Tensor:
+            return distort_image(image, start + index, distortion)
 
-        for tags, found in compute_bottlenecks([images.paths[row] for row in block.ravel()], backbone, distort_drawn):
-            rows[tags[:, 0]], bottlenecks[tags[:, 0]] = ~rows[tags[:, 0]], found
-        start += block.size
-        yield from zip(rows.reshape(block.shape), bottlenecks.reshape(*block.shape, -1), strict=True)
+        for tags, found in compute_bottlenecks([images.paths[row] for row in drawn], backbone, distort, None):
+            rows[tags[:, 0]], bottlenecks[tags[:, 0]] = drawn[tags[:, 0]], found
+        start += drawn.size
+        yield rows, bottlenecks
 
 
 # Final layer
@@ -1132,9 +1014,8 @@ class FinalLayer:
         sums = exponentials.sum(axis=1, keepdims=True)
         cross_entropy = (np.log(sums[:, 0]) - shifted[np.arange(len(classes)), classes]).mean()
         if not np.isfinite(cross_entropy):
-            raise UserError(
-                f'--learning_rate: the cross entropy is not finite after {self.steps} steps. Use a lower rate.'
-            )
+            problem = f'the cross entropy is not finite after {self.steps} steps'
+            raise UserError(f'--learning_rate: {problem}. Use a lower rate.')
         return Evaluation(logits, exponentials / sums, cross_entropy, (logits.argmax(axis=1) == classes).mean())
 
     def train(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
@@ -1183,19 +1064,6 @@ def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name
     return frozen
 
 
-def create_optimized_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name: str) -> GraphDef:
-    """Returns the folded graph for other runtimes: scaled images, float [N, height, width, 3], at Mul:0 to scores."""
-    optimized = backbone.fold()
-    with tf.Graph().as_default() as graph:
-        source = tf.compat.v1.placeholder(tf.float32, name=backbone.output)
-        rows = tf.reshape(source, [-1, backbone.bottleneck_size], backbone.bottleneck)
-        product = tf.matmul(rows, layer.weights, name='final_training_ops/MatMul')
-        logits = tf.nn.bias_add(product, layer.biases, name='final_training_ops/BiasAdd')
-        tf.nn.softmax(logits, name=final_tensor_name)
-    optimized.node.extend(node for node in export_graph(graph).node if node.name != backbone.output)
-    return optimized
-
-
 # TensorBoard
 
 
@@ -1209,16 +1077,11 @@ def summarize(layer: FinalLayer, evaluation: Evaluation) -> dict[str, Any]:
     return summaries
 
 
-def encode_png(picture: Image.Image) -> bytes:
-    """Returns a picture as the contents of a PNG file."""
-    picture.save(file := io.BytesIO(), 'PNG')
-    return file.getvalue()
-
-
 def create_value(tag: str, value: Any) -> Summary.Value:
     """Returns a summary of a number, of a picture, or of an array, whose distribution is shown in 30 buckets."""
     if isinstance(value, Image.Image):
-        image = {'width': value.width, 'height': value.height, 'encoded_image_string': encode_png(value)}
+        value.save(png := io.BytesIO(), 'PNG')
+        image = {'width': value.width, 'height': value.height, 'encoded_image_string': png.getvalue()}
         return Summary.Value(tag=tag, image=image)
     if not np.ndim(value):
         return Summary.Value(tag=tag, simple_value=value)
@@ -1262,10 +1125,8 @@ def load_thumbnail(path: str, side: int) -> Image.Image:
     """Returns an image, at most `side` pixels wide and high; a gray square if Pillow cannot read it."""
     try:
         with gfile.GFile(path, 'rb') as file, Image.open(file) as image:
-            image.draft('RGB', (side, side))  # decodes a JPEG no larger than needed
-            image = image.convert('RGB')
             image.thumbnail((side, side))
-            return image
+            return image.convert('RGB')
     except Exception:  # Pillow has many kinds of errors
         return Image.new('RGB', (side, side), 'gray')
 
@@ -1305,17 +1166,15 @@ def write_projector(folder: str, images: Images, bottlenecks: np.ndarray, predic
         sprite.paste(load_thumbnail(path, THUMBNAIL_SIDE), corner)
         name = re.sub(r'\s', ' ', os.path.basename(path))
         metadata += f'{images.labels[true]}\t{images.labels[predicted]}\t{name}\n'
+    sprite.save(png := io.BytesIO(), 'PNG')
     numbers = tf.strings.reduce_join(tf.strings.as_string(bottlenecks, shortest=True), -1, separator='\t')
     paths = 'tensor_name: "bottlenecks" tensor_path: "bottlenecks.tsv" metadata_path: "metadata.tsv"'
     thumbnails = f'image_path: "thumbnails" single_image_dim: [{THUMBNAIL_SIDE}, {THUMBNAIL_SIDE}]'
-    files = {
-        'bottlenecks.tsv': b'\n'.join(numbers.numpy()),
-        'metadata.tsv': metadata.encode(),
-        'thumbnails': encode_png(sprite),
-        'projector_config.pbtxt': f'embeddings {{ {paths} sprite {{ {thumbnails} }} }}\n'.encode(),
-    }
-    for name, contents in files.items():
-        write_whole(os.path.join(folder, name), contents)
+    write_whole(os.path.join(folder, 'bottlenecks.tsv'), b'\n'.join(numbers.numpy()))
+    write_whole(os.path.join(folder, 'metadata.tsv'), metadata.encode())
+    write_whole(os.path.join(folder, 'thumbnails'), png.getvalue())
+    config = f'embeddings {{ {paths} sprite {{ {thumbnails} }} }}\n'
+    write_whole(os.path.join(folder, 'projector_config.pbtxt'), config.encode())
 
 
 def write_pictures(images: Images, bottlenecks: np.ndarray, tested: Tested | None, folder: str) -> None:
@@ -1359,29 +1218,26 @@ def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tupl
     unless the two are variants by `_nohash_`. Of more than MAX_COMPARED images, those for training are not compared.
     Returns pairs of rows, the worst first, and how many images for validation or test are like a training image.
     """
-    badness: dict[tuple[int, int], float] = {}
     classes, is_training, leaked = images.classes, images.sets == 'training', 0
     stems = np.array([file.split('_nohash_')[0] for file in images.files], object)
     scale, short = shorten(bottlenecks)
-    compared = np.arange(len(classes)) if len(classes) <= MAX_COMPARED else np.flatnonzero(~is_training)
+    best, partner = np.zeros(len(classes)), np.arange(len(classes))
+    compared = partner if len(classes) <= MAX_COMPARED else np.flatnonzero(~is_training)
     for rows in np.split(compared, range(512, len(compared), 512)):
-        bound = tf.matmul(tf.gather(short, rows), short, transpose_b=True)
-        is_near = (bound > DUPLICATE_SIMILARITY - 1e-4).numpy()
-        is_near[np.arange(len(rows)), rows] = False
+        bound = tf.matmul(tf.gather(short, rows), short, transpose_b=True).numpy()
+        bound[np.arange(len(rows)), rows] = 0
+        is_near = bound > DUPLICATE_SIMILARITY - 1e-4
         rows, others = rows[is_near.any(axis=1)], np.flatnonzero(is_near.any(axis=0))
         if not rows.size:
             continue
-        units, other_units = (bottlenecks[of] * scale[of] for of in (rows, others))
-        similarity = tf.matmul(units, other_units, transpose_b=True).numpy()
+        similarity = (bottlenecks[rows] * scale[rows]) @ (bottlenecks[others] * scale[others]).T
         differs, leaks = classes[rows, None] != classes[others], is_training[others] & ~is_training[rows, None]
         is_alike = (similarity >= DUPLICATE_SIMILARITY) & (differs | leaks | (stems[rows, None] != stems[others]))
         leaked += (is_alike & leaks).any(axis=1).sum()
-        score = np.where(is_alike, 2 * differs + leaks + similarity, 0)
-        for row, other, worst in zip(rows, others[score.argmax(axis=1)], score.max(axis=1), strict=True):
-            if worst:
-                pair = min(row, other), max(row, other)
-                badness[pair] = max(worst, badness.get(pair, 0))
-    return sorted(badness, key=badness.__getitem__, reverse=True), int(leaked)
+        badness = np.where(is_alike, 2 * differs + leaks + similarity, 0)
+        best[rows], partner[rows] = badness.max(axis=1), others[badness.argmax(axis=1)]
+    pairs = dict.fromkeys((min(row, partner[row]), max(row, partner[row])) for row in np.argsort(-best) if best[row])
+    return list(pairs), int(leaked)
 
 
 def report_near_copies(images: Images, pairs: list[tuple[int, int]], leaked: int, print_all: bool) -> None:
@@ -1408,21 +1264,17 @@ def cross_validate(images: Images, bottlenecks: np.ndarray, flags: argparse.Name
     """
     count, steps = len(images.files), flags.how_many_training_steps
     rng = np.random.default_rng(np.random.SeedSequence(flags.random_seed).spawn(4)[3])
-    order = rng.permutation(count)
-    folds = np.empty(count, int)
-    folds[order[np.argsort(images.classes[order], kind='stable')]] = np.arange(count) % FOLDS  # each class in all folds
+    folds = np.arange(count) % FOLDS  # each class in all of them, as the rows are sorted by class
     scores = np.zeros([count, len(images.labels)], np.float32)
     with tqdm(total=FOLDS * steps, desc='Cross-validation', unit='step', delay=1, disable=None) as bar:
         for fold in range(FOLDS):
             split = dataclasses.replace(images, sets=np.where(folds == fold, 'testing', 'training'))
-            seed = rng.integers(2**31, size=2)
-            layer = FinalLayer(bottlenecks.shape[1], scores.shape[1], flags.learning_rate, seed)
+            layer = FinalLayer(bottlenecks.shape[1], scores.shape[1], flags.learning_rate, rng.integers(2**31, size=2))
             for _ in range(steps):
                 rows = split.draw('training', flags.train_batch_size, rng)
                 layer.train(bottlenecks[rows], images.classes[rows])
                 bar.update()
-            rows = split.members['testing'][0]
-            if rows.size:
+            if (rows := split.members['testing'][0]).size:
                 scores[rows] = layer.evaluate(bottlenecks[rows], images.classes[rows]).scores
     return scores
 
@@ -1448,23 +1300,6 @@ def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespac
 
 
 @contextlib.contextmanager
-def ctrl_c_stops_training() -> Iterator[list[int]]:
-    """Within, the first Ctrl-C only fills the list that this yields; the second one is a KeyboardInterrupt again."""
-    stopped: list[int] = []
-
-    def handle(signum: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.', flush=True)
-        stopped.append(signum)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield stopped
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
     """Turns a failure or Ctrl-C inside into a warning: only what is made there is lost."""
     try:
@@ -1475,8 +1310,7 @@ def extra(name: str) -> Iterator[None]:
 
 def check_outputs(flags: argparse.Namespace) -> None:
     """Tries out what the end of the run needs, before anything is computed; raises UserError if something is wrong."""
-    outputs = {f'--{name}': getattr(flags, name) for name in ('output_graph', 'output_labels', 'optimized_graph')}
-    outputs = {flag: path for flag, path in outputs.items() if path}
+    outputs = {f'--{name}': path for name in OUTPUTS if (path := getattr(flags, name))}
     paths = {os.path.realpath(path.encode()) for path in (*outputs.values(), f'{flags.output_graph}.json')}
     if len(paths) <= len(outputs):
         raise UserError(f'{", ".join(outputs)} must be different files. Name others.')
@@ -1490,10 +1324,9 @@ def check_outputs(flags: argparse.Namespace) -> None:
 
 def check_model(backbone: Backbone, flags: argparse.Namespace) -> None:
     """Raises UserError if an output would overwrite the model, or if the graph has a node with the result's name."""
-    for name in ('output_graph', 'output_labels', 'optimized_graph'):
-        path = getattr(flags, name) or ''
+    for path in (flags.output_graph, flags.output_labels, flags.optimized_graph or ''):
         if os.path.realpath(path.encode()) == os.path.realpath(backbone.source.encode()):
-            raise UserError(f'--{name}: {backbone.source} is the pretrained model. Name another file.')
+            raise UserError(f'{backbone.source} is the pretrained model, and an output. Name another file.')
     name = flags.final_tensor_name
     if name in {node.name for node in backbone.graph_def.node} or name.startswith(('final_training_ops/', 'input/')):
         raise UserError(f'--final_tensor_name: the graph already has a node named {name}. Choose another name.')
@@ -1504,12 +1337,6 @@ def log(step: int, text: str) -> None:
     print(f'{datetime.datetime.now()}: Step {step}: {text}', flush=True)
 
 
-def report_vanished(paths: list[str]) -> None:
-    """Names images that were there when the training began."""
-    listed = ', '.join(paths[:10]) + (f' and {len(paths) - 10} more' if len(paths) > 10 else '')
-    print(f'WARNING: {len(paths)} images could no longer be read, and were not trained on: {listed}')
-
-
 def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace) -> FinalLayer:
     """Trains the final layer; logs accuracy and cross entropy every --eval_step_interval steps and at the last one."""
     root = np.random.SeedSequence(flags.random_seed)
@@ -1518,14 +1345,10 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
     training_rng, validation_rng = np.random.default_rng(training_seed), np.random.default_rng(validation_seed)
     steps, interval = flags.how_many_training_steps, flags.eval_step_interval
     draws = (images.draw('training', flags.train_batch_size, training_rng) for _ in range(steps))
-    distortion = Distortion(flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness)
-    if any(distortion):
-        seed, size = distortion_seed.generate_state(2), backbone.pixels.size
-
-        def distort(image: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-            return distort_image(image, tf.random.fold_in(seed, number), size, distortion)
-
-        batches = compute_distorted(draws, images, backbone, distort)
+    strengths = flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness
+    if any(strengths):
+        distortion = Distortion(*strengths, backbone.pixels.size, distortion_seed.generate_state(2))
+        batches = compute_distorted(draws, images, backbone, distortion)
     else:
         batches = ((rows, bottlenecks[rows]) for rows in draws)
     train_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'train'))
@@ -1533,11 +1356,11 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
     untrained, _ = split_weights(create_frozen_graph(backbone, layer, flags.final_tensor_name))
     train_writer.write(graph_def=untrained.SerializeToString())
     vanished: set[int] = set()
-    with ctrl_c_stops_training() as stopped:
+    try:
         for step, (rows, batch) in enumerate(batches):
             vanished.update(~rows[rows < 0])
             rows, batch = rows[rows >= 0], batch[rows >= 0]
-            is_evaluated = step % interval == 0 or step == steps - 1 or stopped
+            is_evaluated = step % interval == 0 or step == steps - 1
             if rows.size:
                 train_writer.write(layer.train(batch, images.classes[rows]).summarize(), step=step)
             if rows.size and is_evaluated:
@@ -1549,10 +1372,10 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
                 evaluation = layer.evaluate(bottlenecks[rows], images.classes[rows])
                 validation_writer.write(summarize(layer, evaluation) | evaluation.summarize(), step=step)
                 log(step, f'Validation accuracy = {100 * evaluation.accuracy:.1f}% (N={len(rows)})')
-            if stopped:
-                break
-    if vanished:
-        report_vanished([images.paths[row] for row in sorted(vanished)])
+    except KeyboardInterrupt:
+        print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.', flush=True)
+    if paths := [images.paths[row] for row in sorted(vanished)]:
+        print(f'WARNING: {len(paths)} images could no longer be read, and were not trained on: {name_some(paths)}')
     return layer
 
 
@@ -1607,7 +1430,7 @@ def write_outputs(labels: list[str], backbone: Backbone, layer: FinalLayer, flag
         flags.output_labels: ''.join(f'{label}\n' for label in labels).encode(),
     }
     if flags.optimized_graph:
-        graph = create_optimized_graph(backbone, layer, flags.final_tensor_name)
+        graph = fold(graph, flags.final_tensor_name, backbone.pixels.size)
         outputs[flags.optimized_graph] = graph.SerializeToString(deterministic=True)
     for path, contents in outputs.items():
         try:
@@ -1618,9 +1441,8 @@ def write_outputs(labels: list[str], backbone: Backbone, layer: FinalLayer, flag
 
 def describe(images: Images, backbone: Backbone) -> None:
     """Prints what the run works with."""
-    devices = [device.name for device in tf.config.list_logical_devices('GPU')] or ['CPU']
-    python = platform.python_version()
-    print(f'TensorFlow {tf.__version__}, Python {python}, {", ".join(devices)}, network {backbone.source}')
+    devices = ', '.join(device.name for device in tf.config.list_logical_devices('GPU')) or 'CPU'
+    print(f'TensorFlow {tf.__version__}, Python {sys.version.split()[0]}, {devices}, network {backbone.source}')
     counts = ', '.join(f'{len(rows)} {name}' for name, (rows, _) in images.members.items())
     print(f'{len(images.labels)} classes, {len(images.files)} images: {counts}')
 
@@ -1628,15 +1450,14 @@ def describe(images: Images, backbone: Backbone) -> None:
 def create_record(images: Images, backbone: Backbone, tested: Tested | None, flags: argparse.Namespace) -> dict:
     """Returns what the run did, in the order of trained_model/README.md."""
     pixels = backbone.pixels._asdict() | {'tensor': f'{JPEG_DATA_NODE}:0', 'optimized_tensor': f'{SCALED_INPUT_NODE}:0'}
+    counts = {name: dict(zip(images.labels, of.tolist(), strict=True)) for name, (_, of) in images.members.items()}
     record: dict[str, Any] = {
         'command': sys.argv,
         'flags': vars(flags),
-        'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'numpy': np.__version__},
+        'versions': {'python': sys.version.split()[0], 'tensorflow': tf.__version__, 'numpy': np.__version__},
         'network': {'source': backbone.source, 'checksum': backbone.checksum, 'input': pixels},
         'labels': images.labels,
-        'images': {
-            name: dict(zip(images.labels, counts.tolist(), strict=True)) for name, (_, counts) in images.members.items()
-        },
+        'images': counts,
     }
     if tested:
         right, count = int(np.trace(tested.confusion)), len(tested.rows)
@@ -1646,10 +1467,7 @@ def create_record(images: Images, backbone: Backbone, tested: Tested | None, fla
 
 
 def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
-    """Does the whole job; raises UserError for what the user can fix.
-
-    What is worth most is written first: export(backbone, layer, labels), if given, before graph and labels.
-    """
+    """Does the whole job. export(backbone, layer, labels), if given, writes what is worth most, and so comes first."""
     started = datetime.datetime.now()
     check_outputs(flags)
     images = list_images(flags)
@@ -1715,9 +1533,7 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
         reason = getattr(error, 'message', str(error)).replace('\n', ' ')
         sys.exit(f'ERROR: {reason}. What was computed so far is kept: fix this, and run the same command again.')
     except KeyboardInterrupt:
-        print(
-            '\nStopped. All bottlenecks computed so far are kept: the same command goes on from there.', file=sys.stderr
-        )
+        print('\nStopped. All bottlenecks computed so far are kept: the same command goes on.', file=sys.stderr)
         sys.exit(130)
 
 

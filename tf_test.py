@@ -28,8 +28,7 @@ def checked(convert: type, is_valid: Callable, rule: str) -> Callable:
     """Returns an argparse type: a value for which is_valid holds. `rule` describes such values."""
 
     def parse(text: str) -> object:
-        value = convert(text)
-        if not is_valid(value):
+        if not is_valid(value := convert(text)):
             raise argparse.ArgumentTypeError(f"must be {rule}, not '{text}'")
         return value
 
@@ -89,7 +88,6 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow does not warn: MAX_PIXELS decides
 
 JPEG_DATA_NODE = 'DecodeJpeg/contents'
 RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
-BOTTLENECK_INPUT_NODE = 'input/BottleneckInputPlaceholder'
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
@@ -245,25 +243,25 @@ def make_placeholder(node: NodeDef, dtype: int, shape: object) -> None:
     node.attr['shape'].shape.CopyFrom(shape)
 
 
-def fold_batch_norms(graph_def: GraphDef) -> GraphDef:
-    """Returns a graph with its batch norms, an op that TensorFlow 2 refuses, folded into its convolutions.
+def modernize(graph_def: GraphDef) -> GraphDef:
+    """Returns a graph that computes the same, for batches of any size, without ops that TensorFlow 2 refuses.
 
     BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts
     only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights w, that is a
     convolution with w * s and a bias of beta - mean * s. CheckNumerics goes too: it is of use only in training.
     """
-    folded = GraphDef()
-    folded.CopyFrom(graph_def)
-    folded.versions.producer = tf.version.GRAPH_DEF_VERSION
-    nodes = {node.name: node for node in folded.node}
+    modern = GraphDef()
+    modern.CopyFrom(graph_def)
+    modern.versions.producer = tf.version.GRAPH_DEF_VERSION
+    nodes = {node.name: node for node in modern.node}
 
     def read(name: str) -> np.ndarray:
         return tf.make_ndarray(nodes[name].attr['value'].tensor).astype(np.float64)
 
     def write(name: str, value: np.ndarray) -> None:
-        nodes[name].attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value, tf.float32))
+        nodes[name].attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value))
 
-    for node in folded.node:
+    for node in modern.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
         node.input[:] = [name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics']
         if node.op == 'BatchNormWithGlobalNormalization':
@@ -272,11 +270,17 @@ def fold_batch_norms(graph_def: GraphDef) -> GraphDef:
             if node.attr['scale_after_normalization'].b:
                 scale *= read(gamma)
             weights = nodes[convolution].input[1]
-            write(weights, read(weights) * scale)
-            write(beta, read(beta) - read(mean) * scale)
+            write(weights, np.float32(read(weights) * scale))
+            write(beta, np.float32(read(beta) - read(mean) * scale))
             node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=[convolution, beta]))
             node.attr['T'].type = tf.float32.as_datatype_enum
-    return folded
+        elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
+            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input))
+            node.attr['T'].type = tf.float32.as_datatype_enum
+        elif node.op == 'Reshape' and (shape := nodes[node.input[1]]).op == 'Const':
+            if len(sides := tf.make_ndarray(shape.attr['value'].tensor)) == 2 and sides[0] == 1:
+                write(shape.name, np.array([-1, sides[1]], sides.dtype))
+    return modern
 
 
 def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]:
@@ -293,25 +297,15 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
     return structure, weights
 
 
-def free_batch(graph_def: GraphDef) -> None:
-    """Lets the bottlenecks be any number of rows: the 2015 graph reshapes them into a single one."""
-    nodes = {node.name: node for node in graph_def.node}
-    bottleneck = nodes[nodes[BOTTLENECK_INPUT_NODE].input[0]]
-    if bottleneck.op == 'Reshape':
-        shape = nodes[bottleneck.input[1]].attr['value'].tensor
-        shape.CopyFrom(tf.make_tensor_proto([-1, *tf.make_ndarray(shape)[1:]], shape.dtype))
-
-
 def create_classifier(graph_def: GraphDef) -> tuple[Callable, np.ndarray]:
     """Returns a tf.function from images in 0..255, float [N, height, width, 3], to scores, and (height, width)."""
     scores = graph_def.node[-1].name
-    folded = fold_batch_norms(graph_def)
-    free_batch(folded)
-    nodes = {node.name: node for node in folded.node}
+    modern = modernize(graph_def)
+    nodes = {node.name: node for node in modern.node}
     resize = nodes[RESIZED_INPUT_NODE]
     size = tf.make_ndarray(nodes[resize.input[1]].attr['value'].tensor)
     make_placeholder(resize, tf.float32.as_datatype_enum, tf.TensorShape([None, *size, 3]).as_proto())
-    structure, weights = split_weights(tf.compat.v1.graph_util.extract_sub_graph(folded, [scores]))
+    structure, weights = split_weights(tf.compat.v1.graph_util.extract_sub_graph(modern, [scores]))
     inputs = {f'{name}:0': tf.constant(value) for name, value in weights.items()}
 
     @tf.function(input_signature=[tf.TensorSpec([None, *size, 3])])
@@ -366,9 +360,7 @@ def compute_heatmap(graph_def: GraphDef, contents: bytes, index: int) -> np.ndar
     mean over the positions, each position has logits of its own, whose mean are the logits of the image. Raises
     UserError for a network where that is not so.
     """
-    rest = GraphDef()
-    rest.CopyFrom(graph_def)
-    free_batch(rest)
+    rest = modernize(graph_def)
     nodes = {node.name: node for node in rest.node}
     logits = rest.node[-1].input[0]
     mean = nodes[logits]

@@ -342,7 +342,7 @@ def import_tensorflow() -> float:
 
 def compute_bottlenecks(paths: list, backbone: tf_retrain.Backbone) -> None:
     """Computes bottlenecks our way."""
-    done = sum(len(rows) for rows, _ in tf_retrain.compute_bottlenecks(paths, backbone))
+    done = sum(len(rows) for rows, _ in tf_retrain.compute_bottlenecks(paths, backbone, None, None))
     assert done == len(paths)
 
 
@@ -472,7 +472,9 @@ def decoding(bench: Workbench) -> list:
     size = tf_retrain.NETWORK_BATCH_SIZE
     count = max(1, bench.flags.photographs // size) * size
     photographs = [tf.io.decode_jpeg(tf.io.read_file(path), 3) for path in bench.photographs(size)]
-    images = tf.stack([tf_retrain.resize_image(image, bench.backbone.pixels.size) for image in photographs])
+    images = tf.stack(
+        [tf_retrain.resize_bilinear(image[tf.newaxis], bench.backbone.pixels.size)[0] for image in photographs]
+    )
     batches = tf.data.Dataset.from_tensors((tf.range(size), images)).repeat(count // size)
     whole = timed(compute_bottlenecks, bench.photographs(count), bench.backbone)
     alone = timed(lambda: list(tf_retrain.run_networks(bench.backbone.networks, batches)))
@@ -514,12 +516,8 @@ def distort(paths: list, backbone: tf_retrain.Backbone) -> None:
     """Computes the bottlenecks of a training step with all four distortions, our way."""
     files, rows = np.array(paths, object), np.arange(len(paths))
     images = tf_retrain.Images('', ['all'], files, np.zeros(len(paths), int), np.full(len(paths), 'training'))
-    size, distortion = backbone.pixels.size, tf_retrain.Distortion(True, 10, 10, 10)
-
-    def change(image: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-        return tf_retrain.distort_image(image, tf.random.fold_in([1, 2], number), size, distortion)
-
-    ((found, _),) = tf_retrain.compute_distorted(iter([rows]), images, backbone, change)
+    distortion = tf_retrain.Distortion(True, 10, 10, 10, backbone.pixels.size, np.array([1, 2], np.int32))
+    ((found, _),) = tf_retrain.compute_distorted(iter([rows]), images, backbone, distortion)
     assert (found >= 0).all()
 
 

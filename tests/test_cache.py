@@ -1,4 +1,4 @@
-"""The cache of bottlenecks: what is computed and what is not, whatever happened to images, cache files and journals."""
+"""The cache of bottlenecks: what is computed and what is not, whatever happened to images, cache files and records."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import build_model, created, run_v1
+from helpers import build_model, created, load_backbone, run_v1
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -102,11 +102,11 @@ def test_a_cold_and_a_warm_run_train_on_the_same_numbers(job, monkeypatch, capsy
 
 
 def count_reads(monkeypatch):
-    """Returns a list that gets the name of each file that TensorFlow reads, and of each journal that is opened."""
-    names, read_file, gfile = [], tf.io.read_file, tf_retrain.gfile.GFile
+    """Returns a list that gets the path of each file that TensorFlow reads."""
+    paths, read_file = [], tf.io.read_file
 
     def note(path):
-        names.append(os.path.basename(path.numpy().decode()))
+        paths.append(path.numpy().decode())
         return read_file(path)
 
     def traced(path):
@@ -114,24 +114,18 @@ def count_reads(monkeypatch):
         contents.set_shape([])
         return contents
 
-    def opened(path, mode='r'):
-        if 'provenance' in path and 'r' in mode:
-            names.append(os.path.basename(path))
-        return gfile(path, mode)
-
     monkeypatch.setattr(tf_retrain.tf.io, 'read_file', traced)
-    monkeypatch.setattr(tf_retrain.gfile, 'GFile', opened)
-    return names
+    return paths
 
 
-def test_each_cache_file_and_journal_is_read_once_and_an_unchanged_image_never(job, monkeypatch, capsys):
+def test_each_cache_file_and_record_is_read_once_and_an_unchanged_image_never(job, monkeypatch, capsys):
     job.photographs(cat=20, dog=20)
     job.cache(monkeypatch, capsys)
-    (journal,) = (job.folder / 'bottlenecks').glob('.provenance-*')
     read = count_reads(monkeypatch)
     job.cache(monkeypatch, capsys)
-    images = [path.name for path in job.data.rglob('*.jpg')]
-    assert sorted(read) == sorted([journal.name, *(f'{name}.txt' for name in images)])
+    files = [str(path.relative_to(job.data)) for path in job.data.rglob('*.jpg')]
+    expected = [f'bottlenecks/{file}.txt' for file in files] + [f'bottlenecks/.records/{file}.rec' for file in files]
+    assert sorted(read) == sorted(expected)
 
 
 def test_broken_cache_files_are_made_again(job, monkeypatch, capsys):
@@ -206,22 +200,24 @@ def test_the_same_images_at_new_times_are_not_computed_again(job, monkeypatch, c
     assert not [name for name in read if name.endswith('.jpg')]  # the new times are recorded
 
 
-def test_no_image_is_computed_twice_in_a_run_whatever_is_in_the_journals(job, monkeypatch, capsys):
+def record(job, file):
+    return job.folder / f'bottlenecks/.records/{file}.rec'
+
+
+def test_no_image_is_computed_twice_in_a_run_whatever_is_in_the_records(job, monkeypatch, capsys):
     job.photographs(cat=20, dog=20)
     job.cache(monkeypatch, capsys)
-    (journal,) = (job.folder / 'bottlenecks').glob('.provenance-*')
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    for i in range(20):  # contradictory journals, of which any may be read last
-        with (job.folder / f'bottlenecks/.provenance-{i:032x}.jsonl').open('w') as file:
-            for name, made, (size, time, model, contents) in lines:
-                file.write(json.dumps([name, made + i, [size + i, time + i, model, contents + i]]) + '\n')
-                file.write(json.dumps([name, made, [size, time - i, model]]) + '\n')
+    for path in job.data.rglob('*.jpg'):
+        name = record(job, path.relative_to(job.data))
+        ((made, (size, time, model, contents)),) = json.loads(name.read_text())
+        facts = [[made + i, [size + i, time + i, model, contents + i]] for i in range(20)]  # they contradict each other
+        name.write_text(json.dumps([*facts, [made, [size, time - 1, model, None]]]))
     copy_without_times(job)
-    for path in job.data.rglob('cat 1*.jpg'):
-        Image.new('RGB', (50, 50)).save(path)
+    changed = sorted(f'cat/{path.name}' for path in job.data.rglob('cat 1*.jpg'))
+    for file in changed:
+        Image.new('RGB', (50, 50)).save(job.data / file)
     out = job.cache(monkeypatch, capsys)
-    assert len(created(out)) == len(set(created(out))) <= 40
-    assert set(created(out)) >= {f'cat/{path.name}' for path in job.data.rglob('cat 1*.jpg')}
+    assert created(out) == changed
     assert created(job.cache(monkeypatch, capsys)) == []
 
 
@@ -255,16 +251,16 @@ def test_another_model_computes_all_anew(job, monkeypatch, capsys):
     assert created(job.cache(monkeypatch, capsys)) == []
 
 
-def test_records_of_earlier_versions_get_the_contents(job, monkeypatch, capsys):
-    """They have size and time of the image only. The size is believed, and the contents are recorded."""
+def test_records_without_contents_get_them(job, monkeypatch, capsys):
+    """Those of a cache of the original have size and time of the image only. The size is believed at first."""
     job.photographs(cat=20, dog=20)
     path = job.data / 'cat/cat 3.jpg'
     with path.open('ab') as file:
         file.write(b'xx')
+    write_original_cache(job)
     job.cache(monkeypatch, capsys)
-    (journal,) = (job.folder / 'bottlenecks').glob('.provenance-*')
-    lines = [json.loads(line) for line in journal.read_text().splitlines()]
-    journal.write_text(''.join(json.dumps([name, made, state[:3]]) + '\n' for name, made, state in lines))
+    ((_, state),) = json.loads(record(job, 'cat/cat 3.jpg').read_text())
+    assert state[3] is None
     copy_without_times(job)
     assert created(job.cache(monkeypatch, capsys)) == []
     path.write_bytes(path.read_bytes()[:-2] + b'yy')  # of the same size
@@ -290,103 +286,47 @@ def test_what_cannot_be_decoded_is_tried_once(job, monkeypatch, capsys):
         assert "'data/cat/cut.jpg' is left out" in job.cache(monkeypatch, capsys)
 
 
-# Journals
+# Records
 
 
-def test_damaged_lines_count_for_nothing(job, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    'contents', [b'', b'[', b'\xff\0', b'[1]', b'"x"', b'{}', b'[[1, [2]]]', b'[[[], [1, 2, 3, 4]]]']
+)
+def test_a_damaged_record_counts_for_nothing(job, monkeypatch, capsys, contents):
+    """The cache file is believed, as without a record."""
     job.photographs(cat=20, dog=20)
     job.cache(monkeypatch, capsys)
-    (journal,) = (job.folder / 'bottlenecks').glob('.provenance-*')
-    lines = journal.read_bytes().splitlines(keepends=True)
-    assert len(lines) == 40
-    assert [type(value) for value in json.loads(lines[0])] == [str, int, list]
-    (job.folder / 'bottlenecks/.provenance-x.jsonl').write_bytes(b'\xff\0[1]\n"x"\n[[],1,[1]]\n' + lines[3][:20])
-    journal.write_bytes(b''.join(lines)[:-10])
+    record(job, 'cat/cat 3.jpg').write_bytes(contents)
     assert created(job.cache(monkeypatch, capsys)) == []
+    Image.new('RGB', (50, 50)).save(job.data / 'cat/cat 3.jpg')
+    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
 
 
-def journals(job):
-    return [path.name for path in (job.folder / 'bottlenecks').iterdir() if path.name.startswith('.provenance-')]
-
-
-def test_journals_are_merged_when_a_run_ends(job, monkeypatch, capsys):
-    job.photographs(cat=60, dog=60)
-    flushed = []
-    write_whole = tf_retrain.write_whole
+def test_a_record_is_written_before_its_cache_file_and_keeps_what_it_had(job, monkeypatch, capsys):
+    job.photographs(cat=20, dog=20)
+    job.cache(monkeypatch, capsys)
+    (before,) = json.loads(record(job, 'cat/cat 3.jpg').read_text())
+    written, write_whole = [], tf_retrain.write_whole
 
     def note(path, contents):
-        flushed.extend(['journal'] if 'provenance' in path else [])
+        written.append(path)
         write_whole(path, contents)
 
     monkeypatch.setattr(tf_retrain, 'write_whole', note)
-    job.cache(monkeypatch, capsys)
-    assert len(flushed) > 3
-    for i in range(5):
-        assert len(journals(job)) == 1
-        Image.new('RGB', (50 + i, 50)).save(job.data / 'cat/cat 3.jpg')
-        copy_without_times(job)
-        assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
-    (name,) = journals(job)
-    assert len((job.folder / 'bottlenecks' / name).read_text().splitlines()) == 120 + 1  # not a line per run and image
-
-
-def test_no_fact_is_lost_when_a_merge_is_interrupted(job, monkeypatch, capsys):
-    """After any of the file operations of a merge, the journals that are there hold every fact."""
-    job.photographs(cat=20, dog=20)
-    job.cache(monkeypatch, capsys)
-    folder = job.folder / 'bottlenecks'
-    (name,) = journals(job)
-    lines = (folder / name).read_text().splitlines(keepends=True)
-    for stop in range(8):
-        for path in folder.glob('.provenance-*'):
-            path.unlink()
-        for i in range(4):
-            (folder / f'.provenance-{i}.jsonl').write_text(''.join(lines[i::4]))
-        provenance = tf_retrain.Provenance(str(folder), 0)
-        operations = []
-
-        def interrupt(*arguments, original, operations=operations, stop=stop, **options):
-            if len(operations) == stop:
-                raise KeyboardInterrupt
-            operations.append(arguments)
-            return original(*arguments, **options)
-
-        with monkeypatch.context() as patch:
-            for function in ('rename', 'remove'):
-                original = getattr(tf_retrain.gfile, function)
-                patch.setattr(
-                    tf_retrain.gfile, function, lambda *a, o=original, i=interrupt, **k: i(*a, original=o, **k)
-                )
-            try:
-                provenance.merge()
-            except KeyboardInterrupt:
-                pass
-        assert tf_retrain.Provenance(str(folder), 0).facts == provenance.facts
-    assert len(journals(job)) == 1
-
-
-def test_a_journal_that_another_run_merges_meanwhile_is_not_lost(job, monkeypatch, capsys):
-    job.photographs(cat=20, dog=20)
-    job.cache(monkeypatch, capsys)
-    folder = job.folder / 'bottlenecks'
-    (name,) = journals(job)
-    lines = (folder / name).read_text().splitlines(keepends=True)
-    (folder / name).unlink()
-    for i in range(4):
-        (folder / f'.provenance-{i}.jsonl').write_text(''.join(lines[i::4]))
-    expected = tf_retrain.Provenance(str(folder), 0).facts
-    merged = []
-
-    def merge_first(path, original=tf_retrain.gfile.listdir):
-        names = original(path)
-        if not merged:
-            merged.append(True)
-            tf_retrain.Provenance(str(folder), 0).merge()
-        return names
-
-    monkeypatch.setattr(tf_retrain.gfile, 'listdir', merge_first)
-    assert tf_retrain.Provenance(str(folder), 0).facts == expected
-    assert len(journals(job)) == 1
+    Image.new('RGB', (50, 50)).save(job.data / 'cat/cat 3.jpg')
+    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
+    assert [path for path in written if 'cat 3.jpg' in path] == [
+        'bottlenecks/.records/cat/cat 3.jpg.rec',
+        'bottlenecks/cat/cat 3.jpg.txt',
+    ]
+    first, second = json.loads(record(job, 'cat/cat 3.jpg').read_text())
+    assert first == before
+    cached = (job.folder / 'bottlenecks/cat/cat 3.jpg.txt').read_bytes()
+    image = (job.data / 'cat/cat 3.jpg').read_bytes()
+    status = (job.data / 'cat/cat 3.jpg').stat()
+    model = load_backbone(job.folder / 'inception').checksum
+    fingerprints = [int(tf_retrain.fingerprint(contents)) for contents in (cached, image)]
+    assert second == [fingerprints[0], [status.st_size, status.st_mtime_ns, model, fingerprints[1]]]
 
 
 # Folders

@@ -21,9 +21,9 @@ def test_folded_network_equals_the_graph(tmp_path, model):
     backbone = load_backbone(model.parent)
     before = backbone.graph_def.SerializeToString(deterministic=True)
     paths = sorted(str(path) for path in (tmp_path / 'x').iterdir())
-    folded = {node.op for node in backbone.fold().node}
+    folded = {node.op for node in tf_retrain.fold(backbone.graph_def, backbone.bottleneck, (299, 299)).node}
     assert folded.isdisjoint({'BatchNormWithGlobalNormalization', 'CheckNumerics', 'DecodeJpeg'})
-    ((tags, bottlenecks),) = tf_retrain.compute_bottlenecks(paths, backbone)
+    ((tags, bottlenecks),) = tf_retrain.compute_bottlenecks(paths, backbone, None, None)
     assert list(tags[:, 0]) == [0, 1, 2, 3, 4]
     assert list(tags[:, 1]) == [tf_retrain.fingerprint(pathlib.Path(path).read_bytes()) for path in paths]
     for path, bottleneck in zip(paths, bottlenecks, strict=True):

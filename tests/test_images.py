@@ -91,7 +91,7 @@ def test_the_table_is_sorted_and_complete(tmp_path, monkeypatch, capsys):
         assert file.split('/')[0].lower() == images.labels[index]
         assert name == original_set(path, 10, 10)
     out = capsys.readouterr().out
-    assert 'd/bee: 43 images; passed over: 2 .webp, 1 folder, 1 hidden, 1 without extension\n' in out
+    assert 'd/bee: 43 images; passed over: ._0.jpg, README, a.webp, b.webp, sub\n' in out
     assert 'WARNING: d/ has 1 images outside of class folders. They are not used.\n' in out
     assert 'WARNING: d/empty has no images. It is not used as a class.\n' in out
 

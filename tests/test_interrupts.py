@@ -54,12 +54,21 @@ def test_ctrl_c_stops_training_and_keeps_what_was_learned(job):
     assert (job.folder / 'trained_model/labels.txt').exists()
 
 
+SLOW_TEST = """
+import sys, time, tf_retrain
+tf_retrain.test = lambda *arguments: time.sleep(60)
+tf_retrain.run(tf_retrain.main, tf_retrain.parse_flags(tf_retrain.create_parser()))
+"""
+
+
 def test_a_second_ctrl_c_quits(job):
-    """In the middle of a step that takes seconds, so that the first one has not ended the training yet."""
-    process = job.photographs(cat=30, dog=30).start(
-        '--random_brightness=1', how_many_training_steps='100000', train_batch_size='6000'
-    )
-    stop_at(process, 'Step 0: Validation')
+    """During the test, which takes a minute here."""
+    job.photographs(cat=30, dog=30)
+    command = [sys.executable, '-u', '-c', SLOW_TEST, *job.arguments(**ENDLESS)]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    process = subprocess.Popen(command, cwd=job.folder, env=environment, **pipes, preexec_fn=default_ctrl_c)
+    stop_at(process, 'Step 1000: Validation')
     stop_at(process, 'Ctrl-C: what was learned')
     check_stopped(process)
     assert not (job.folder / 'trained_model/unoptimized_model.pb').exists()
@@ -74,10 +83,16 @@ def test_ctrl_c_while_caching_keeps_what_was_computed(job):
     assert not list((job.folder / 'bottlenecks').rglob('*.tmp'))  # no half-written file stays
 
 
-def test_sigterm_says_that_the_run_stopped(job):
-    process = job.photographs(cat=30, dog=30).start(**ENDLESS)
-    stop_at(process, 'Step 100:', signal.SIGTERM)
+def test_sigterm_does_what_ctrl_c_does(job):
+    process = job.photographs(cat=1000, dog=1000).start()
+    stop_at(process, '100 bottleneck files created', signal.SIGTERM)
     check_stopped(process)
+    process = job.start(**ENDLESS)
+    stop_at(process, 'Step 100:', signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert 'Final test accuracy = ' in out
+    assert job.graph().node[-1].name == 'final_result'
 
 
 PROGRAM = """
