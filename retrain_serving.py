@@ -69,7 +69,6 @@ ADDRESS = checked(str, re.compile(r'grpc://.+:\d+').fullmatch, 'grpc://HOST:PORT
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
 NODE_NAME = checked(str, re.compile(r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*').fullmatch, 'of letters, digits, _ . - /')
 DEFAULT = ' (default: %(default)s)'
-OUTPUTS = ('output_graph', 'output_labels', 'optimized_graph')
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -188,7 +187,7 @@ MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
 NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32  # images: more are not faster on a CPU, and need more memory
-DOWNLOAD_ATTEMPTS = 3  # in a row that bring nothing new
+DOWNLOAD_ATTEMPTS = 4
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
 DUPLICATE_SIMILARITY = 0.99  # cosine of two bottlenecks
@@ -372,34 +371,31 @@ def is_whole_archive(path: str) -> bool:
 
 def download(url: str, path: str) -> None:
     """Downloads an archive to `path`.part, goes on there after a break, and renames it to `path` when it is whole."""
-    partial, failures = path + '.part', 0
-    while failures < DOWNLOAD_ATTEMPTS:
-        time.sleep(failures)
-        start = done = gfile.stat(partial).length if gfile.exists(partial) else 0
+    partial, reason = path + '.part', ''
+    for attempt in range(DOWNLOAD_ATTEMPTS):
+        time.sleep(attempt)
+        start = gfile.stat(partial).length if gfile.exists(partial) else 0
         try:
             request = urllib.request.Request(url, headers={'Range': f'bytes={start}-'} if start else {})
             with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-                if response.status != 206:  # the server does not resume: it sends everything
-                    start = done = 0
-                total = start + int(response.headers.get('Content-Length', 0))
-                with gfile.GFile(partial, 'ab' if start else 'wb') as file:
+                done = start if response.status == 206 else 0  # a server that does not resume sends everything
+                total = done + int(response.headers.get('Content-Length', 0))
+                with gfile.GFile(partial, 'ab' if done else 'wb') as file:
                     while block := response.read1(1 << 16):
                         file.write(block)
                         done += len(block)
-                        share = f'{100 * done / total:.1f}%' if total > start else f'{done / 1e6:.1f} MB'
+                        share = f'{100 * done / max(total, done):.1f}%'
                         print(f'\r>> Downloading {os.path.basename(path)} {share}', end='', file=sys.stderr)
             print(file=sys.stderr)
             if done >= total and is_whole_archive(partial):
                 return gfile.rename(partial, path, overwrite=True)
-            broken = done >= total
-            reason = f'its {done:,} bytes are not a .tgz archive' if broken else f'{done:,} of {total:,} bytes came'
+            reason, is_useless = f'{done:,} of {total:,} bytes came, and are not a .tgz archive', done >= total
         except (OSError, http.client.HTTPException, ValueError) as error:
-            broken = getattr(error, 'code', None) == 416  # HTTP: there is nothing beyond what the part has
             reason = f'{type(error).__name__}: {error}'.strip()
-        if broken:
+            is_useless = getattr(error, 'code', None) == 416  # HTTP: there is nothing beyond what the part has
+        if is_useless:
             gfile.remove(partial)
-        failures = failures + 1 if broken or done == start else 0
-    advice = f'Download it in another way, save it as {path}, and run the same command again.'
+    advice = f'Run the same command again to go on, or download it in another way and save it as {path}.'
     raise UserError(f'--model_dir: {url} could not be downloaded ({reason}). {advice}')
 
 
@@ -624,7 +620,8 @@ def modernize(graph_def: GraphDef) -> GraphDef:
 
     BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts
     only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights w, that is a
-    convolution with w * s and a bias of beta - mean * s. CheckNumerics goes too: it is of use only in training.
+    convolution with w * s and a bias of beta - mean * s. CheckNumerics goes too: it is of use only in training. A
+    reshape to a single row becomes one to any number of rows.
     """
     modern = GraphDef()
     modern.CopyFrom(graph_def)
@@ -792,21 +789,13 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
         return re.sub(r'{{.*?}} *| \[Op:.*', '', error.message, flags=re.DOTALL), mark
 
 
-class State(NamedTuple):
-    """What a cache file was made of."""
-
-    size: int  # of the image file, in bytes
-    changed: int  # its modification time, in ns
-    model: int  # checksum of the network
-    contents: int | None  # fingerprint of the image file, unless it was not read
-
-
 class BottleneckCache:
     """The cache files of some images and one network, and their bottlenecks, float32 [images, bottleneck size].
 
-    Each cache file has a record, .records/<folder>/<file>.rec: a JSON list of [outcome, State], where an outcome is
-    the fingerprint of the cache file, or the reason why the image cannot be decoded. A record is written before its
-    cache file, and keeps what it had: whenever a run is killed, the cache file that is there is in its record.
+    Each cache file has a record, .records/<folder>/<file>.rec: a JSON list of facts [outcome, size, time, model,
+    contents]. The outcome is the fingerprint of the cache file, or the reason why the image cannot be decoded; contents
+    is the fingerprint of the image, if it was read. A record is written before its cache file, and keeps what it had:
+    whenever a run is killed, the cache file that is there is in its record.
     """
 
     def __init__(self, images: Images, backbone: Backbone, folder: str) -> None:
@@ -816,30 +805,31 @@ class BottleneckCache:
         self.bottlenecks, self.fingerprints = read_bottlenecks(self.paths, backbone.bottleneck_size)
         # After the cache files: another run first records what a cache file is made of, and then writes it.
         self.records = [os.path.join(folder, '.records', f'{name}.rec') for name in names]
-        self.facts: list[dict[int | str, State]] = [{} for _ in names]
+        self.facts: list[dict[tuple, None]] = [{} for _ in names]  # each an ordered set
         for rows, texts in load_files(self.records, lambda *file: file).batch(256).as_numpy_iterator():
             for row, text in zip(rows, texts, strict=True):
                 with contextlib.suppress(ValueError, TypeError):
-                    self.facts[row] = {outcome: State(*state) for outcome, state in json.loads(text)}
+                    self.facts[row] = {(a, b, c, d, e): None for a, b, c, d, e in json.loads(text)}
         self.statuses = list(map(get_status, images.paths))
 
     def record(self, row: int, outcome: int | str, contents: int | None) -> None:
         """Adds to a record what an image is now. If it cannot be written, the next run may have to compute again."""
-        self.facts[row][outcome] = State(*self.statuses[row], self.backbone.checksum, contents)
+        others = [fact for fact in self.facts[row] if fact[0] != outcome]
+        new = outcome, *self.statuses[row], self.backbone.checksum, contents
+        self.facts[row] = dict.fromkeys([*others, new])
         with contextlib.suppress(tf.errors.OpError):
             gfile.makedirs(os.path.dirname(self.records[row]))
-            write_whole(self.records[row], json.dumps(list(self.facts[row].items())).encode())
+            write_whole(self.records[row], json.dumps(list(self.facts[row])).encode())
 
     def find(self, row: int, contents: int | None = None) -> int | str | None:
         """Returns the fingerprint of a cache file if it is current, or why its image cannot be decoded, if either is.
 
         `contents`, if given, is the fingerprint of the image, and counts more than its time.
         """
-        size, changed = self.statuses[row]
-        for outcome, state in self.facts[row].items():
-            if isinstance(outcome, str) or (outcome, state.model) == (self.fingerprints[row], self.backbone.checksum):
-                is_same = contents is not None and state.contents in (contents, None)
-                if state.size == size and (state.changed == changed or is_same):
+        for outcome, size, changed, model, found in self.facts[row]:
+            if isinstance(outcome, str) or (outcome, model) == (self.fingerprints[row], self.backbone.checksum):
+                is_same = contents is not None and found in (contents, None)
+                if (size, changed) == self.statuses[row] or (is_same and size == self.statuses[row][0]):
                     return outcome
         return None
 
@@ -1051,11 +1041,7 @@ class Tested(NamedTuple):
 
 
 def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name: str) -> GraphDef:
-    """Returns the frozen graph: the backbone's nodes as they are, and the new layer behind them.
-
-    `versions` stays as the model has it: with a producer of 9 or more, no TensorFlow would load the 2015 graph for its
-    batch norms.
-    """
+    """Returns the frozen graph: the backbone's nodes as they are, and the new layer behind them."""
     with tf.Graph().as_default() as graph:
         source = tf.compat.v1.placeholder(tf.float32, name=backbone.bottleneck)
         shape = [None, backbone.bottleneck_size]
@@ -1067,7 +1053,7 @@ def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name
         product = tf.matmul(fed, weights, name=f'{scope}/Wx_plus_b/MatMul')
         tf.nn.softmax(tf.add(product, biases, f'{scope}/Wx_plus_b/add'), name=final_tensor_name)
     frozen = GraphDef()
-    frozen.CopyFrom(backbone.graph_def)
+    frozen.CopyFrom(backbone.graph_def)  # `versions` too: from producer 9 on, TensorFlow refuses the 2015 batch norms
     frozen.node.extend(node for node in export_graph(graph).node if node.name != backbone.bottleneck)
     return frozen
 
@@ -1103,8 +1089,7 @@ def create_value(tag: str, value: Any) -> Summary.Value:
 class SummaryWriter:
     """Writes what TensorBoard reads: a TFRecord file of Event protos (tensorflow/core/util/events_writer.cc).
 
-    All that is known of a step goes into one event, as tf.summary takes 0.3 to 5 ms for each tag. If the file cannot be
-    written, a warning says so, and the training goes on.
+    tf.summary would take 0.3 to 5 ms for each tag. If the file cannot be written, a warning says so once.
     """
 
     def __init__(self, folder: str) -> None:
@@ -1162,10 +1147,7 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Ima
 
 
 def write_projector(folder: str, images: Images, bottlenecks: np.ndarray, predictions: np.ndarray) -> None:
-    """Writes images as points for TensorBoard's projector (tensorboard/plugins/projector), with thumbnails.
-
-    No file has the extension of an image, as --summaries_dir may be in --image_dir.
-    """
+    """Writes images as points for TensorBoard's projector (tensorboard/plugins/projector), with thumbnails."""
     columns = math.ceil(math.sqrt(len(predictions)))
     sprite = Image.new('RGB', (columns * THUMBNAIL_SIDE, columns * THUMBNAIL_SIDE), 'white')
     metadata = 'label\tpredicted\timage\n'
@@ -1180,7 +1162,7 @@ def write_projector(folder: str, images: Images, bottlenecks: np.ndarray, predic
     thumbnails = f'image_path: "thumbnails" single_image_dim: [{THUMBNAIL_SIDE}, {THUMBNAIL_SIDE}]'
     write_whole(os.path.join(folder, 'bottlenecks.tsv'), b'\n'.join(numbers.numpy()))
     write_whole(os.path.join(folder, 'metadata.tsv'), metadata.encode())
-    write_whole(os.path.join(folder, 'thumbnails'), png.getvalue())
+    write_whole(os.path.join(folder, 'thumbnails'), png.getvalue())  # not .png: the folder may be in --image_dir
     config = f'embeddings {{ {paths} sprite {{ {thumbnails} }} }}\n'
     write_whole(os.path.join(folder, 'projector_config.pbtxt'), config.encode())
 
@@ -1266,12 +1248,9 @@ def report_near_copies(images: Images, pairs: list[tuple[int, int]], leaked: int
 
 
 def cross_validate(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> np.ndarray:
-    """Returns the scores of each image from a layer that was trained without it, float [images, classes].
-
-    Each of FOLDS parts is scored by a layer trained on the others, with the flags and a random stream of its own.
-    """
+    """Returns the scores of each image from a layer trained on the other folds, float [images, classes]."""
     count, steps = len(images.files), flags.how_many_training_steps
-    rng = np.random.default_rng(np.random.SeedSequence(flags.random_seed).spawn(4)[3])
+    rng = np.random.default_rng(np.random.SeedSequence(flags.random_seed).spawn(4)[3])  # train() uses the first three
     folds = np.arange(count) % FOLDS  # each class in all of them, as the rows are sorted by class
     scores = np.zeros([count, len(images.labels)], np.float32)
     with tqdm(total=FOLDS * steps, desc='Cross-validation', unit='step', delay=1, disable=None) as bar:
@@ -1318,7 +1297,8 @@ def extra(name: str) -> Iterator[None]:
 
 def check_outputs(flags: argparse.Namespace) -> None:
     """Tries out what the end of the run needs, before anything is computed; raises UserError if something is wrong."""
-    outputs = {f'--{name}': path for name in OUTPUTS if (path := getattr(flags, name))}
+    outputs = {f'--{name}': getattr(flags, name) for name in ('output_graph', 'output_labels', 'optimized_graph')}
+    outputs = {flag: path for flag, path in outputs.items() if path}
     paths = {os.path.realpath(path.encode()) for path in (*outputs.values(), f'{flags.output_graph}.json')}
     if len(paths) <= len(outputs):
         raise UserError(f'{", ".join(outputs)} must be different files. Name others.')

@@ -248,7 +248,8 @@ def modernize(graph_def: GraphDef) -> GraphDef:
 
     BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts
     only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights w, that is a
-    convolution with w * s and a bias of beta - mean * s. CheckNumerics goes too: it is of use only in training.
+    convolution with w * s and a bias of beta - mean * s. CheckNumerics goes too: it is of use only in training. A
+    reshape to a single row becomes one to any number of rows.
     """
     modern = GraphDef()
     modern.CopyFrom(graph_def)

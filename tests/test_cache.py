@@ -209,9 +209,9 @@ def test_no_image_is_computed_twice_in_a_run_whatever_is_in_the_records(job, mon
     job.cache(monkeypatch, capsys)
     for path in job.data.rglob('*.jpg'):
         name = record(job, path.relative_to(job.data))
-        ((made, (size, time, model, contents)),) = json.loads(name.read_text())
-        facts = [[made + i, [size + i, time + i, model, contents + i]] for i in range(20)]  # they contradict each other
-        name.write_text(json.dumps([*facts, [made, [size, time - 1, model, None]]]))
+        ((made, size, time, model, contents),) = json.loads(name.read_text())
+        facts = [[made + i, size + i, time + i, model, contents + i] for i in range(20)]  # they contradict each other
+        name.write_text(json.dumps([*facts, [made, size, time - 1, model, None]]))
     copy_without_times(job)
     changed = sorted(f'cat/{path.name}' for path in job.data.rglob('cat 1*.jpg'))
     for file in changed:
@@ -259,8 +259,8 @@ def test_records_without_contents_get_them(job, monkeypatch, capsys):
         file.write(b'xx')
     write_original_cache(job)
     job.cache(monkeypatch, capsys)
-    ((_, state),) = json.loads(record(job, 'cat/cat 3.jpg').read_text())
-    assert state[3] is None
+    (fact,) = json.loads(record(job, 'cat/cat 3.jpg').read_text())
+    assert fact[-1] is None
     copy_without_times(job)
     assert created(job.cache(monkeypatch, capsys)) == []
     path.write_bytes(path.read_bytes()[:-2] + b'yy')  # of the same size
@@ -289,9 +289,7 @@ def test_what_cannot_be_decoded_is_tried_once(job, monkeypatch, capsys):
 # Records
 
 
-@pytest.mark.parametrize(
-    'contents', [b'', b'[', b'\xff\0', b'[1]', b'"x"', b'{}', b'[[1, [2]]]', b'[[[], [1, 2, 3, 4]]]']
-)
+@pytest.mark.parametrize('contents', [b'', b'[', b'\xff\0', b'[1]', b'"x"', b'{}', b'[[1, 2]]', b'[[[], 1, 2, 3, 4]]'])
 def test_a_damaged_record_counts_for_nothing(job, monkeypatch, capsys, contents):
     """The cache file is believed, as without a record."""
     job.photographs(cat=20, dog=20)
@@ -326,7 +324,7 @@ def test_a_record_is_written_before_its_cache_file_and_keeps_what_it_had(job, mo
     status = (job.data / 'cat/cat 3.jpg').stat()
     model = load_backbone(job.folder / 'inception').checksum
     fingerprints = [int(tf_retrain.fingerprint(contents)) for contents in (cached, image)]
-    assert second == [fingerprints[0], [status.st_size, status.st_mtime_ns, model, fingerprints[1]]]
+    assert second == [fingerprints[0], status.st_size, status.st_mtime_ns, model, fingerprints[1]]
 
 
 # Folders
