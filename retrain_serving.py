@@ -473,7 +473,8 @@ class Backbone:
         """The network on each device that computes bottlenecks; raises UserError if the graph is damaged."""
         networks = []
         try:
-            structure, weights = split_weights(fold(self.graph_def, self.bottleneck, self.pixels.size))
+            folded = fold(self.graph_def, SCALED_INPUT_NODE, [None, *self.pixels.size, 3], self.bottleneck)
+            structure, weights = split_weights(folded)
             if self.optimizer:
                 structure = optimize(structure, self.bottleneck, self.optimizer)
             for device in [gpu.name for gpu in tf.config.list_logical_devices('GPU')] or ['/CPU:0']:
@@ -615,18 +616,18 @@ def make_placeholder(node: NodeDef, dtype: int, shape: object) -> None:
     node.attr['shape'].shape.CopyFrom(shape)
 
 
-def modernize(graph_def: GraphDef) -> GraphDef:
-    """Returns a graph that computes the same, for batches of any size, without ops that TensorFlow 2 refuses.
+def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
+    """Returns a graph from a node, which becomes a placeholder, to another: for batches, without ops of 2015.
 
     BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts
     only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights w, that is a
     convolution with w * s and a bias of beta - mean * s. CheckNumerics goes too: it is of use only in training. A
     reshape to a single row becomes one to any number of rows.
     """
-    modern = GraphDef()
-    modern.CopyFrom(graph_def)
-    modern.versions.producer = tf.version.GRAPH_DEF_VERSION
-    nodes = {node.name: node for node in modern.node}
+    folded = GraphDef()
+    folded.CopyFrom(graph_def)
+    folded.versions.producer = tf.version.GRAPH_DEF_VERSION
+    nodes = {node.name: node for node in folded.node}
 
     def read(name: str) -> np.ndarray:
         return tf.make_ndarray(nodes[name].attr['value'].tensor).astype(np.float64)
@@ -634,7 +635,7 @@ def modernize(graph_def: GraphDef) -> GraphDef:
     def write(name: str, value: np.ndarray) -> None:
         nodes[name].attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value))
 
-    for node in modern.node:
+    for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
         node.input[:] = [name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics']
         if node.op == 'BatchNormWithGlobalNormalization':
@@ -650,18 +651,11 @@ def modernize(graph_def: GraphDef) -> GraphDef:
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
             node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input))
             node.attr['T'].type = tf.float32.as_datatype_enum
-        elif node.op == 'Reshape' and (shape := nodes[node.input[1]]).op == 'Const':
-            if len(sides := tf.make_ndarray(shape.attr['value'].tensor)) == 2 and sides[0] == 1:
-                write(shape.name, np.array([-1, sides[1]], sides.dtype))
-    return modern
-
-
-def fold(graph_def: GraphDef, output: str, size: tuple[int, int]) -> GraphDef:
-    """Returns the modern graph up to a node, with a placeholder for scaled images, [N, *size, 3], as Mul."""
-    modern = modernize(graph_def)
-    (scaled,) = (node for node in modern.node if node.name == SCALED_INPUT_NODE)
-    make_placeholder(scaled, tf.float32.as_datatype_enum, tf.TensorShape([None, *size, 3]).as_proto())
-    return extract_sub_graph(modern, [output])
+        elif node.op == 'Reshape' and (sides := nodes[node.input[1]]).op == 'Const':
+            if len(value := tf.make_ndarray(sides.attr['value'].tensor)) == 2 and value[0] == 1:
+                write(sides.name, np.array([-1, value[1]], value.dtype))
+    make_placeholder(nodes[source], tf.float32.as_datatype_enum, tf.TensorShape(shape).as_proto())
+    return extract_sub_graph(folded, [output])
 
 
 def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]:
@@ -1418,7 +1412,8 @@ def write_outputs(labels: list[str], backbone: Backbone, layer: FinalLayer, flag
         flags.output_labels: ''.join(f'{label}\n' for label in labels).encode(),
     }
     if flags.optimized_graph:
-        graph = fold(graph, flags.final_tensor_name, backbone.pixels.size)
+        shape = [None, *backbone.pixels.size, 3]
+        graph = fold(graph, SCALED_INPUT_NODE, shape, flags.final_tensor_name)
         outputs[flags.optimized_graph] = graph.SerializeToString(deterministic=True)
     for path, contents in outputs.items():
         try:
@@ -1580,10 +1575,11 @@ class Classifier(tf.Module):
 
     def __init__(self, backbone: Backbone, layer: FinalLayer, labels: list[str]) -> None:
         super().__init__()
-        structure, weights = split_weights(fold(backbone.graph_def, backbone.bottleneck, backbone.pixels.size))
+        self.image_size = backbone.pixels.size
+        folded = fold(backbone.graph_def, SCALED_INPUT_NODE, [None, *self.image_size, 3], backbone.bottleneck)
+        structure, weights = split_weights(folded)
         self.network_weights = {name: tf.Variable(value, trainable=False) for name, value in weights.items()}
         self.network = backbone.create_network(structure, self.network_weights)
-        self.image_size = backbone.pixels.size
         self.weights = tf.Variable(layer.weights, name='final_weights')
         self.biases = tf.Variable(layer.biases, name='final_biases')
         self.labels = tf.constant(labels)

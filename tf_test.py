@@ -80,6 +80,7 @@ with open(os.devnull, 'w') as silence, os.fdopen(os.dup(2), 'w') as stderr:
 
 from google.protobuf.message import DecodeError
 from tensorflow.compat.v1 import GraphDef, NodeDef
+from tensorflow.compat.v1.graph_util import extract_sub_graph
 from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 from tensorflow.io import gfile
 
@@ -133,7 +134,7 @@ def load_graph(path: str) -> GraphDef:
     if not (softmaxes := [node.name for node in graph_def.node if node.op == 'Softmax']):
         raise UserError(f"'{path}' has no Softmax, so no scores. Name the --output_graph of the training.")
     try:
-        return tf.compat.v1.graph_util.extract_sub_graph(graph_def, softmaxes[-1:])
+        return extract_sub_graph(graph_def, softmaxes[-1:])
     except (AssertionError, LookupError) as error:
         raise UserError(f"'{path}' is damaged ({error}). Train again.")
 
@@ -243,18 +244,18 @@ def make_placeholder(node: NodeDef, dtype: int, shape: object) -> None:
     node.attr['shape'].shape.CopyFrom(shape)
 
 
-def modernize(graph_def: GraphDef) -> GraphDef:
-    """Returns a graph that computes the same, for batches of any size, without ops that TensorFlow 2 refuses.
+def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
+    """Returns a graph from a node, which becomes a placeholder, to another: for batches, without ops of 2015.
 
     BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts
     only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights w, that is a
     convolution with w * s and a bias of beta - mean * s. CheckNumerics goes too: it is of use only in training. A
     reshape to a single row becomes one to any number of rows.
     """
-    modern = GraphDef()
-    modern.CopyFrom(graph_def)
-    modern.versions.producer = tf.version.GRAPH_DEF_VERSION
-    nodes = {node.name: node for node in modern.node}
+    folded = GraphDef()
+    folded.CopyFrom(graph_def)
+    folded.versions.producer = tf.version.GRAPH_DEF_VERSION
+    nodes = {node.name: node for node in folded.node}
 
     def read(name: str) -> np.ndarray:
         return tf.make_ndarray(nodes[name].attr['value'].tensor).astype(np.float64)
@@ -262,7 +263,7 @@ def modernize(graph_def: GraphDef) -> GraphDef:
     def write(name: str, value: np.ndarray) -> None:
         nodes[name].attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value))
 
-    for node in modern.node:
+    for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
         node.input[:] = [name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics']
         if node.op == 'BatchNormWithGlobalNormalization':
@@ -278,10 +279,11 @@ def modernize(graph_def: GraphDef) -> GraphDef:
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
             node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input))
             node.attr['T'].type = tf.float32.as_datatype_enum
-        elif node.op == 'Reshape' and (shape := nodes[node.input[1]]).op == 'Const':
-            if len(sides := tf.make_ndarray(shape.attr['value'].tensor)) == 2 and sides[0] == 1:
-                write(shape.name, np.array([-1, sides[1]], sides.dtype))
-    return modern
+        elif node.op == 'Reshape' and (sides := nodes[node.input[1]]).op == 'Const':
+            if len(value := tf.make_ndarray(sides.attr['value'].tensor)) == 2 and value[0] == 1:
+                write(sides.name, np.array([-1, value[1]], value.dtype))
+    make_placeholder(nodes[source], tf.float32.as_datatype_enum, tf.TensorShape(shape).as_proto())
+    return extract_sub_graph(folded, [output])
 
 
 def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]:
@@ -301,12 +303,9 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
 def create_classifier(graph_def: GraphDef) -> tuple[Callable, np.ndarray]:
     """Returns a tf.function from images in 0..255, float [N, height, width, 3], to scores, and (height, width)."""
     scores = graph_def.node[-1].name
-    modern = modernize(graph_def)
-    nodes = {node.name: node for node in modern.node}
-    resize = nodes[RESIZED_INPUT_NODE]
-    size = tf.make_ndarray(nodes[resize.input[1]].attr['value'].tensor)
-    make_placeholder(resize, tf.float32.as_datatype_enum, tf.TensorShape([None, *size, 3]).as_proto())
-    structure, weights = split_weights(tf.compat.v1.graph_util.extract_sub_graph(modern, [scores]))
+    nodes = {node.name: node for node in graph_def.node}
+    size = tf.make_ndarray(nodes[nodes[RESIZED_INPUT_NODE].input[1]].attr['value'].tensor)
+    structure, weights = split_weights(fold(graph_def, RESIZED_INPUT_NODE, [None, *size, 3], scores))
     inputs = {f'{name}:0': tf.constant(value) for name, value in weights.items()}
 
     @tf.function(input_signature=[tf.TensorSpec([None, *size, 3])])
@@ -361,24 +360,21 @@ def compute_heatmap(graph_def: GraphDef, contents: bytes, index: int) -> np.ndar
     mean over the positions, each position has logits of its own, whose mean are the logits of the image. Raises
     UserError for a network where that is not so.
     """
-    rest = modernize(graph_def)
-    nodes = {node.name: node for node in rest.node}
-    logits = rest.node[-1].input[0]
+    nodes = {node.name: node for node in graph_def.node}
+    logits = graph_def.node[-1].input[0]
     mean = nodes[logits]
     while mean.op not in ('AvgPool', 'Mean') and mean.input:
         mean = nodes[mean.input[0]]
     features = run_graph(graph_def, contents, mean.input[0] if mean.input else mean.name)
-    shape = list(run_graph(graph_def, contents, mean.name).shape)
+    shape = run_graph(graph_def, contents, mean.name).shape
     problem = '--heatmap: this network has no class activation map. Use Inception-v3, or leave the flag out.'
     if features.ndim != 4 or shape[-1] != features.shape[-1]:
         raise UserError(problem)
-    shape[0] = -1
-    make_placeholder(mean, tf.float32.as_datatype_enum, tf.TensorShape([None, *shape[1:]]).as_proto())
-    rest = tf.compat.v1.graph_util.extract_sub_graph(rest, [logits])
+    rest = fold(graph_def, mean.name, [None, *shape[1:]], logits)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         tf.import_graph_def(rest, name='')
         of_positions, of_nothing = (
-            session.run(f'{logits}:0', {f'{mean.name}:0': values.reshape(shape)})
+            session.run(f'{logits}:0', {f'{mean.name}:0': values.reshape([-1, *shape[1:]])})
             for values in (features, np.zeros_like(features[:, :1, :1]))
         )
     if not np.allclose(of_positions.mean(axis=0), run_graph(graph_def, contents, logits)[0], rtol=1e-3, atol=1e-3):

@@ -21,7 +21,8 @@ def test_folded_network_equals_the_graph(tmp_path, model):
     backbone = load_backbone(model.parent)
     before = backbone.graph_def.SerializeToString(deterministic=True)
     paths = sorted(str(path) for path in (tmp_path / 'x').iterdir())
-    folded = {node.op for node in tf_retrain.fold(backbone.graph_def, backbone.bottleneck, (299, 299)).node}
+    graph_def = tf_retrain.fold(backbone.graph_def, 'Mul', [None, 299, 299, 3], backbone.bottleneck)
+    folded = {node.op for node in graph_def.node}
     assert folded.isdisjoint({'BatchNormWithGlobalNormalization', 'CheckNumerics', 'DecodeJpeg'})
     ((tags, bottlenecks),) = tf_retrain.compute_bottlenecks(paths, backbone, None, None)
     assert list(tags[:, 0]) == [0, 1, 2, 3, 4]
