@@ -947,18 +947,26 @@ def distort_image(image: tf.Tensor, number: tf.Tensor, distortion: Distortion) -
 
 
 def compute_distorted(draws: Iterator, images: Images, backbone: Backbone, distortion: Distortion) -> Batches:
-    """Yields (rows, bottlenecks) of distorted images for each draw of rows; ~row if an image can no longer be read."""
+    """Yields (rows, bottlenecks) of distorted images for each draw of rows, without those that became unreadable."""
+    vanished: set[str] = set()
     start = 0
-    for drawn in draws:
-        rows, bottlenecks = ~drawn, np.zeros([drawn.size, backbone.bottleneck_size], np.float32)
+    try:
+        for drawn in draws:
+            paths, is_found = [images.paths[row] for row in drawn], np.zeros(drawn.size, bool)
+            bottlenecks = np.zeros([drawn.size, backbone.bottleneck_size], np.float32)
 
-        def distort(image: tf.Tensor, index: tf.Tensor, start: int = start) -> tf.Tensor:
-            return distort_image(image, start + index, distortion)
+            def distort(image: tf.Tensor, index: tf.Tensor, start: int = start) -> tf.Tensor:
+                return distort_image(image, start + index, distortion)
 
-        for tags, found in compute_bottlenecks([images.paths[row] for row in drawn], backbone, distort, None):
-            rows[tags[:, 0]], bottlenecks[tags[:, 0]] = drawn[tags[:, 0]], found
-        start += drawn.size
-        yield rows, bottlenecks
+            for tags, found in compute_bottlenecks(paths, backbone, distort, None):
+                is_found[tags[:, 0]], bottlenecks[tags[:, 0]] = True, found
+            start += drawn.size
+            vanished.update(itertools.compress(paths, ~is_found))
+            yield drawn[is_found], bottlenecks[is_found]
+    finally:
+        if vanished:
+            names = name_some(sorted(vanished))
+            print(f'WARNING: {len(vanished)} images could no longer be read, and were not trained on: {names}')
 
 
 # Final layer
@@ -1329,11 +1337,8 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
     validation_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'validation'))
     untrained, _ = split_weights(create_frozen_graph(backbone, layer, flags.final_tensor_name))
     train_writer.write(graph_def=untrained.SerializeToString())
-    vanished: set[int] = set()
     try:
         for step, (rows, batch) in enumerate(batches):
-            vanished.update(~rows[rows < 0])
-            rows, batch = rows[rows >= 0], batch[rows >= 0]
             is_evaluated = step % interval == 0 or step == steps - 1
             if rows.size:
                 train_writer.write(layer.train(batch, images.classes[rows]).summarize(), step=step)
@@ -1348,8 +1353,6 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
                 log(step, f'Validation accuracy = {100 * evaluation.accuracy:.1f}% (N={len(rows)})')
     except KeyboardInterrupt:
         print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.', flush=True)
-    if paths := [images.paths[row] for row in sorted(vanished)]:
-        print(f'WARNING: {len(paths)} images could no longer be read, and were not trained on: {name_some(paths)}')
     return layer
 
 
