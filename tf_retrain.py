@@ -506,8 +506,9 @@ def use_bfloat16(backbone: Backbone) -> Backbone:
     features = ''
     with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
         features = file.read()
-    if not HAS_GPU and not re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', features):
-        print('--precision: this processor has no bfloat16 instructions, so that would not be faster. float32 is used.')
+    is_fast = os.getenv('TF_ENABLE_ONEDNN_OPTS') != '0' and re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', features)
+    if not HAS_GPU and not is_fast:
+        print('--precision: this processor has no bfloat16 instructions (or oneDNN is off). float32 is used.')
         return backbone
     optimizer = 'auto_mixed_precision' if HAS_GPU else 'auto_mixed_precision_onednn_bfloat16'
     suffix, checksum = f'{backbone.cache_suffix}_bfloat16', zlib.crc32(optimizer.encode(), backbone.checksum)

@@ -359,9 +359,11 @@ def test_a_data_service_in_bfloat16(job, monkeypatch, capsys):
     check_same_bottlenecks(job.folder / 'bottlenecks', job.folder / 'b')
 
 
-def test_a_processor_without_bfloat16_uses_float32(job, monkeypatch, capsys):
-    set_processor(monkeypatch, 'avx2')
+@pytest.mark.parametrize(('features', 'onednn'), [('avx2', '1'), ('avx512_bf16', '0')])
+def test_a_processor_without_bfloat16_uses_float32(job, monkeypatch, capsys, features, onednn):
+    set_processor(monkeypatch, features)
+    monkeypatch.setenv('TF_ENABLE_ONEDNN_OPTS', onednn)
     out = job.photographs(cat=20, dog=20).cache(monkeypatch, capsys, '--precision=bfloat16')
-    assert '--precision: this processor has no bfloat16 instructions, so that would not be faster. float32 is ' in out
+    assert '--precision: this processor has no bfloat16 instructions (or oneDNN is off). float32 is used.' in out
     assert not list((job.folder / 'bottlenecks').rglob('*bfloat16*'))
     assert created(job.cache(monkeypatch, capsys)) == []
