@@ -500,7 +500,7 @@ def test_ctrl_c_in_the_training_still_writes_a_version(served, tmp_path, monkeyp
     class Interrupting(retrain_serving.FinalLayer):
         def train(self, *arguments):
             if self.steps == 3:
-                signal.raise_signal(signal.SIGINT)
+                raise KeyboardInterrupt
             return super().train(*arguments)
 
     monkeypatch.setattr(retrain_serving, 'FinalLayer', Interrupting)
