@@ -703,7 +703,7 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Ba
             yield batch
     except (tf.errors.OpError, multiprocessing.TimeoutError) as error:
         reason = getattr(error, 'message', f'nothing came for {DATA_SERVICE_TIMEOUT} s')
-        print(f'WARNING: {address} failed ({reason}). The rest is computed here.')
+        print(f'WARNING: {address} failed ({reason}).')
 
 
 def load_files(paths: list[str], load: Callable) -> tf.data.Dataset:
@@ -874,6 +874,10 @@ class BottleneckCache:
                     self.write(todo[tags[:, 0]], found, tags[:, 1])
                     left.difference_update(todo[tags[:, 0]])
                     bar.update(len(found))
+                if service and left:
+                    tqdm.write(
+                        f'WARNING: {service} did not compute {len(left)} of {len(rows)} images. They are tried here.'
+                    )
         if turned := sum(is_turned for _, is_turned in headers.values()):
             advice = 'See data/README.md on how to rotate them.'
             print(f'WARNING: images that the camera stored sideways, and that are used as stored: {turned}. {advice}')
