@@ -689,10 +689,11 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Ba
     policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
     batches = batches.map(lambda tags, images: (tags, network(images)))
     batches = batches.apply(tf.data.experimental.service.distribute(policy, address))
-    iterator, thread = batches.as_numpy_iterator(), multiprocessing.pool.ThreadPool(1)
+    iterator = batches.as_numpy_iterator()
     try:
-        while batch := thread.apply_async(next, [iterator, None]).get(DATA_SERVICE_TIMEOUT):
-            yield batch
+        with multiprocessing.pool.ThreadPool(1) as thread:
+            while batch := thread.apply_async(next, [iterator, None]).get(DATA_SERVICE_TIMEOUT):
+                yield batch
     except (tf.errors.OpError, multiprocessing.TimeoutError) as error:
         reason = getattr(error, 'message', f'nothing came for {DATA_SERVICE_TIMEOUT} s')
         print(f'WARNING: {address} failed ({reason}).')

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -394,6 +395,30 @@ def test_data_service_that_loses_a_worker(job, monkeypatch, capsys):
     # A worker has a few batches in its hands: those that it is making, and those that wait to be sent.
     assert 0 < len(here) <= 16 * tf_retrain.NETWORK_BATCH_SIZE
     check_same_bottlenecks(job.folder / 'alone', job.folder / 'b')
+
+
+SHORT_TIMEOUT = """
+import tf_retrain
+tf_retrain.DATA_SERVICE_TIMEOUT = 5
+tf_retrain.run(tf_retrain.main, tf_retrain.parse_flags(tf_retrain.create_parser()))
+"""
+
+
+@pytest.mark.slow
+def test_a_data_service_that_hangs_does_not_hold_up_the_run(job):
+    """Neither when it brings nothing, nor at the end of the process."""
+    job.photographs(cat=30, dog=30)
+    with DataService() as service:
+        for worker in service.workers:
+            worker.send_signal(signal.SIGSTOP)
+        command = [sys.executable, '-c', SHORT_TIMEOUT, *job.arguments(data_service=service.dispatcher.target)]
+        environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+        process = subprocess.run(command, cwd=job.folder, env=environment, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0
+    assert process.stderr == ''
+    assert re.search(r'WARNING: grpc://\S+ failed \(nothing came for 5 s\)\.', process.stdout)
+    assert re.search(r'WARNING: grpc://\S+ did not compute 60 of 60 images\.', process.stdout)
+    assert len(created(process.stdout)) == 60
 
 
 def test_a_data_service_that_fails_says_why_at_once(job, monkeypatch, capsys):
