@@ -797,7 +797,7 @@ class BottleneckCache:
         for rows, texts in load_files(self.records, lambda *file: file).batch(256).as_numpy_iterator():
             for row, text in zip(rows, texts, strict=True):
                 with contextlib.suppress(ValueError, TypeError):
-                    self.facts[row] = {(a, b, c, d, e): None for a, b, c, d, e in json.loads(text)}
+                    self.facts[row] = {tuple(fact): None for fact in json.loads(text) if len(fact) == 5}
         self.statuses = list(map(get_status, images.paths))
 
     def record(self, row: int, outcome: int | str, contents: int | None) -> None:
@@ -825,7 +825,7 @@ class BottleneckCache:
         """Returns what is known of each image; None if the bottleneck must be computed.
 
         An image whose size and time are as they were is not read. A cache file without a record, as the original wrote
-        it, is believed.
+        it, is trusted.
         """
         for row, cached in enumerate(self.fingerprints.tolist()):
             if cached >= 0 and not self.facts[row]:
@@ -868,9 +868,7 @@ class BottleneckCache:
                     left.difference_update(todo[tags[:, 0]])
                     bar.update(len(found))
                 if service and left:
-                    tqdm.write(
-                        f'WARNING: {service} did not compute {len(left)} of {len(rows)} images. They are tried here.'
-                    )
+                    tqdm.write(f'WARNING: {service} left out {len(left)} of {len(rows)} images. They are tried here.')
         if turned := sum(is_turned for _, is_turned in headers.values()):
             advice = 'See data/README.md on how to rotate them.'
             print(f'WARNING: images that the camera stored sideways, and that are used as stored: {turned}. {advice}')
@@ -1233,8 +1231,7 @@ def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tupl
 def report_near_copies(images: Images, pairs: list[tuple[int, int]], leaked: int, print_all: bool) -> None:
     """Prints how many near copies of images there are, and names ten pairs or all of them."""
     if mislabeled := sum(images.classes[row] != images.classes[other] for row, other in pairs):
-        advice = 'Delete what is in the wrong folder.'
-        print(f'WARNING: pairs of near copies with different labels: {mislabeled}. {advice}')
+        print(f'WARNING: pairs of near copies with different labels: {mislabeled}. Delete what is in the wrong folder.')
     if leaked:
         advice = 'They make the accuracy look better than it is: delete one of each pair.'
         print(f'WARNING: validation or test images with near copies in the training set: {leaked}. {advice}')

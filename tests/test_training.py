@@ -417,7 +417,7 @@ def test_a_data_service_that_hangs_does_not_hold_up_the_run(job):
     assert process.returncode == 0
     assert process.stderr == ''
     assert re.search(r'WARNING: grpc://\S+ failed \(nothing came for 5 s\)\.', process.stdout)
-    assert re.search(r'WARNING: grpc://\S+ did not compute 60 of 60 images\.', process.stdout)
+    assert re.search(r'WARNING: grpc://\S+ left out 60 of 60 images\.', process.stdout)
     assert len(created(process.stdout)) == 60
 
 
@@ -435,7 +435,7 @@ def test_a_data_service_that_fails_says_why_at_once(job, monkeypatch, capsys):
     dispatcher = tf.data.experimental.service.DispatchServer()
     out = job.cache(monkeypatch, capsys, data_service=dispatcher.target)
     assert re.search(r'WARNING: grpc://\S+ failed \(.*reason.*\)\.', out, re.DOTALL)
-    assert re.search(r'WARNING: grpc://\S+ did not compute 60 of 60 images\. They are tried here\.', out)
+    assert re.search(r'WARNING: grpc://\S+ left out 60 of 60 images\. They are tried here\.', out)
     assert len(created(out)) == 60
 
 
