@@ -545,10 +545,8 @@ def prepend_decoding(graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: s
 
 
 def find_feature_vector(module: Any, handle: str) -> tuple[Callable, Pixels, int]:
-    """Finds the function of a module from images in 0..1, float [N, height, width, 3], to features, float [N, size].
-
-    That is the common signature of https://www.tensorflow.org/hub/common_signatures/images.
-    """
+    """Finds the function of a module from images in 0..1, float [N, height, width, 3], to features, float [N, size]."""
+    # The common signature of https://www.tensorflow.org/hub/common_signatures/images.
     functions = module.__call__.concrete_functions if callable(module) else module.signatures.values()
     for function in functions:
         arguments = tf.nest.flatten(function.structured_input_signature)
@@ -685,10 +683,7 @@ def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Batches:
 
 
 def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Batches:
-    """Yields (tags, bottlenecks) of each (tags, images), both made by the workers of a tf.data service.
-
-    Ends at an error, or when DATA_SERVICE_TIMEOUT seconds bring nothing: the service waits forever for a dead worker.
-    """
+    """Yields (tags, bottlenecks) of each (tags, images), both made by a tf.data service, until it is done or fails."""
     host, port = address.removeprefix('grpc://').rsplit(':', 1)
     try:
         socket.create_connection((host, int(port)), timeout=DATA_SERVICE_TIMEOUT).close()
@@ -700,6 +695,7 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Ba
     iterator = batches.as_numpy_iterator()
     try:
         with multiprocessing.pool.ThreadPool(1) as thread:
+            # The service waits forever for a worker that died.
             while batch := thread.apply_async(next, [iterator, None]).get(DATA_SERVICE_TIMEOUT):
                 yield batch
     except (tf.errors.OpError, multiprocessing.TimeoutError) as error:
@@ -830,13 +826,9 @@ class BottleneckCache:
         return None
 
     def compare(self) -> list[int | str | None]:
-        """Returns what is known of each image; None if the bottleneck must be computed.
-
-        An image whose size and time are as they were is not read. A cache file without a record, as the original wrote
-        it, is trusted.
-        """
+        """Returns what is known of each image, which is read only if need be; None if it must be computed."""
         for row, cached in enumerate(self.fingerprints.tolist()):
-            if cached >= 0 and not self.facts[row]:
+            if cached >= 0 and not self.facts[row]:  # a cache file of the original is trusted
                 self.record(row, cached, None)
         known = [self.find(row) for row in range(len(self.paths))]
         unsure = [row for row, outcome in enumerate(known) if outcome is None and self.facts[row]]
@@ -889,11 +881,8 @@ class BottleneckCache:
 
 
 def cache_bottlenecks(images: Images, backbone: Backbone, flags: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bottlenecks, float32 [images, bottleneck size], and which of them there are, bool [images].
-
-    Each cache file and each record is read once. What the cache lacks is computed, each image at most once, and kept
-    in memory while it is written: a float32 value is the same after it was written as text and read again.
-    """
+    """Returns the bottlenecks, float32 [images, bottleneck size], and which of them there are, bool [images]."""
+    # What is computed stays in memory while it is written: float32 written as text and read again is the same number.
     cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
     known = cache.compare()
     missing = np.flatnonzero([outcome is None for outcome in known])
@@ -1093,11 +1082,9 @@ def create_value(tag: str, value: Any) -> Summary.Value:
 
 
 class SummaryWriter:
-    """Writes what TensorBoard reads: a TFRecord file of Event protos (tensorflow/core/util/events_writer.cc).
+    """Writes what TensorBoard reads: a TFRecord file of Event protos (tensorflow/core/util/events_writer.cc)."""
 
-    tf.summary would take 0.3 to 5 ms for each tag. If the file cannot be written, a warning says so once.
-    """
-
+    # tf.summary takes 0.3 to 5 ms for each tag.
     def __init__(self, folder: str) -> None:
         gfile.makedirs(folder)
         for name in gfile.listdir(folder):
@@ -1193,12 +1180,10 @@ def write_pictures(images: Images, bottlenecks: np.ndarray, tested: Tested | Non
 
 
 def shorten(bottlenecks: np.ndarray) -> tuple[np.ndarray, tf.Tensor]:
-    """Returns the factors that make bottlenecks unit vectors, float [N, 1], and short vectors, float [N, up to 129].
-
-    The product of two short vectors is no less than the cosine similarity, so that few pairs need the long ones: with
-    P the projection on the span of 128 images, u.v <= Pu.Pv + |u - Pu| |v - Pv| (Cauchy-Schwarz). A bottleneck of equal
-    numbers is like no other: its factor is 0. No second array as large as that of the bottlenecks is made.
-    """
+    """Returns the factors that make bottlenecks unit vectors, float [N, 1], and short vectors, float [N, up to 129]."""
+    # The product of two short vectors is no less than the cosine similarity, so that few pairs need the long ones: with
+    # P the projection on the span of 128 images, u.v <= Pu.Pv + |u - Pu| |v - Pv| (Cauchy-Schwarz). A bottleneck of
+    # equal numbers is like no other: its factor is 0. No second array as large as that of the bottlenecks is made.
     squares = np.einsum('ij,ij->i', bottlenecks, bottlenecks, dtype=np.float64)
     scale = np.float32(np.where(np.ptp(bottlenecks, axis=1) > 0, 1 / np.sqrt(squares), 0))[:, None]
     basis, _ = np.linalg.qr(bottlenecks[np.linspace(0, len(bottlenecks) - 1, 128, dtype=int)].T)
@@ -1272,11 +1257,9 @@ def cross_validate(images: Images, bottlenecks: np.ndarray, flags: argparse.Name
 
 
 def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespace) -> None:
-    """Names the images whose own label has the lowest score, and shows them in TensorBoard.
-
-    Of wrong labels put on 2 % of the 3,670 tutorial flowers, 76 % are among as many suspects. With the off-diagonal of
-    confident learning (Northcutt et al. 2021, https://arxiv.org/abs/1911.00068), it is 70 % (tests/benchmark.py).
-    """
+    """Names the images whose own label has the lowest score, and shows them in TensorBoard."""
+    # Of wrong labels put on 2 % of the 3,670 tutorial flowers, 76 % are among as many suspects. By the off-diagonal of
+    # confident learning (Northcutt et al. 2021, https://arxiv.org/abs/1911.00068), it is 70 % (tests/benchmark.py).
     print('=== SUSPECT IMAGES ===')
     own, pictures = scores[np.arange(len(scores)), images.classes], {}
     for row in np.argsort(own, kind='stable')[: flags.find_suspects]:
