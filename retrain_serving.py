@@ -43,7 +43,7 @@ from typing import Any, NamedTuple
 # Flags
 
 MOBILENET_SIZES = [f'{size}_{side}' for size in ('1.0', '0.75', '0.50', '0.25') for side in (224, 192, 160, 128)]
-MOBILENETS = 'or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>'
+NETWORKS = 'inception_v3, or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>'
 ARCHITECTURES = ['inception_v3', *(f'mobilenet_{size}' for size in MOBILENET_SIZES)]
 PRECISIONS = ['float32', 'bfloat16']
 
@@ -92,7 +92,7 @@ def create_parser() -> argparse.ArgumentParser:
     group.add_argument('--model_dir', metavar='DIR', default='/tmp/imagenet', help='the pretrained model' + DEFAULT)
     group.add_argument('--precision', choices=PRECISIONS, default='float32', help='format of bottlenecks' + DEFAULT)
     add = group.add_mutually_exclusive_group().add_argument
-    add('--architecture', metavar='NAME', choices=ARCHITECTURES, default='inception_v3', help=MOBILENETS + DEFAULT)
+    add('--architecture', metavar='NAME', choices=ARCHITECTURES, default='inception_v3', help=NETWORKS + DEFAULT)
     add('--tfhub_module', metavar='HANDLE', help='image feature vector of TensorFlow Hub: URL or folder')
     add = parser.add_argument_group('training').add_argument
     add('--how_many_training_steps', metavar='N', type=COUNT, default=4000, help='training steps' + DEFAULT)
