@@ -239,6 +239,16 @@ def test_a_replaced_image_gets_a_new_bottleneck(job, monkeypatch, capsys):
     assert (job.folder / 'bottlenecks/cat/cat 3.jpg.txt').read_text() == before
 
 
+def test_an_image_of_another_size_at_the_same_time_is_another(job, monkeypatch, capsys):
+    job.photographs(cat=20, dog=20)
+    job.cache(monkeypatch, capsys)
+    path = job.data / 'cat/cat 3.jpg'
+    time = path.stat().st_mtime_ns
+    Image.new('RGB', (50, 50)).save(path)
+    os.utime(path, ns=(time, time))
+    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
+
+
 def test_another_model_computes_all_anew(job, monkeypatch, capsys):
     job.photographs(cat=20, dog=20)
     job.cache(monkeypatch, capsys)
