@@ -101,6 +101,26 @@ def test_a_broken_connection_is_resumed(tmp_path, monkeypatch, whole):
     assert ranges == [None, f'bytes={third}-', f'bytes={2 * third}-']
 
 
+def test_a_connection_that_breaks_often_is_resumed_as_long_as_something_comes(tmp_path, monkeypatch, whole):
+    part = len(whole) // 9
+    with server(monkeypatch, lambda h, n: resume(h, whole, end=n * part if n < 9 else None)) as ranges:
+        load_backbone(tmp_path)
+    assert len(ranges) == 9 > tf_retrain.DOWNLOAD_ATTEMPTS
+
+
+def test_the_progress_of_a_download_of_unknown_size(tmp_path, monkeypatch, capsys, whole):
+    def answer(handler, _):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(whole)
+
+    with server(monkeypatch, answer):
+        load_backbone(tmp_path)
+    shown = capsys.readouterr().err
+    assert f'>> Downloading {ARCHIVE} {len(whole) / 1e6:.1f} MB\n' in shown
+    assert '%' not in shown
+
+
 def test_a_later_run_resumes(tmp_path, monkeypatch, whole):
     (tmp_path / f'{ARCHIVE}.part').write_bytes(whole[:1000])
     with server(monkeypatch, lambda handler, _: resume(handler, whole)) as ranges:

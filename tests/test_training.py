@@ -224,7 +224,12 @@ def test_outputs_must_not_overwrite_each_other_or_the_model(job, monkeypatch):
         {'output_labels': 'x', 'output_graph': 'x'},
         {'output_labels': 'x.json', 'output_graph': 'x'},
     ):
-        with pytest.raises(UserError, match='the pretrained model|must be different files'):
+        named = (
+            f'--{next(iter(changes))}: {model} is the pretrained model'
+            if len(changes) == 1
+            else 'must be different files'
+        )
+        with pytest.raises(UserError, match=re.escape(named)):
             job.main(monkeypatch, **changes)
 
 
