@@ -1201,9 +1201,9 @@ def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tupl
     best, partner = np.zeros(len(classes)), np.zeros(len(classes), int)
     compared = np.arange(len(classes)) if len(classes) <= MAX_COMPARED else np.flatnonzero(~is_training)
     for rows in np.split(compared, range(512, len(compared), 512)):
-        bound = tf.matmul(tf.gather(short, rows), short, transpose_b=True).numpy()
-        bound[np.arange(len(rows)), rows] = 0
-        is_near = bound > DUPLICATE_SIMILARITY - 1e-4
+        bound = tf.matmul(tf.gather(short, rows), short, transpose_b=True)
+        is_near = (bound > DUPLICATE_SIMILARITY - 1e-4).numpy()
+        is_near[np.arange(len(rows)), rows] = False
         rows, others = rows[is_near.any(axis=1)], np.flatnonzero(is_near.any(axis=0))
         if not rows.size:
             continue
