@@ -8,11 +8,6 @@
 This is tf_retrain.py, function by function, with one more flag, and one more section: SavedModel.
 """
 
-import signal
-
-if __name__ == '__main__':  # Ctrl-C during the imports below ends the program without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import argparse
 import contextlib
 import dataclasses
@@ -29,6 +24,7 @@ import multiprocessing.pool
 import os
 import re
 import shlex
+import signal
 import socket
 import sys
 import tarfile
@@ -45,7 +41,6 @@ from typing import Any, NamedTuple
 MOBILENET_SIZES = [f'{size}_{side}' for size in ('1.0', '0.75', '0.50', '0.25') for side in (224, 192, 160, 128)]
 NETWORKS = 'inception_v3, or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>'
 ARCHITECTURES = ['inception_v3', *(f'mobilenet_{size}' for size in MOBILENET_SIZES)]
-PRECISIONS = ['float32', 'bfloat16']
 
 
 def checked(convert: type, is_valid: Callable, rule: str) -> Callable:
@@ -72,7 +67,6 @@ DEFAULT = ' (default: %(default)s)'
 
 
 def create_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         usage='python3 %(prog)s --image_dir=DIR [flags]',
         description=__doc__.splitlines()[0],
@@ -88,9 +82,9 @@ def create_parser() -> argparse.ArgumentParser:
     add('--find_suspects', metavar='N', type=COUNT, default=0, help='name the N most doubtful labels' + DEFAULT)
     add('--bottleneck_dir', metavar='DIR', default='/tmp/bottleneck', help='cache of the bottlenecks' + DEFAULT)
     add('--data_service', metavar='grpc://HOST:PORT', type=ADDRESS, help='tf.data service that shares the work')
-    group = parser.add_argument_group('model')
-    group.add_argument('--model_dir', metavar='DIR', default='/tmp/imagenet', help='the pretrained model' + DEFAULT)
-    group.add_argument('--precision', choices=PRECISIONS, default='float32', help='format of bottlenecks' + DEFAULT)
+    add = (group := parser.add_argument_group('model')).add_argument
+    add('--model_dir', metavar='DIR', default='/tmp/imagenet', help='the pretrained model' + DEFAULT)
+    add('--precision', choices=['float32', 'bfloat16'], default='float32', help='format of bottlenecks' + DEFAULT)
     add = group.add_mutually_exclusive_group().add_argument
     add('--architecture', metavar='NAME', choices=ARCHITECTURES, default='inception_v3', help=NETWORKS + DEFAULT)
     add('--tfhub_module', metavar='HANDLE', help='image feature vector of TensorFlow Hub: URL or folder')
@@ -135,7 +129,8 @@ def create_serving_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == '__main__':
-    # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once.
+    # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once, and so is Ctrl-C.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]  # UTF-8 in any locale
     parsed_flags = parse_flags(create_serving_parser())
     while os.open(os.devnull, os.O_RDWR) <= 2:  # Other files must not get the numbers of closed standard streams.
@@ -157,7 +152,7 @@ with open(os.devnull, 'w') as silence, os.fdopen(os.dup(2), 'w') as stderr:
         os.dup2(stderr.fileno(), 2)
 
 from google.protobuf.message import DecodeError
-from tensorflow.compat.v1 import GraphDef, NodeDef, Summary
+from tensorflow.compat.v1 import AttrValue, GraphDef, NodeDef, Summary
 from tensorflow.compat.v1.graph_util import extract_sub_graph
 from tensorflow.compat.v1.image import resize_bilinear
 from tensorflow.graph_util import import_graph_def
@@ -199,9 +194,6 @@ THUMBNAIL_SIDE = 64  # pixels
 fingerprint = functools.partial(tf.strings.to_hash_bucket_fast, num_buckets=2**62)  # FarmHash, the same everywhere
 
 
-Batches = Iterator[tuple[np.ndarray, np.ndarray]]
-
-
 class UserError(Exception):
     """A failure that the user can fix. Its text names the file or flag, and says what to do."""
 
@@ -221,10 +213,9 @@ def write_whole(path: str, contents: bytes) -> None:
 
 def ensure_writable_dir(path: str, flag: str) -> None:
     """Creates a folder, and raises UserError if no file can be written there."""
-    probe = os.path.join(path, f'.{uuid.uuid4().hex[:8]}.tmp')
     try:
         gfile.makedirs(path or '.')
-        write_whole(probe, b'probe')
+        write_whole(probe := os.path.join(path, f'.{uuid.uuid4().hex[:8]}.tmp'), b'probe')
         gfile.remove(probe)
     except tf.errors.OpError as error:
         raise UserError(f"{flag}: nothing can be written in '{path or '.'}' ({error.message}). Name another folder.")
@@ -250,7 +241,6 @@ class Images:
 
     @functools.cached_property
     def paths(self) -> list[str]:
-        """The paths of the image files."""
         return [os.path.join(self.folder, file) for file in self.files]
 
     @functools.cached_property
@@ -302,12 +292,9 @@ def list_dir(path: str) -> list[str]:
 
 def select_images(path: str) -> list[str]:
     """Returns the names of the images in a class folder; names what is passed over, and warns of few images."""
-    images: list[str] = []
-    others: list[str] = []
-    for name in list_dir(path):
-        is_image = os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS and not name.startswith('.')
-        (images if is_image else others).append(name)
-    if others:
+    names = list_dir(path)
+    images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != '.']
+    if others := sorted(set(names) - set(images)):
         print(f'{path}: {len(images)} images; passed over: {name_some(others)}')
     if not images:
         print(f'WARNING: {path} has no images. It is not used as a class.')
@@ -325,7 +312,7 @@ def list_images(flags: argparse.Namespace) -> Images:
     for folder in list_dir(flags.image_dir):
         path = os.path.join(flags.image_dir, folder)
         if folder.startswith('.') or not gfile.isdir(path):
-            loose_images += os.path.splitext(folder)[1].lower() in IMAGE_EXTENSIONS
+            loose_images += folder.lower().endswith(IMAGE_EXTENSIONS)
         elif names := select_images(path):
             if not (label := get_label(folder)):
                 raise UserError(f'{path!r}: the label of this folder would be blank. Rename the folder.')
@@ -359,18 +346,15 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
 # Model
 
 
-def is_whole_archive(path: str) -> bool:
-    """Tells whether a .tgz unpacks to its end; gzip's checksum finds a byte that is wrong or missing."""
-    with contextlib.suppress(OSError, EOFError, zlib.error), gfile.GFile(path, 'rb') as file:
-        archive = gzip.open(file)
-        while archive.read(1 << 20):
-            pass
-        return True
-    return False
+def unzip(path: str) -> bytes:
+    """Returns what is in a .gz, if there is one; nothing if its checksum finds that a byte is wrong or missing."""
+    with contextlib.suppress(OSError, EOFError, zlib.error, tf.errors.NotFoundError), gfile.GFile(path, 'rb') as file:
+        return gzip.decompress(file.read())
+    return b''
 
 
-def download(url: str, path: str) -> None:
-    """Downloads an archive to `path`.part, goes on there after a break, and renames it to `path` when it is whole."""
+def download(url: str, path: str) -> bytes:
+    """Downloads a .gz to `path`, by way of `path`.part, where it goes on after a break; returns what is in it."""
     partial, failures = path + '.part', 0
     while failures < DOWNLOAD_ATTEMPTS:
         time.sleep(failures)
@@ -388,8 +372,9 @@ def download(url: str, path: str) -> None:
                         share = f'{100 * done / total:.1f}%' if total >= done else f'{done / 1e6:.1f} MB'
                         print(f'\r>> Downloading {os.path.basename(path)} {share}', end='', file=sys.stderr)
             print(file=sys.stderr)
-            if done >= total and is_whole_archive(partial):
-                return gfile.rename(partial, path, overwrite=True)
+            if done >= total and (contents := unzip(partial)):
+                gfile.rename(partial, path, overwrite=True)
+                return contents
             reason, is_useless = f'{done:,} of {total:,} bytes came, and are not a .tgz archive', done >= total
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f'{type(error).__name__}: {error}'.strip()
@@ -397,8 +382,7 @@ def download(url: str, path: str) -> None:
         if is_useless:
             gfile.remove(partial)
         failures = failures + 1 if is_useless or done == start else 0
-    advice = f'Run the same command again to go on, or download it in another way and save it as {path}.'
-    raise UserError(f'--model_dir: {url} could not be downloaded ({reason}). {advice}')
+    raise UserError(f'{url} could not be downloaded ({reason}). Run the same command again, or save it as {path}.')
 
 
 def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str:
@@ -407,33 +391,26 @@ def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str
     if gfile.exists(graph_path):
         return graph_path
     ensure_writable_dir(os.path.dirname(graph_path), '--model_dir')
-    if gfile.exists(archive) and not is_whole_archive(archive):
+    if not (contents := unzip(archive)) and gfile.exists(archive):
         print(f'{archive} is broken: renamed to {archive}.broken, and downloaded again.')
         gfile.rename(archive, archive + '.broken', overwrite=True)
-    if not gfile.exists(archive):
-        download(url, archive)
-    with contextlib.suppress(tarfile.TarError), gfile.GFile(archive, 'rb') as file:
-        for member in (tar := tarfile.open(fileobj=file, mode='r|gz')):
-            is_graph = member.isfile() and os.path.normpath(member.name) == graph_name
-            if is_graph and (graph := tar.extractfile(member)):
+    with contextlib.suppress(tarfile.TarError):
+        for member in (tar := tarfile.open(fileobj=io.BytesIO(contents or download(url, archive)))):
+            if member.isfile() and os.path.normpath(member.name) == graph_name and (graph := tar.extractfile(member)):
                 write_whole(graph_path, graph.read())
                 return graph_path
     raise UserError(f'{archive} has no {graph_name} in it. Delete it and run the same command again.')
 
 
 def load_graph_def(path: str, architecture: str, needed: list[str]) -> tuple[GraphDef, int]:
-    """Returns a graph up to the last needed node, and the CRC-32 of its file; raises UserError if it is damaged."""
+    """Returns a graph up to the needed nodes, and the CRC-32 of its file; raises UserError if it is damaged."""
     with gfile.GFile(path, 'rb') as file:
         contents = file.read()
-    graph_def = GraphDef()
-    with contextlib.suppress(DecodeError):
-        graph_def.ParseFromString(contents)
-    inputs = [name.lstrip('^').split(':')[0] for node in graph_def.node for name in node.input]
-    names = {node.name for node in graph_def.node}
-    if missing := [name for name in [*needed, *inputs] if name not in names]:
-        problem = f'{path} is damaged, or not the graph of {architecture}: it lacks {missing[0]}'
+    try:
+        return extract_sub_graph(GraphDef.FromString(contents), needed), zlib.crc32(contents)
+    except (DecodeError, AssertionError, KeyError) as error:  # the last two for a node that is not there
+        problem = f'{path} is damaged, or not the graph of {architecture} ({error})'
         raise UserError(f'{problem}. Delete it and run the same command again to download it.')
-    return extract_sub_graph(graph_def, [needed[-1]]), zlib.crc32(contents)
 
 
 class Pixels(NamedTuple):
@@ -508,21 +485,17 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
         needed = [JPEG_DATA_NODE, RESIZED_INPUT_NODE, SCALED_INPUT_NODE, 'pool_3', BOTTLENECK_NODE]
         graph_def, checksum = load_graph_def(path, flags.architecture, needed)
         backbone = Backbone(path, graph_def, checksum, BOTTLENECK_NODE, BOTTLENECK_SIZE, Pixels((299, 299), 128, 128))
-    return use_bfloat16(backbone) if flags.precision == 'bfloat16' else backbone
-
-
-def use_bfloat16(backbone: Backbone) -> Backbone:
-    """Returns the backbone with bottlenecks in bfloat16, and cache files of their own, if the processor can do that."""
-    features = ''
-    with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
-        features = file.read()
-    is_fast = os.getenv('TF_ENABLE_ONEDNN_OPTS') != '0' and re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', features)
-    if not HAS_GPU and not is_fast:
-        print('--precision: this processor has no bfloat16 instructions (or oneDNN is off). float32 is used.')
-        return backbone
-    optimizer = 'auto_mixed_precision' if HAS_GPU else 'auto_mixed_precision_onednn_bfloat16'
-    suffix, checksum = f'{backbone.cache_suffix}_bfloat16', zlib.crc32(optimizer.encode(), backbone.checksum)
-    return dataclasses.replace(backbone, optimizer=optimizer, cache_suffix=suffix, checksum=checksum)
+    if flags.precision == 'bfloat16':
+        features = ''
+        with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
+            features = file.read() if os.getenv('TF_ENABLE_ONEDNN_OPTS') != '0' else ''
+        if not HAS_GPU and not re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', features):
+            print('--precision: this processor has no bfloat16 instructions (or oneDNN is off). float32 is used.')
+            return backbone
+        backbone.optimizer = 'auto_mixed_precision' if HAS_GPU else 'auto_mixed_precision_onednn_bfloat16'
+        backbone.cache_suffix += '_bfloat16'
+        backbone.checksum = zlib.crc32(backbone.optimizer.encode(), backbone.checksum)
+    return backbone
 
 
 def export_graph(graph: tf.Graph) -> GraphDef:
@@ -584,9 +557,9 @@ def inline_functions(graph_def: GraphDef, output: str) -> GraphDef:
 def load_tfhub_module(handle: str) -> Backbone:
     """Returns the network of a TF2 image feature vector; raises UserError if the module is none."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # of its use of pkg_resources
-            import tensorflow_hub
+        warnings.simplefilter('ignore')  # tensorflow_hub's use of pkg_resources
+        import tensorflow_hub
+
         path = tensorflow_hub.resolve(handle)
         module = tf.saved_model.load(path)
     except ImportError as error:
@@ -610,13 +583,6 @@ def load_tfhub_module(handle: str) -> Backbone:
     return Backbone(handle, graph_def, checksum, 'module/bottleneck', size, pixels, suffix)
 
 
-def make_placeholder(node: NodeDef, dtype: int, shape: object) -> None:
-    """Turns a node into a placeholder: `dtype` is a DataType, `shape` a TensorShapeProto."""
-    node.CopyFrom(NodeDef(name=node.name, op='Placeholder'))
-    node.attr['dtype'].type = dtype
-    node.attr['shape'].shape.CopyFrom(shape)
-
-
 def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
     """Returns a graph from a node, which becomes a placeholder, to another: for batches, without ops of 2015.
 
@@ -628,34 +594,30 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
     folded = GraphDef()
     folded.CopyFrom(graph_def)
     folded.versions.producer = tf.version.GRAPH_DEF_VERSION
+    float_type = AttrValue(type=tf.float32.as_datatype_enum)
     nodes = {node.name: node for node in folded.node}
-
-    def read(name: str) -> np.ndarray:
-        return tf.make_ndarray(nodes[name].attr['value'].tensor).astype(np.float64)
-
-    def write(name: str, value: np.ndarray) -> None:
-        nodes[name].attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value))
-
+    constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
     for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
         node.input[:] = [name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics']
         if node.op == 'BatchNormWithGlobalNormalization':
-            convolution, mean, variance, beta, gamma = node.input
-            scale = 1 / np.sqrt(read(variance) + node.attr['variance_epsilon'].f)
+            convolution, *parameters = node.input
+            tensors = [constants[name] for name in (nodes[convolution].input[1], *parameters)]
+            weights, mean, variance, beta, gamma = (np.float64(tf.make_ndarray(tensor)) for tensor in tensors)
+            scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
             if node.attr['scale_after_normalization'].b:
-                scale *= read(gamma)
-            weights = nodes[convolution].input[1]
-            write(weights, np.float32(read(weights) * scale))
-            write(beta, np.float32(read(beta) - read(mean) * scale))
-            node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=[convolution, beta]))
-            node.attr['T'].type = tf.float32.as_datatype_enum
+                scale *= gamma
+            tensors[0].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
+            tensors[3].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
+            inputs = [convolution, parameters[2]]
+            node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=inputs, attr={'T': float_type}))
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
-            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input))
-            node.attr['T'].type = tf.float32.as_datatype_enum
-        elif node.op == 'Reshape' and (sides := nodes[node.input[1]]).op == 'Const':
-            if len(value := tf.make_ndarray(sides.attr['value'].tensor)) == 2 and value[0] == 1:
-                write(sides.name, np.array([-1, value[1]], value.dtype))
-    make_placeholder(nodes[source], tf.float32.as_datatype_enum, tf.TensorShape(shape).as_proto())
+            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float_type}))
+        elif node.op == 'Reshape' and node.input[1] in constants:
+            if len(sides := tf.make_ndarray(constants[node.input[1]])) == 2 and sides[0] == 1:
+                constants[node.input[1]].CopyFrom(tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype)))
+    attributes = {'dtype': float_type, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
+    nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, [output])
 
 
@@ -667,16 +629,17 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
         if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
             tensor = node.attr['value'].tensor
             weights[node.name] = tf.make_ndarray(tensor)
-            make_placeholder(structure.node.add(name=node.name), tensor.dtype, tensor.tensor_shape)
+            attributes = {'dtype': node.attr['dtype'], 'shape': AttrValue(shape=tensor.tensor_shape)}
+            structure.node.add(name=node.name, op='Placeholder', attr=attributes)
         else:
             structure.node.add().CopyFrom(node)
     return structure, weights
 
 
-# Bottlenecks
+# Bottlenecks, and those of distorted images
 
 
-def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Batches:
+def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator[tuple]:
     """Yields (tags, bottlenecks) of each (tags, images): the devices work at once, while the next batches are made."""
     iterator = iter(batches.prefetch(2 * len(networks)))
     while group := list(itertools.islice(iterator, len(networks))):
@@ -684,7 +647,7 @@ def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Batches:
         yield from ((tags.numpy(), bottlenecks.numpy()) for tags, bottlenecks in results)
 
 
-def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Batches:
+def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Iterator[tuple]:
     """Yields (tags, bottlenecks) of each (tags, images), both made by a tf.data service, until it is done or fails."""
     host, port = address.removeprefix('grpc://').rsplit(':', 1)
     try:
@@ -712,7 +675,9 @@ def load_files(paths: list[str], load: Callable) -> tf.data.Dataset:
     return files.ignore_errors()
 
 
-def compute_bottlenecks(paths: list[str], backbone: Backbone, distort: Callable | None, service: str | None) -> Batches:
+def compute_bottlenecks(
+    paths: list[str], backbone: Backbone, distort: Callable | None, service: str | None
+) -> Iterator[tuple]:
     """Yields (tags, bottlenecks) in batches, without the images that cannot be decoded.
 
     Tags are int64 [N, 2]: the index of a path, and the fingerprint of the file's contents. Images are resized, or are
@@ -766,17 +731,18 @@ def read_header(path: str) -> tuple[int, bool]:
 
 def explain_unreadable(path: str) -> tuple[str, int | None]:
     """Returns why an image could not be used, and, if that is due to its contents, their fingerprint."""
+    mark = None
     try:
-        with gfile.GFile(path, 'rb') as file:
-            contents = file.read()
-    except tf.errors.OpError as error:
-        return error.message, None
-    mark, (pixels, _) = int(fingerprint(contents)), read_header(path)
-    if pixels > MAX_PIXELS:
-        return f'it has {pixels:,} pixels, more than {MAX_PIXELS:,}', mark
-    if contents and contents[:2] not in (b'\xff\xd8', b'\x89P', b'GI'):
-        return f'it is not JPEG, PNG or still GIF: it starts with {contents[:12]!r}', mark
-    try:
+        contents = tf.io.read_file(path)
+        mark, (pixels, _), start = (
+            int(fingerprint(contents)),
+            read_header(path),
+            tf.strings.substr(contents, 0, 12).numpy(),
+        )
+        if pixels > MAX_PIXELS:
+            return f'it has {pixels:,} pixels, more than {MAX_PIXELS:,}', mark
+        if start and start[:2] not in (b'\xff\xd8', b'\x89P', b'GI'):
+            return f'it is not JPEG, PNG or still GIF: it starts with {start!r}', mark
         tf.io.decode_jpeg(contents, channels=3)
         return 'it changed while it was read', None
     except tf.errors.OpError as error:
@@ -917,53 +883,38 @@ def check_readable(images: Images, reasons: dict[int, str], strict: bool) -> np.
     return readable
 
 
-# Distortions
-
-
-class Distortion(NamedTuple):
-    """How images are distorted: the flags, the size of the result, and the seed of the random numbers."""
-
-    flip_left_right: bool
-    random_crop: int
-    random_scale: int
-    random_brightness: int
-    size: tuple[int, int]
-    seed: np.ndarray
-
-
-def distort_image(image: tf.Tensor, number: tf.Tensor, distortion: Distortion) -> tf.Tensor:
-    """Crops, scales, mirrors and brightens the image of a number at random: float [*size, 3].
+def create_distortion(strengths: tuple, size: tuple[int, int], seed: np.ndarray) -> Callable:
+    """Returns a function that distorts image `first` + `index` at random, to float [*size, 3].
 
     It is resized to size * (1 + random_crop / 100) * U(1, 1 + random_scale / 100), cropped to size, mirrored half of
-    the time, and multiplied by U(1 - b / 100, 1 + b / 100) for a random_brightness of b.
+    the time, and multiplied by U(1 - b / 100, 1 + b / 100) for a random_brightness of b. The strengths are flags.
     """
-    seeds = tf.unstack(tf.random.split(tf.random.fold_in(distortion.seed, number), 4))
-    margin_scale = 1.0 + distortion.random_crop / 100.0
-    resize_scale = tf.random.stateless_uniform([], seeds[0], 1.0, 1.0 + distortion.random_scale / 100.0)
-    precrop_size = tf.cast(margin_scale * resize_scale * distortion.size, tf.int32)
-    image = resize_bilinear(image[tf.newaxis], precrop_size)[0]
-    image = tf.image.stateless_random_crop(image, [*distortion.size, 3], seeds[1])
-    if distortion.flip_left_right:
-        image = tf.image.stateless_random_flip_left_right(image, seeds[2])
-    spread = distortion.random_brightness / 100.0
-    return image * tf.random.stateless_uniform([], seeds[3], 1.0 - spread, 1.0 + spread)
+    flip_left_right, random_crop, random_scale, random_brightness = strengths
+
+    def distort(image: tf.Tensor, index: tf.Tensor, first: int) -> tf.Tensor:
+        seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, first + index), 4))
+        resize_scale = tf.random.stateless_uniform([], seeds[0], 1.0, 1.0 + random_scale / 100.0)
+        precrop_size = tf.cast((1.0 + random_crop / 100.0) * resize_scale * size, tf.int32)
+        image = resize_bilinear(image[tf.newaxis], precrop_size)[0]
+        image = tf.image.stateless_random_crop(image, [*size, 3], seeds[1])
+        if flip_left_right:
+            image = tf.image.stateless_random_flip_left_right(image, seeds[2])
+        spread = random_brightness / 100.0
+        return image * tf.random.stateless_uniform([], seeds[3], 1.0 - spread, 1.0 + spread)
+
+    return distort
 
 
-def compute_distorted(draws: Iterator, images: Images, backbone: Backbone, distortion: Distortion) -> Batches:
+def compute_distorted(draws: Iterator, images: Images, backbone: Backbone, distort: Callable) -> Iterator[tuple]:
     """Yields (rows, bottlenecks) of distorted images for each draw of rows, without those that became unreadable."""
     vanished: set[str] = set()
-    start = 0
     try:
-        for drawn in draws:
+        for step, drawn in enumerate(draws):
             paths, is_found = [images.paths[row] for row in drawn], np.zeros(drawn.size, bool)
             bottlenecks = np.zeros([drawn.size, backbone.bottleneck_size], np.float32)
-
-            def distort(image: tf.Tensor, index: tf.Tensor, start: int = start) -> tf.Tensor:
-                return distort_image(image, start + index, distortion)
-
-            for tags, found in compute_bottlenecks(paths, backbone, distort, None):
+            distort_drawn = functools.partial(distort, first=step * drawn.size)
+            for tags, found in compute_bottlenecks(paths, backbone, distort_drawn, None):
                 is_found[tags[:, 0]], bottlenecks[tags[:, 0]] = True, found
-            start += drawn.size
             vanished.update(itertools.compress(paths, ~is_found))
             yield drawn[is_found], bottlenecks[is_found]
     finally:
@@ -972,7 +923,7 @@ def compute_distorted(draws: Iterator, images: Images, backbone: Backbone, disto
             print(f'WARNING: {len(vanished)} images could no longer be read, and were not trained on: {names}')
 
 
-# Final layer
+# Final layer, and its export
 
 
 class Evaluation(NamedTuple):
@@ -982,10 +933,6 @@ class Evaluation(NamedTuple):
     scores: np.ndarray  # their softmax
     cross_entropy: float  # mean over the N
     accuracy: float  # share of the N whose best score is that of their class
-
-    def summarize(self) -> dict[str, float]:
-        """Returns the original's summaries of how good it is."""
-        return {'cross_entropy_1': self.cross_entropy, 'accuracy_1': self.accuracy}
 
 
 class FinalLayer:
@@ -1009,8 +956,7 @@ class FinalLayer:
         sums = exponentials.sum(axis=1, keepdims=True)
         cross_entropy = (np.log(sums[:, 0]) - shifted[np.arange(len(classes)), classes]).mean()
         if not np.isfinite(cross_entropy):
-            problem = f'the cross entropy is not finite after {self.steps} steps'
-            raise UserError(f'--learning_rate: {problem}. Use a lower rate.')
+            raise UserError(f'--learning_rate: the cross entropy is not finite after {self.steps} steps. Lower it.')
         return Evaluation(logits, exponentials / sums, cross_entropy, (logits.argmax(axis=1) == classes).mean())
 
     def train(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
@@ -1034,9 +980,6 @@ class Tested(NamedTuple):
     misclassified: list[tuple[int, int]]  # rows and predictions
 
 
-# Export
-
-
 def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name: str) -> GraphDef:
     """Returns the frozen graph: the backbone's nodes as they are, and the new layer behind them."""
     with tf.Graph().as_default() as graph:
@@ -1058,29 +1001,33 @@ def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name
 # TensorBoard
 
 
-def summarize(layer: FinalLayer, evaluation: Evaluation) -> dict[str, Any]:
-    """Returns the original's summaries of the layer and of what it makes of a batch, {tag: number or array}."""
-    summaries = {'final_training_ops/Wx_plus_b/pre_activations': evaluation.logits, 'activations': evaluation.scores}
-    for name, values in (('weights', layer.weights), ('biases', layer.biases)):
-        statistics = {'mean_1': values.mean(), 'stddev_1': values.std(), 'max_1': values.max(), 'min_1': values.min()}
-        for key, value in {**statistics, 'histogram': values}.items():
-            summaries[f'final_training_ops/{name}/summaries/{key}'] = value
+def summarize(evaluation: Evaluation, layer: FinalLayer | None = None) -> dict[str, Any]:
+    """Returns the original's summaries of a batch, and of the layer if it is given: {tag: number or array}."""
+    summaries: dict[str, Any] = {'cross_entropy_1': evaluation.cross_entropy, 'accuracy_1': evaluation.accuracy}
+    if layer:
+        summaries['final_training_ops/Wx_plus_b/pre_activations'] = evaluation.logits
+        summaries['activations'] = evaluation.scores
+        for name, values in (('weights', layer.weights), ('biases', layer.biases)):
+            statistics = {
+                'mean_1': values.mean(),
+                'stddev_1': values.std(),
+                'max_1': values.max(),
+                'min_1': values.min(),
+            }
+            for key, value in {**statistics, 'histogram': values}.items():
+                summaries[f'final_training_ops/{name}/summaries/{key}'] = value
     return summaries
 
 
 def create_value(tag: str, value: Any) -> Summary.Value:
-    """Returns a summary of a number, of a picture, or of an array, whose distribution is shown in 30 buckets."""
+    """Returns a summary of a number, of a picture, or of the distribution of an array."""
     if isinstance(value, Image.Image):
         value.save(png := io.BytesIO(), 'PNG')
         image = {'width': value.width, 'height': value.height, 'encoded_image_string': png.getvalue()}
         return Summary.Value(tag=tag, image=image)
     if not np.ndim(value):
         return Summary.Value(tag=tag, simple_value=value)
-    values = np.ravel(value).astype(np.float64)
-    counts, edges = np.histogram(values, 30)
-    moments = {'num': values.size, 'sum': values.sum(), 'sum_squares': np.square(values).sum()}
-    buckets = {'min': edges[0], 'max': edges[-1], 'bucket_limit': edges[1:], 'bucket': counts}
-    return Summary.Value(tag=tag, histo=moments | buckets)
+    return Summary.FromString(tf.raw_ops.HistogramSummary(tag=tag, values=value).numpy()).value[0]
 
 
 class SummaryWriter:
@@ -1098,10 +1045,10 @@ class SummaryWriter:
 
     def write(self, values: Mapping[str, Any] | None = None, **fields: object) -> None:
         """Writes an Event of {tag: number, picture or array}, and with other fields."""
-        summary = Summary(value=itertools.starmap(create_value, (values or {}).items()))
-        event = tf.compat.v1.Event(wall_time=time.time(), summary=summary if values else None, **fields)
         if self.file:
             try:
+                summary = Summary(value=itertools.starmap(create_value, values.items())) if values else None
+                event = tf.compat.v1.Event(wall_time=time.time(), summary=summary, **fields)
                 self.file.write(event.SerializeToString())
                 self.file.flush()
             except tf.errors.OpError as error:
@@ -1175,25 +1122,11 @@ def write_pictures(images: Images, bottlenecks: np.ndarray, tested: Tested | Non
         tag = f'misclassified/{name}/{os.path.basename(images.paths[row])}'
         pictures[tag] = load_thumbnail(images.paths[row], 299)
     writer.write(pictures)
-    rows, first = np.unique(tested.rows, return_index=True)
-    shown, first = rows[:PROJECTED_IMAGES], first[:PROJECTED_IMAGES]
-    write_projector(folder, images.keep(shown), bottlenecks[shown], tested.predictions[first])
+    shown = tested.rows[:PROJECTED_IMAGES]
+    write_projector(folder, images.keep(shown), bottlenecks[shown], tested.predictions[:PROJECTED_IMAGES])
 
 
 # Data set
-
-
-def shorten(bottlenecks: np.ndarray) -> tuple[np.ndarray, tf.Tensor]:
-    """Returns the factors that make bottlenecks unit vectors, float [N, 1], and short vectors, float [N, up to 129]."""
-    # The product of two short vectors is no less than the cosine similarity, so that few pairs need the long ones: with
-    # P the projection on the span of 128 images, u.v <= Pu.Pv + |u - Pu| |v - Pv| (Cauchy-Schwarz). A bottleneck of
-    # equal numbers is like no other: its factor is 0. No second array as large as that of the bottlenecks is made.
-    squares = np.einsum('ij,ij->i', bottlenecks, bottlenecks, dtype=np.float64)
-    scale = np.float32(np.where(np.ptp(bottlenecks, axis=1) > 0, 1 / np.sqrt(squares), 0))[:, None]
-    basis, _ = np.linalg.qr(bottlenecks[np.linspace(0, len(bottlenecks) - 1, 128, dtype=int)].T)
-    projected = bottlenecks @ basis * scale
-    rest = np.maximum((scale > 0) - np.square(projected).sum(axis=1, keepdims=True), 0)
-    return scale, tf.constant(np.hstack([projected, np.sqrt(rest)]), tf.float32)
 
 
 def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tuple[int, int]], int]:
@@ -1205,7 +1138,12 @@ def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tupl
     """
     classes, is_training, leaked = images.classes, images.sets == 'training', 0
     stems = np.array([file.split('_nohash_')[0] for file in images.files], object)
-    scale, short = shorten(bottlenecks)
+    # The product of two vectors is at most that of the norms of their groups of eight numbers (Cauchy-Schwarz), so that
+    # few pairs need the former. A bottleneck of equal numbers is like no other: its scale is 0.
+    groups, blocks = np.arange(0, bottlenecks.shape[1], 8), np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024)
+    squares = np.concatenate([np.add.reduceat(np.square(block), groups, axis=1) for block in blocks])
+    scale = np.where(np.ptp(bottlenecks, axis=1) > 0, 1 / np.sqrt(squares.sum(axis=1)), 0)[:, None]
+    short = tf.constant(np.sqrt(squares) * scale)
     best, partner = np.zeros(len(classes)), np.zeros(len(classes), int)
     compared = np.arange(len(classes)) if len(classes) <= MAX_COMPARED else np.flatnonzero(~is_training)
     for rows in np.split(compared, range(512, len(compared), 512)):
@@ -1315,11 +1253,6 @@ def check_model(backbone: Backbone, flags: argparse.Namespace) -> None:
         raise UserError(f'--final_tensor_name: the graph already has a node named {name}. Choose another name.')
 
 
-def log(step: int, text: str) -> None:
-    """Prints a line on a step with the time before it, as the original does."""
-    print(f'{datetime.datetime.now()}: Step {step}: {text}', flush=True)
-
-
 def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace) -> FinalLayer:
     """Trains the final layer; logs accuracy and cross entropy every --eval_step_interval steps and at the last one."""
     root = np.random.SeedSequence(flags.random_seed)
@@ -1330,8 +1263,8 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
     draws = (images.draw('training', flags.train_batch_size, training_rng) for _ in range(steps))
     strengths = flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness
     if any(strengths):
-        distortion = Distortion(*strengths, backbone.pixels.size, distortion_seed.generate_state(2))
-        batches = compute_distorted(draws, images, backbone, distortion)
+        distort = create_distortion(strengths, backbone.pixels.size, distortion_seed.generate_state(2))
+        batches = compute_distorted(draws, images, backbone, distort)
     else:
         batches = ((rows, bottlenecks[rows]) for rows in draws)
     train_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'train'))
@@ -1341,19 +1274,20 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
     try:
         for step, (rows, batch) in enumerate(batches):
             is_evaluated = step % interval == 0 or step == steps - 1
+            stamp = f'{datetime.datetime.now()}: Step {step}:'
             if rows.size:
-                train_writer.write(layer.train(batch, images.classes[rows]).summarize(), step=step)
-            if rows.size and is_evaluated:
-                evaluation = layer.evaluate(batch, images.classes[rows])
-                train_writer.write(summarize(layer, evaluation), step=step)
-                log(step, f'Train accuracy = {100 * evaluation.accuracy:.1f}%')
-                log(step, f'Cross entropy = {evaluation.cross_entropy:f}')
+                before = layer.train(batch, images.classes[rows])
+                if is_evaluated:
+                    evaluation = layer.evaluate(batch, images.classes[rows])
+                    print(stamp, f'Train accuracy = {100 * evaluation.accuracy:.1f}%')
+                    print(stamp, f'Cross entropy = {evaluation.cross_entropy:f}')
+                train_writer.write(summarize(before, layer if is_evaluated else None), step=step)
             if is_evaluated and (rows := images.draw('validation', flags.validation_batch_size, validation_rng)).size:
                 evaluation = layer.evaluate(bottlenecks[rows], images.classes[rows])
-                validation_writer.write(summarize(layer, evaluation) | evaluation.summarize(), step=step)
-                log(step, f'Validation accuracy = {100 * evaluation.accuracy:.1f}% (N={len(rows)})')
+                validation_writer.write(summarize(evaluation, layer), step=step)
+                print(stamp, f'Validation accuracy = {100 * evaluation.accuracy:.1f}% (N={len(rows)})')
     except KeyboardInterrupt:
-        print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.', flush=True)
+        print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
     return layer
 
 
@@ -1408,8 +1342,7 @@ def write_outputs(labels: list[str], backbone: Backbone, layer: FinalLayer, flag
         flags.output_labels: ''.join(f'{label}\n' for label in labels).encode(),
     }
     if flags.optimized_graph:
-        shape = [None, *backbone.pixels.size, 3]
-        graph = fold(graph, SCALED_INPUT_NODE, shape, flags.final_tensor_name)
+        graph = fold(graph, SCALED_INPUT_NODE, [None, *backbone.pixels.size, 3], flags.final_tensor_name)
         outputs[flags.optimized_graph] = graph.SerializeToString(deterministic=True)
     for path, contents in outputs.items():
         try:

@@ -79,7 +79,7 @@ with open(os.devnull, 'w') as silence, os.fdopen(os.dup(2), 'w') as stderr:
         os.dup2(stderr.fileno(), 2)
 
 from google.protobuf.message import DecodeError
-from tensorflow.compat.v1 import GraphDef, NodeDef
+from tensorflow.compat.v1 import AttrValue, GraphDef, NodeDef
 from tensorflow.compat.v1.graph_util import extract_sub_graph
 from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 from tensorflow.io import gfile
@@ -237,13 +237,6 @@ def run_graph(graph_def: GraphDef, contents: bytes, tensor: str) -> np.ndarray:
         return session.run(f'{tensor}:0', {f'{JPEG_DATA_NODE}:0': contents})
 
 
-def make_placeholder(node: NodeDef, dtype: int, shape: object) -> None:
-    """Turns a node into a placeholder: `dtype` is a DataType, `shape` a TensorShapeProto."""
-    node.CopyFrom(NodeDef(name=node.name, op='Placeholder'))
-    node.attr['dtype'].type = dtype
-    node.attr['shape'].shape.CopyFrom(shape)
-
-
 def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
     """Returns a graph from a node, which becomes a placeholder, to another: for batches, without ops of 2015.
 
@@ -255,34 +248,30 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
     folded = GraphDef()
     folded.CopyFrom(graph_def)
     folded.versions.producer = tf.version.GRAPH_DEF_VERSION
+    float_type = AttrValue(type=tf.float32.as_datatype_enum)
     nodes = {node.name: node for node in folded.node}
-
-    def read(name: str) -> np.ndarray:
-        return tf.make_ndarray(nodes[name].attr['value'].tensor).astype(np.float64)
-
-    def write(name: str, value: np.ndarray) -> None:
-        nodes[name].attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value))
-
+    constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
     for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
         node.input[:] = [name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics']
         if node.op == 'BatchNormWithGlobalNormalization':
-            convolution, mean, variance, beta, gamma = node.input
-            scale = 1 / np.sqrt(read(variance) + node.attr['variance_epsilon'].f)
+            convolution, *parameters = node.input
+            tensors = [constants[name] for name in (nodes[convolution].input[1], *parameters)]
+            weights, mean, variance, beta, gamma = (np.float64(tf.make_ndarray(tensor)) for tensor in tensors)
+            scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
             if node.attr['scale_after_normalization'].b:
-                scale *= read(gamma)
-            weights = nodes[convolution].input[1]
-            write(weights, np.float32(read(weights) * scale))
-            write(beta, np.float32(read(beta) - read(mean) * scale))
-            node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=[convolution, beta]))
-            node.attr['T'].type = tf.float32.as_datatype_enum
+                scale *= gamma
+            tensors[0].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
+            tensors[3].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
+            inputs = [convolution, parameters[2]]
+            node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=inputs, attr={'T': float_type}))
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
-            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input))
-            node.attr['T'].type = tf.float32.as_datatype_enum
-        elif node.op == 'Reshape' and (sides := nodes[node.input[1]]).op == 'Const':
-            if len(value := tf.make_ndarray(sides.attr['value'].tensor)) == 2 and value[0] == 1:
-                write(sides.name, np.array([-1, value[1]], value.dtype))
-    make_placeholder(nodes[source], tf.float32.as_datatype_enum, tf.TensorShape(shape).as_proto())
+            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float_type}))
+        elif node.op == 'Reshape' and node.input[1] in constants:
+            if len(sides := tf.make_ndarray(constants[node.input[1]])) == 2 and sides[0] == 1:
+                constants[node.input[1]].CopyFrom(tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype)))
+    attributes = {'dtype': float_type, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
+    nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, [output])
 
 
@@ -294,7 +283,8 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
         if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
             tensor = node.attr['value'].tensor
             weights[node.name] = tf.make_ndarray(tensor)
-            make_placeholder(structure.node.add(name=node.name), tensor.dtype, tensor.tensor_shape)
+            attributes = {'dtype': node.attr['dtype'], 'shape': AttrValue(shape=tensor.tensor_shape)}
+            structure.node.add(name=node.name, op='Placeholder', attr=attributes)
         else:
             structure.node.add().CopyFrom(node)
     return structure, weights

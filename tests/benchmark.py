@@ -516,8 +516,8 @@ def distort(paths: list, backbone: tf_retrain.Backbone) -> None:
     """Computes the bottlenecks of a training step with all four distortions, our way."""
     files, rows = np.array(paths, object), np.arange(len(paths))
     images = tf_retrain.Images('', ['all'], files, np.zeros(len(paths), int), np.full(len(paths), 'training'))
-    distortion = tf_retrain.Distortion(True, 10, 10, 10, backbone.pixels.size, np.array([1, 2], np.int32))
-    ((found, _),) = tf_retrain.compute_distorted(iter([rows]), images, backbone, distortion)
+    distort = tf_retrain.create_distortion((True, 10, 10, 10), backbone.pixels.size, np.array([1, 2], np.int32))
+    ((found, _),) = tf_retrain.compute_distorted(iter([rows]), images, backbone, distort)
     assert len(found) == len(rows)
 
 

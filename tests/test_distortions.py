@@ -9,16 +9,17 @@ from helpers import created, get_set, read_events, run_v1, write_mobilenet
 import tf_retrain
 
 SIZE = (299, 299)
-NONE = tf_retrain.Distortion(False, 0, 0, 0, SIZE, np.array([0, 1], np.int32))
+SEED = np.array([0, 1], np.int32)
 
 
 def test_distortions():
     ramp = np.tile(np.linspace(0, 255, 400, dtype=np.uint8)[:, None], [300, 1, 3]).reshape(300, 400, 3)
     plain = tf_retrain.resize_bilinear(ramp[np.newaxis], SIZE)[0].numpy()
 
-    def distorted(**flags):
-        distortion = NONE._replace(**flags)
-        return np.stack([tf_retrain.distort_image(ramp, number, distortion).numpy() for number in range(40)])
+    def distorted(flip_left_right=False, random_crop=0, random_scale=0, random_brightness=0):
+        strengths = flip_left_right, random_crop, random_scale, random_brightness
+        distort = tf_retrain.create_distortion(strengths, SIZE, SEED)
+        return np.stack([distort(ramp, index, first=20).numpy() for index in range(40)])
 
     np.testing.assert_allclose(distorted()[0], plain, atol=1e-3)
     mirrored = distorted(flip_left_right=True)

@@ -120,7 +120,7 @@ def test_a_graph_that_is_no_mobilenet(job, monkeypatch):
     shutil.copy(job.folder / 'inception/classify_image_graph_def.pb', path)
     job.photographs(cat=20, dog=20)
     with pytest.raises(
-        tf_retrain.UserError, match=f'frozen_graph.pb is damaged, or not the graph of {MOBILENET}: it lacks input'
+        tf_retrain.UserError, match=f'frozen_graph.pb is damaged, or not the graph of {MOBILENET} .input is not'
     ):
         job.main(monkeypatch, f'--architecture={MOBILENET}')
 

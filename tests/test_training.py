@@ -131,7 +131,7 @@ def test_a_training_that_diverges_ends_at_once(job):
     graph.write_bytes(b'earlier')
     process = job.run(check=False, learning_rate='1e37')
     assert process.returncode == 1
-    message = r'ERROR: --learning_rate: the cross entropy is not finite after \d+ steps\. Use a lower rate\.\n'
+    message = r'ERROR: --learning_rate: the cross entropy is not finite after \d+ steps\. Lower it\.\n'
     assert re.fullmatch(message, process.stderr)
     assert graph.read_bytes() == b'earlier'
 
