@@ -246,10 +246,7 @@ class Images:
         return dataclasses.replace(self, files=self.files[mask], classes=self.classes[mask], sets=self.sets[mask])
 
     def draw(self, name: str, how_many: int, rng: np.random.Generator) -> np.ndarray:
-        """Returns rows of a set, int [how_many]: each time a class uniformly at random, and one of its images likewise.
-
-        A class without images in the set is never drawn. If how_many is -1, all rows of the set are returned.
-        """
+        """Returns rows of a set, int [how_many]: each of a class drawn uniformly, and uniform in it. -1: all rows."""
         rows, counts = self.members[name]
         if how_many == -1 or not rows.size:
             return rows
@@ -631,7 +628,7 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
 # Bottlenecks, and those of distorted images
 
 
-def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator[tuple]:
+def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator:
     """Yields (tags, bottlenecks) of each (tags, images): the devices work at once, while the next batches are made."""
     iterator = iter(batches.prefetch(2 * len(networks)))
     while group := list(itertools.islice(iterator, len(networks))):
@@ -639,7 +636,7 @@ def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator
         yield from ((tags.numpy(), bottlenecks.numpy()) for tags, bottlenecks in results)
 
 
-def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Iterator[tuple]:
+def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Iterator:
     """Yields (tags, bottlenecks) of each (tags, images), both made by a tf.data service, until it is done or fails."""
     host, port = address.removeprefix('grpc://').rsplit(':', 1)
     try:
@@ -667,9 +664,7 @@ def load_files(paths: list[str], load: Callable) -> tf.data.Dataset:
     return files.ignore_errors()
 
 
-def compute_bottlenecks(
-    paths: list[str], backbone: Backbone, distort: Callable | None, service: str | None
-) -> Iterator[tuple]:
+def compute_bottlenecks(paths: list, backbone: Backbone, distort: Callable | None, service: str | None) -> Iterator:
     """Yields (tags, bottlenecks) in batches, without the images that cannot be decoded.
 
     Tags are int64 [N, 2]: the index of a path, and the fingerprint of the file's contents. Images are resized, or are
@@ -686,10 +681,9 @@ def compute_bottlenecks(
 
 
 def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reads cache files; TensorFlow parses them on all cores.
+    """Returns the bottlenecks in cache files, float32 [N, size], and fingerprints of the files, int64 [N].
 
-    Returns the bottlenecks, float32 [N, size], and fingerprints of the files, int64 [N]: -1 where a file does not hold
-    `size` finite numbers, and the bottleneck is undefined.
+    A fingerprint is -1, and the bottleneck undefined, where a file does not hold `size` finite numbers.
     """
 
     def parse(row: tf.Tensor, text: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -774,13 +768,10 @@ class BottleneckCache:
             write_whole(self.records[row], json.dumps(list(self.facts[row])).encode())
 
     def find(self, row: int, contents: int | None = None) -> int | str | None:
-        """Returns the fingerprint of a cache file if it is current, or why its image cannot be decoded, if either is.
-
-        `contents`, if given, is the fingerprint of the image, and counts more than its time.
-        """
+        """Returns the fingerprint of a cache file that is current, or why its image cannot be decoded; else None."""
         for outcome, size, changed, model, found in self.facts[row]:
             if isinstance(outcome, str) or (outcome, model) == (self.fingerprints[row], self.backbone.checksum):
-                is_same = contents is not None and found in (contents, None)
+                is_same = contents is not None and found in (contents, None)  # whatever the time of the file says
                 if (size, changed) == self.statuses[row] or (is_same and size == self.statuses[row][0]):
                     return outcome
         return None
@@ -897,7 +888,7 @@ def create_distortion(strengths: tuple, size: tuple[int, int], seed: np.ndarray)
     return distort
 
 
-def compute_distorted(draws: Iterator, images: Images, backbone: Backbone, distort: Callable) -> Iterator[tuple]:
+def compute_distorted(draws: Iterator, images: Images, backbone: Backbone, distort: Callable) -> Iterator:
     """Yields (rows, bottlenecks) of distorted images for each draw of rows, without those that became unreadable."""
     vanished: set[str] = set()
     try:
@@ -1372,8 +1363,8 @@ def create_record(images: Images, backbone: Backbone, tested: Tested | None, fla
     return record
 
 
-def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
-    """Does the whole job. export(backbone, layer, labels), if given, writes what is worth most, and so comes first."""
+def main(flags: argparse.Namespace, export: Callable = lambda *trained: None) -> None:
+    """Does the whole job. export(backbone, layer, labels) writes what is worth most, and so comes first."""
     started = datetime.datetime.now()
     check_outputs(flags)
     images = list_images(flags)
@@ -1395,8 +1386,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     tested = test(images, bottlenecks, layer, flags)
     report_test(images, tested, flags)
     try:
-        if export:
-            export(backbone, layer, images.labels)
+        export(backbone, layer, images.labels)
     finally:
         write_outputs(images.labels, backbone, layer, flags)
     with extra('the record of the run'):
