@@ -193,6 +193,7 @@ class UserError(Exception):
 def write_whole(path: str, contents: bytes) -> None:
     """Writes a file so that `path` holds all of `contents` or is left as it was, whenever the program is stopped."""
     temporary = os.path.join(os.path.dirname(path), f'.{uuid.uuid4().hex[:8]}.tmp')
+    gfile.makedirs(os.path.dirname(path) or '.')
     try:
         with gfile.GFile(temporary, 'wb') as file:
             file.write(contents)
@@ -206,7 +207,6 @@ def write_whole(path: str, contents: bytes) -> None:
 def ensure_writable_dir(path: str, flag: str) -> None:
     """Creates a folder, and raises UserError if no file can be written there."""
     try:
-        gfile.makedirs(path or '.')
         write_whole(probe := os.path.join(path, f'.{uuid.uuid4().hex[:8]}.tmp'), b'probe')
         gfile.remove(probe)
     except tf.errors.OpError as error:
@@ -764,7 +764,6 @@ class BottleneckCache:
         new = outcome, *self.statuses[row], self.backbone.checksum, contents
         self.facts[row] = dict.fromkeys([*others, new])
         with contextlib.suppress(tf.errors.OpError):
-            gfile.makedirs(os.path.dirname(self.records[row]))
             write_whole(self.records[row], json.dumps(list(self.facts[row])).encode())
 
     def find(self, row: int, contents: int | None = None) -> int | str | None:
@@ -841,7 +840,6 @@ def cache_bottlenecks(images: Images, backbone: Backbone, flags: argparse.Namesp
     if missing.size:
         ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
         for row in missing:
-            gfile.makedirs(os.path.dirname(cache.paths[row]))
             if cache.fingerprints[row] >= 0:
                 print(f'The image or the model changed, recreating bottleneck {cache.paths[row]}')
             elif gfile.exists(cache.paths[row]):
