@@ -646,12 +646,12 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
     policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
     batches = batches.map(lambda tags, images: (tags, network(images)))
     batches = batches.apply(tf.data.experimental.service.distribute(policy, address))
-    iterator = batches.as_numpy_iterator()
+    iterator = itertools.chain(batches)  # asks the service for nothing yet
     try:
         with multiprocessing.pool.ThreadPool(1) as thread:
             # The service waits forever for a worker that died.
             while batch := thread.apply_async(next, [iterator, None]).get(DATA_SERVICE_TIMEOUT):
-                yield batch
+                yield tuple(tensor.numpy() for tensor in batch)
     except (tf.errors.OpError, multiprocessing.TimeoutError) as error:
         reason = getattr(error, 'message', f'nothing came for {DATA_SERVICE_TIMEOUT} s')
         print(f'WARNING: {address} failed ({reason}).')

@@ -418,7 +418,7 @@ def test_a_data_service_that_hangs_does_not_hold_up_the_run(job):
             worker.send_signal(signal.SIGSTOP)
         command = [sys.executable, '-c', SHORT_TIMEOUT, *job.arguments(data_service=service.dispatcher.target)]
         environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-        process = subprocess.run(command, cwd=job.folder, env=environment, capture_output=True, text=True, timeout=120)
+        process = subprocess.run(command, cwd=job.folder, env=environment, capture_output=True, text=True, timeout=45)
     assert process.returncode == 0
     assert process.stderr == ''
     assert re.search(r'WARNING: grpc://\S+ failed \(nothing came for 5 s\)\.', process.stdout)
