@@ -254,7 +254,7 @@ class Images:
         return dataclasses.replace(self, files=self.files[mask], classes=self.classes[mask], sets=self.sets[mask])
 
     def draw(self, name: str, how_many: int, rng: np.random.Generator) -> np.ndarray:
-        """Returns rows of a set, int [how_many]: each of a class drawn uniformly, and uniform in it. -1: all rows."""
+        """Returns rows of a set, int [how_many]: a class is drawn uniformly, then one of its images; all for -1."""
         rows, counts = self.members[name]
         if how_many == -1 or not rows.size:
             return rows
@@ -728,11 +728,8 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
     mark = None
     try:
         contents = tf.io.read_file(path)
-        mark, (pixels, _), start = (
-            int(fingerprint(contents)),
-            read_header(path),
-            tf.strings.substr(contents, 0, 12).numpy(),
-        )
+        mark, start = int(fingerprint(contents)), tf.strings.substr(contents, 0, 12).numpy()
+        pixels, _ = read_header(path)
         if pixels > MAX_PIXELS:
             return f'it has {pixels:,} pixels, more than {MAX_PIXELS:,}', mark
         if start and start[:2] not in (b'\xff\xd8', b'\x89P', b'GI'):
@@ -873,10 +870,10 @@ def check_readable(images: Images, reasons: dict[int, str], strict: bool) -> np.
 
 
 def create_distortion(strengths: tuple, size: tuple[int, int], seed: np.ndarray) -> Callable:
-    """Returns a function that distorts image `first` + `index` at random, to float [*size, 3].
+    """Returns a function that distorts image number `first` + `index` at random, to float [*size, 3].
 
     It is resized to size * (1 + random_crop / 100) * U(1, 1 + random_scale / 100), cropped to size, mirrored half of
-    the time, and multiplied by U(1 - b / 100, 1 + b / 100) for a random_brightness of b. The strengths are flags.
+    the time, and multiplied by U(1 - b / 100, 1 + b / 100) for a random_brightness of b.
     """
     flip_left_right, random_crop, random_scale, random_brightness = strengths
 
@@ -993,18 +990,13 @@ def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name
 def summarize(evaluation: Evaluation, layer: FinalLayer | None = None) -> dict[str, Any]:
     """Returns the original's summaries of a batch, and of the layer if it is given: {tag: number or array}."""
     summaries: dict[str, Any] = {'cross_entropy_1': evaluation.cross_entropy, 'accuracy_1': evaluation.accuracy}
-    if layer:
-        summaries['final_training_ops/Wx_plus_b/pre_activations'] = evaluation.logits
-        summaries['activations'] = evaluation.scores
-        for name, values in (('weights', layer.weights), ('biases', layer.biases)):
-            statistics = {
-                'mean_1': values.mean(),
-                'stddev_1': values.std(),
-                'max_1': values.max(),
-                'min_1': values.min(),
-            }
-            for key, value in {**statistics, 'histogram': values}.items():
-                summaries[f'final_training_ops/{name}/summaries/{key}'] = value
+    if not layer:
+        return summaries
+    summaries |= {'final_training_ops/Wx_plus_b/pre_activations': evaluation.logits, 'activations': evaluation.scores}
+    for name, values in (('weights', layer.weights), ('biases', layer.biases)):
+        statistics = {'mean_1': values.mean(), 'stddev_1': values.std(), 'max_1': values.max(), 'min_1': values.min()}
+        for key, value in {**statistics, 'histogram': values}.items():
+            summaries[f'final_training_ops/{name}/summaries/{key}'] = value
     return summaries
 
 
