@@ -182,6 +182,7 @@ MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
 NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32  # images: more are not faster on a CPU, and need more memory
+MAX_ARCHIVE_SIZE = 2**30  # bytes, unpacked: the largest model has a tenth of it, and the file may be of a stranger
 DOWNLOAD_ATTEMPTS = 3  # in a row that bring nothing new
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
@@ -345,9 +346,10 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
 
 def unzip(path: str) -> bytes:
     """Returns what is in a .gz, if there is one; nothing if its checksum finds that a byte is wrong or missing."""
+    contents = b''
     with contextlib.suppress(OSError, EOFError, zlib.error, tf.errors.NotFoundError), gfile.GFile(path, 'rb') as file:
-        return gzip.decompress(file.read())
-    return b''
+        contents = gzip.open(file).read(MAX_ARCHIVE_SIZE)
+    return contents if len(contents) < MAX_ARCHIVE_SIZE else b''
 
 
 def download(url: str, path: str) -> bytes:

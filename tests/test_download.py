@@ -150,6 +150,16 @@ def test_a_broken_archive_is_renamed_and_downloaded_again(tmp_path, monkeypatch,
     assert 'is broken: renamed to' in capsys.readouterr().out
 
 
+def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch, whole):
+    """Not more than the limit is ever in memory, whatever a few bytes unpack to."""
+    size = len(gzip.decompress(whole))
+    (tmp_path / ARCHIVE).write_bytes(whole)
+    monkeypatch.setattr(tf_retrain, 'MAX_ARCHIVE_SIZE', size)
+    assert tf_retrain.unzip(str(tmp_path / ARCHIVE)) == b''
+    monkeypatch.setattr(tf_retrain, 'MAX_ARCHIVE_SIZE', size + 1)
+    assert len(tf_retrain.unzip(str(tmp_path / ARCHIVE))) == size
+
+
 @pytest.mark.parametrize(
     ('answer', 'reason'),
     [
