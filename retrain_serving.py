@@ -260,8 +260,7 @@ class Images:
         if how_many == -1 or not rows.size:
             return rows
         classes = rng.choice(np.flatnonzero(counts), how_many)
-        first = counts.cumsum() - counts
-        return rows[first[classes] + rng.integers(counts[classes])]
+        return rows[(counts.cumsum() - counts)[classes] + rng.integers(counts[classes])]
 
 
 def get_label(folder: str) -> str:
@@ -758,20 +757,20 @@ class BottleneckCache:
         self.bottlenecks, self.fingerprints = read_bottlenecks(self.paths, backbone.bottleneck_size)
         # After the cache files: another run first records what a cache file is made of, and then writes it.
         self.records = [os.path.join(folder, '.records', f'{name}.rec') for name in names]
-        self.facts: list[dict[tuple, None]] = [{} for _ in names]  # each an ordered set
+        self.facts: list[list] = [[] for _ in names]
         for rows, texts in load_files(self.records, lambda *file: file).batch(256).as_numpy_iterator():
             for row, text in zip(rows, texts, strict=True):
-                with contextlib.suppress(ValueError, TypeError):
-                    self.facts[row] = {tuple(fact): None for fact in json.loads(text) if len(fact) == 5}
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    facts = json.loads(text)
+                    self.facts[row] = [fact for fact in facts if len(fact) == 5 and isinstance(fact[0], int | str)]
         self.statuses = list(map(get_status, images.paths))
 
     def record(self, row: int, outcome: int | str, contents: int | None) -> None:
         """Adds to a record what an image is now. If it cannot be written, the next run may have to compute again."""
         others = [fact for fact in self.facts[row] if fact[0] != outcome]
-        new = outcome, *self.statuses[row], self.backbone.checksum, contents
-        self.facts[row] = dict.fromkeys([*others, new])
+        self.facts[row] = [*others, (outcome, *self.statuses[row], self.backbone.checksum, contents)]
         with contextlib.suppress(tf.errors.OpError):
-            write_whole(self.records[row], json.dumps(list(self.facts[row])).encode())
+            write_whole(self.records[row], json.dumps(self.facts[row]).encode())
 
     def find(self, row: int, contents: int | None = None) -> int | str | None:
         """Returns the fingerprint of a cache file that is current, or why its image cannot be decoded; else None."""
@@ -782,8 +781,8 @@ class BottleneckCache:
                     return outcome
         return None
 
-    def compare(self) -> list[int | str | None]:
-        """Returns what is known of each image, which is read only if need be; None if it must be computed."""
+    def compare(self) -> np.ndarray:
+        """Returns the rows to compute, and keeps the known reasons of others; reads images only if need be."""
         for row, cached in enumerate(self.fingerprints.tolist()):
             if cached >= 0 and not self.facts[row]:  # a cache file of the original is trusted
                 self.record(row, cached, None)
@@ -794,7 +793,8 @@ class BottleneckCache:
             if (outcome := self.find(row := unsure[index], int(mark))) is not None:
                 known[row] = outcome
                 self.record(row, outcome, int(mark))
-        return known
+        self.reasons = {row: outcome for row, outcome in enumerate(known) if isinstance(outcome, str)}
+        return np.flatnonzero([outcome is None for outcome in known])
 
     def write(self, rows: np.ndarray, bottlenecks: np.ndarray, contents: np.ndarray) -> None:
         """Writes bottlenecks, and records of the file contents (fingerprints) that they are made of."""
@@ -813,8 +813,8 @@ class BottleneckCache:
             if self.written % 100 == 0:
                 tqdm.write(f'{self.written} bottleneck files created.')
 
-    def compute(self, rows: np.ndarray, data_service: str | None) -> dict[int, str]:
-        """Computes and writes the bottlenecks of some rows; returns {row: reason} of the images that cannot be used."""
+    def compute(self, rows: np.ndarray, data_service: str | None) -> None:
+        """Computes and writes the bottlenecks of some rows; keeps the reasons why others cannot be used."""
         paths, left = self.images.paths, set(rows)
         headers = {row: read_header(paths[row]) for row in rows}
         with tqdm(total=len(left), desc='Bottlenecks', unit='image', disable=None) as bar:
@@ -829,21 +829,17 @@ class BottleneckCache:
         if turned := sum(is_turned for _, is_turned in headers.values()):
             advice = 'See data/README.md on how to rotate them.'
             print(f'WARNING: images that the camera stored sideways, and that are used as stored: {turned}. {advice}')
-        reasons = {}
         for row in sorted(left):
-            reasons[row], contents = explain_unreadable(paths[row])
+            self.reasons[row], contents = explain_unreadable(paths[row])
             if contents is not None:
-                self.record(row, reasons[row], contents)
-        return reasons
+                self.record(row, self.reasons[row], contents)
 
 
 def cache_bottlenecks(images: Images, backbone: Backbone, flags: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Returns the bottlenecks, float32 [images, bottleneck size], and which of them there are, bool [images]."""
     # What is computed stays in memory while it is written: float32 written as text and read again is the same number.
     cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
-    known = cache.compare()
-    missing = np.flatnonzero([outcome is None for outcome in known])
-    reasons = {row: outcome for row, outcome in enumerate(known) if isinstance(outcome, str)}
+    missing = cache.compare()
     if missing.size:
         ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
         for row in missing:
@@ -851,8 +847,8 @@ def cache_bottlenecks(images: Images, backbone: Backbone, flags: argparse.Namesp
                 print(f'The image or the model changed, recreating bottleneck {cache.paths[row]}')
             elif gfile.exists(cache.paths[row]):
                 print(f'Invalid float found, recreating bottleneck {cache.paths[row]}')
-        reasons |= cache.compute(missing, flags.data_service)
-    return cache.bottlenecks, check_readable(images, reasons, flags.strict)
+        cache.compute(missing, flags.data_service)
+    return cache.bottlenecks, check_readable(images, cache.reasons, flags.strict)
 
 
 def check_readable(images: Images, reasons: dict[int, str], strict: bool) -> np.ndarray:
@@ -1233,8 +1229,7 @@ def check_outputs(flags: argparse.Namespace) -> None:
 def check_model(backbone: Backbone, flags: argparse.Namespace) -> None:
     """Raises UserError if an output would overwrite the model, or if the graph has a node with the result's name."""
     for name in ('output_graph', 'output_labels', 'optimized_graph'):
-        path = getattr(flags, name) or ''
-        if os.path.realpath(path.encode()) == os.path.realpath(backbone.source.encode()):
+        if os.path.realpath((getattr(flags, name) or '').encode()) == os.path.realpath(backbone.source.encode()):
             raise UserError(f'--{name}: {backbone.source} is the pretrained model. Name another file.')
     name = flags.final_tensor_name
     if name in {node.name for node in backbone.graph_def.node} or name.startswith(('final_training_ops/', 'input/')):

@@ -299,7 +299,20 @@ def test_what_cannot_be_decoded_is_tried_once(job, monkeypatch, capsys):
 # Records
 
 
-@pytest.mark.parametrize('contents', [b'', b'[', b'\xff\0', b'[1]', b'"x"', b'{}', b'[[1, 2]]', b'[[[], 1, 2, 3, 4]]'])
+RECORDS = [
+    b'',
+    b'[',
+    b'\xff\0',
+    b'[1]',
+    b'"x"',
+    b'{}',
+    b'[[1, 2]]',
+    b'[[[], 1, 2, 3, 4]]',
+    b'[{"1":1,"2":2,"3":3,"4":4,"5":5}]',
+]
+
+
+@pytest.mark.parametrize('contents', RECORDS)
 def test_a_damaged_record_counts_for_nothing(job, monkeypatch, capsys, contents):
     """The cache file is believed, as without a record."""
     job.photographs(cat=20, dog=20)
