@@ -652,15 +652,18 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
         socket.create_connection((host, int(port)), timeout=DATA_SERVICE_TIMEOUT).close()
     except OSError as error:
         raise UserError(f'--data_service: {address} does not answer ({error}). Start it, or leave the flag out.')
-    policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
-    batches = batches.map(lambda tags, images: (tags, network(images)))
-    batches = batches.apply(tf.data.experimental.service.distribute(policy, address))
-    iterator = itertools.chain(batches)  # asks the service for nothing yet
+
+    def receive() -> Iterator:
+        policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
+        computed = batches.map(lambda tags, images: (tags, network(images)))
+        yield from computed.apply(tf.data.experimental.service.distribute(policy, address)).as_numpy_iterator()
+
+    iterator = receive()
     try:
         with multiprocessing.pool.ThreadPool(1) as thread:
-            # The service waits forever for a worker that died.
+            # Each call to the service may wait forever, for a dispatcher that hangs or a worker that died.
             while batch := thread.apply_async(next, [iterator, None]).get(DATA_SERVICE_TIMEOUT):
-                yield tuple(tensor.numpy() for tensor in batch)
+                yield batch
     except (tf.errors.OpError, multiprocessing.TimeoutError) as error:
         reason = getattr(error, 'message', f'nothing came for {DATA_SERVICE_TIMEOUT} s')
         print(f'WARNING: {address} failed ({reason}).')

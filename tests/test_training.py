@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -409,21 +410,34 @@ tf_retrain.run(tf_retrain.main, tf_retrain.parse_flags(tf_retrain.create_parser(
 """
 
 
-@pytest.mark.slow
-def test_a_data_service_that_hangs_does_not_hold_up_the_run(job):
-    """Neither when it brings nothing, nor at the end of the process."""
-    job.photographs(cat=30, dog=30)
-    with DataService() as service:
-        for worker in service.workers:
-            worker.send_signal(signal.SIGSTOP)
-        command = [sys.executable, '-c', SHORT_TIMEOUT, *job.arguments(data_service=service.dispatcher.target)]
-        environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-        process = subprocess.run(command, cwd=job.folder, env=environment, capture_output=True, text=True, timeout=45)
+def check_computed_here(job, target):
+    """Runs a job with a service that hangs: its images are computed here after a warning, and the process ends."""
+    command = [sys.executable, '-c', SHORT_TIMEOUT, *job.arguments(data_service=target)]
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    process = subprocess.run(command, cwd=job.folder, env=environment, capture_output=True, text=True, timeout=45)
     assert process.returncode == 0
     assert process.stderr == ''
     assert re.search(r'WARNING: grpc://\S+ failed \(nothing came for 5 s\)\.', process.stdout)
     assert re.search(r'WARNING: grpc://\S+ left out 60 of 60 images\.', process.stdout)
     assert len(created(process.stdout)) == 60
+
+
+@pytest.mark.slow
+def test_workers_that_hang_do_not_hold_up_the_run(job):
+    """Neither when they bring nothing, nor at the end of the process."""
+    job.photographs(cat=30, dog=30)
+    with DataService() as service:
+        for worker in service.workers:
+            worker.send_signal(signal.SIGSTOP)
+        check_computed_here(job, service.dispatcher.target)
+
+
+@pytest.mark.slow
+def test_a_dispatcher_that_hangs_does_not_hold_up_the_run(job):
+    """It lets clients connect, and answers nothing."""
+    job.photographs(cat=30, dog=30)
+    with socket.create_server(('localhost', 0)) as dispatcher:
+        check_computed_here(job, f'grpc://localhost:{dispatcher.getsockname()[1]}')
 
 
 def test_a_data_service_that_fails_says_why_at_once(job, monkeypatch, capsys):
