@@ -263,7 +263,7 @@ class Cache(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_whatever_users_do():
-    examples = int(os.environ.get('STATEFUL_EXAMPLES', 25))
+    examples = int(os.environ.get('STATEFUL_EXAMPLES', 40))
     options = {'deadline': None, 'suppress_health_check': list(HealthCheck), 'stateful_step_count': 30}
     run_state_machine_as_test(Cache, settings=settings(max_examples=examples, print_blob=True, **options))
 

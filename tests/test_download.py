@@ -248,7 +248,8 @@ def test_a_model_of_another_kind(tmp_path):
     graph_def = build_model()
     del graph_def.node[-6:]
     path.write_bytes(graph_def.SerializeToString())
-    with pytest.raises(tf_retrain.UserError, match=r'\(pool_3 is not in graph\)\. Delete it and run'):
+    message = r'\(pool_3 is not in graph\)\. Delete it and run the same command again to download it\.$'
+    with pytest.raises(tf_retrain.UserError, match=message):
         load_backbone(tmp_path)
 
 

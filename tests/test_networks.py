@@ -119,9 +119,8 @@ def test_a_graph_that_is_no_mobilenet(job, monkeypatch):
     path = write_mobilenet(job.folder / 'inception', '0.25_128')
     shutil.copy(job.folder / 'inception/classify_image_graph_def.pb', path)
     job.photographs(cat=20, dog=20)
-    with pytest.raises(
-        tf_retrain.UserError, match=f'frozen_graph.pb is damaged, or not the graph of {MOBILENET} .input is not'
-    ):
+    message = rf'frozen_graph.pb is damaged, or not the graph of {MOBILENET} \(input is not in graph\)\.'
+    with pytest.raises(tf_retrain.UserError, match=message):
         job.main(monkeypatch, f'--architecture={MOBILENET}')
 
 
