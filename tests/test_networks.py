@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
@@ -119,7 +120,7 @@ def test_a_graph_that_is_no_mobilenet(job, monkeypatch):
     path = write_mobilenet(job.folder / 'inception', '0.25_128')
     shutil.copy(job.folder / 'inception/classify_image_graph_def.pb', path)
     job.photographs(cat=20, dog=20)
-    message = rf'frozen_graph.pb is damaged, or not the graph of {MOBILENET} \(input is not in graph\)\.'
+    message = r'frozen_graph\.pb is damaged or another graph \(input is not in graph\)\. Delete it and run again to '
     with pytest.raises(tf_retrain.UserError, match=message):
         job.main(monkeypatch, f'--architecture={MOBILENET}')
 
@@ -326,9 +327,13 @@ def test_bottlenecks_in_bfloat16(job, monkeypatch, capsys, network):
         job.main(monkeypatch, *flags)
         assert len(created(capsys.readouterr().out)) == count
     assert {path: path.read_bytes() for path in plain} == plain
+    # TensorFlow leaves the graph in float32 on a processor without AVX-512, whatever the program was made to find.
+    is_converted = 'avx512f' in pathlib.Path('/proc/cpuinfo').read_text()
     for path in plain:
         numbers, exact = read_cache(path.with_name(f'{path.stem}_bfloat16.txt')), read_cache(path)
-        assert 0 < np.abs(numbers - exact).max() < 0.05 * np.abs(exact).max()
+        difference = np.abs(numbers - exact).max()
+        assert difference < 0.05 * np.abs(exact).max()
+        assert difference > 0 or not is_converted
     types = {attribute.type for node in job.graph().node for attribute in node.attr.values()}
     assert tf.bfloat16.as_datatype_enum not in types
     assert [(node.name, node.op) for node in job.graph().node] == [(node.name, node.op) for node in expected.node]
