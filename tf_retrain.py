@@ -6,7 +6,8 @@
 
 --image_dir holds one folder of photographs per class. Each photograph goes once through Inception-v3 (Szegedy et al.,
 https://arxiv.org/abs/1512.00567) up to the layer before the last. The 2,048 numbers found there, the photograph's
-bottleneck, are cached on disk. A new last layer is then trained on the bottlenecks, which takes seconds.
+bottleneck, are cached on disk. A new last layer is then trained on the bottlenecks, which takes seconds. main() names
+the steps of a run; the functions before it stand in the same order.
 """
 
 import argparse
@@ -36,8 +37,6 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
-
-# Flags
 
 MOBILENET_SIZES = [f'{size}_{side}' for size in ('1.0', '0.75', '0.50', '0.25') for side in (224, 192, 160, 128)]
 NETWORKS = 'inception_v3, or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>'
@@ -147,7 +146,6 @@ from google.protobuf.message import DecodeError
 from tensorflow.compat.v1 import AttrValue, GraphDef, NodeDef, Summary
 from tensorflow.compat.v1.graph_util import extract_sub_graph
 from tensorflow.compat.v1.image import resize_bilinear
-from tensorflow.graph_util import import_graph_def
 from tensorflow.io import gfile
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 from tensorflow.python.grappler import tf_optimizer
@@ -162,11 +160,10 @@ MODEL_GRAPH_NAME = 'classify_image_graph_def.pb'
 JPEG_DATA_NODE = 'DecodeJpeg/contents'
 RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
 SCALED_INPUT_NODE = 'Mul'
-BOTTLENECK_NODE, BOTTLENECK_SIZE = 'pool_3/_reshape', 2048
-
+BOTTLENECK = 'pool_3/_reshape', 2048  # node and size
 MOBILENET_URL = 'http://download.tensorflow.org/models/mobilenet_v1_{}_frozen.tgz'
 MOBILENET_GRAPH_NAME = 'mobilenet_v1_{}/frozen_graph.pb'
-MOBILENET_BOTTLENECK_NODE, MOBILENET_BOTTLENECK_SIZE = 'MobilenetV1/Predictions/Reshape', 1001
+MOBILENET_BOTTLENECK = 'MobilenetV1/Predictions/Reshape', 1001
 
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
@@ -219,7 +216,32 @@ def name_some(names: list[str]) -> str:
     return ', '.join(names[:10]) + (f' and {len(names) - 10} more' if len(names) > 10 else '')
 
 
-# Images and split
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Turns a failure or Ctrl-C inside into a warning: only what is made there is lost."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        print(f'WARNING: {name} left out ({type(error).__name__}: {getattr(error, "message", error)})')
+
+
+def check_outputs(flags: argparse.Namespace) -> None:
+    """Tries out what the end of the run needs, before anything is computed; raises UserError if something is wrong."""
+    names = 'output_graph', 'output_labels', 'optimized_graph'
+    outputs = {f'--{name}': path for name in names if (path := getattr(flags, name))}
+    models = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
+    taken = {os.path.realpath(os.path.join(flags.model_dir, name).encode()) for name in models}
+    paths = {os.path.realpath(path.encode()) for path in (*outputs.values(), f'{flags.output_graph}.json')}
+    if len(paths) <= len(outputs):
+        raise UserError(f'{", ".join(outputs)} must be different files. Name others.')
+    for flag, path in outputs.items():
+        if gfile.isdir(path) or not os.path.basename(path):
+            raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
+        if os.path.realpath(path.encode()) in taken:
+            raise UserError(f'{flag}: {path} is the pretrained model. Name another file.')
+        ensure_writable_dir(os.path.dirname(path), flag)
+    for name in ('train', 'validation', 'test'):
+        ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,21 +301,8 @@ def list_dir(path: str) -> list[str]:
         raise UserError(f"'{path}' has a file whose name is not UTF-8, {error.object!r}. Rename it.")
 
 
-def select_images(path: str) -> list[str]:
-    """Returns the names of the images in a class folder; names what is passed over, and warns of few images."""
-    names = list_dir(path)
-    images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != '.']
-    if others := sorted(set(names) - set(images)):
-        print(f'{path}: {len(images)} images; passed over: {name_some(others)}')
-    if not images:
-        print(f'WARNING: {path} has no images. It is not used as a class.')
-    elif len(images) < 20:
-        print(f'WARNING: Folder has less than 20 images, which may cause issues. ({path}: {len(images)})')
-    return images
-
-
 def list_images(flags: argparse.Namespace) -> Images:
-    """Returns the images of the class folders; raises UserError unless two or more make classes."""
+    """Returns the images of the class folders, and names what is passed over; UserError for fewer than two classes."""
     if not gfile.isdir(flags.image_dir):
         raise UserError(f"--image_dir: there is no folder '{flags.image_dir}'. Name the one with your class folders.")
     labels: dict[str, str] = {}
@@ -302,15 +311,24 @@ def list_images(flags: argparse.Namespace) -> Images:
         path = os.path.join(flags.image_dir, folder)
         if folder.startswith('.') or not gfile.isdir(path):
             loose_images += folder.lower().endswith(IMAGE_EXTENSIONS)
-        elif names := select_images(path):
-            if not (label := get_label(folder)):
-                raise UserError(f'{path!r}: the label of this folder would be blank. Rename the folder.')
-            if label in labels:
-                raise UserError(f"{labels[label]} and {path} have the same label '{label}'. Rename or merge them.")
-            for name in names:
-                of = get_set(os.path.join(path, name), flags.testing_percentage, flags.validation_percentage)
-                rows.append((os.path.join(folder, name), len(labels), of))
-            labels[label] = path
+            continue
+        names = list_dir(path)
+        images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != '.']
+        if others := sorted(set(names) - set(images)):
+            print(f'{path}: {len(images)} images; passed over: {name_some(others)}')
+        if not images:
+            print(f'WARNING: {path} has no images. It is not used as a class.')
+            continue
+        if len(images) < 20:
+            print(f'WARNING: Folder has less than 20 images, which may cause issues. ({path}: {len(images)})')
+        if not (label := get_label(folder)):
+            raise UserError(f'{path!r}: the label of this folder would be blank. Rename the folder.')
+        if label in labels:
+            raise UserError(f"{labels[label]} and {path} have the same label '{label}'. Rename or merge them.")
+        for name in images:
+            of = get_set(os.path.join(path, name), flags.testing_percentage, flags.validation_percentage)
+            rows.append((os.path.join(folder, name), len(labels), of))
+        labels[label] = path
     if loose_images:
         print(f'WARNING: {flags.image_dir} has {loose_images} images outside of class folders. They are not used.')
     if len(labels) < 2:
@@ -322,29 +340,29 @@ def list_images(flags: argparse.Namespace) -> Images:
 
 def check_sets(images: Images, flags: argparse.Namespace) -> None:
     """Warns of classes without an image in a set; raises UserError if there is nothing to train on."""
-    percentages = {'testing': flags.testing_percentage, 'validation': flags.validation_percentage, 'training': 100}
-    for name, percentage in percentages.items():
+    for name in ('testing', 'validation', 'training'):
         empty = [label for label, count in zip(images.labels, images.members[name][1], strict=True) if not count]
-        if empty and percentage:
+        if getattr(flags, f'{name}_percentage', 100) and empty:
             missing = f'no {name} image in {len(empty)} of {len(images.labels)} classes: {name_some(empty)}'
             print(f'WARNING: {missing}. Add images, or change --testing_percentage or --validation_percentage.')
     if not images.members['training'][0].size:
         raise UserError('--image_dir: no image fell into the training set. Add images, or lower --testing_percentage.')
 
 
-# Model
-
-
-def unzip(path: str) -> bytes:
-    """Returns what is in a .gz, if there is one; nothing if its checksum finds that a byte is wrong or missing."""
-    contents = b''
-    with contextlib.suppress(OSError, EOFError, zlib.error, tf.errors.NotFoundError), gfile.GFile(path, 'rb') as file:
+def extract(archive: str, name: str) -> bytes:
+    """Returns a file in a .tgz; nothing if it is not there, or if a checksum finds that a byte is wrong or missing."""
+    errors = OSError, EOFError, zlib.error, tarfile.TarError, tf.errors.NotFoundError
+    with contextlib.suppress(*errors), gfile.GFile(archive, 'rb') as file:
         contents = gzip.open(file).read(MAX_ARCHIVE_SIZE)
-    return contents if len(contents) < MAX_ARCHIVE_SIZE else b''
+        for member in (tar := tarfile.open(fileobj=io.BytesIO(contents))):
+            is_wanted = member.isfile() and os.path.normpath(member.name) == name
+            if is_wanted and len(contents) < MAX_ARCHIVE_SIZE and (graph := tar.extractfile(member)):
+                return graph.read()
+    return b''
 
 
-def download(url: str, path: str) -> bytes:
-    """Downloads a .gz to `path`, by way of `path`.part, where it goes on after a break; returns what is in it."""
+def download(url: str, path: str, name: str) -> bytes:
+    """Downloads a .tgz by way of `path`.part, where it goes on after a break; returns the named file in it."""
     partial, failures = path + '.part', 0
     while failures < DOWNLOAD_ATTEMPTS:
         time.sleep(failures)
@@ -362,10 +380,10 @@ def download(url: str, path: str) -> bytes:
                         share = f'{100 * done / total:.1f}%' if total >= done else f'{done / 1e6:.1f} MB'
                         print(f'\r>> Downloading {os.path.basename(path)} {share}', end='', file=sys.stderr)
             print(file=sys.stderr)
-            if done >= total and (contents := unzip(partial)):
+            if done >= total and (contents := extract(partial, name)):
                 gfile.rename(partial, path, overwrite=True)
                 return contents
-            reason, is_useless = f'{done:,} of {total:,} bytes came, and are not a .tgz archive', done >= total
+            reason, is_useless = f'{done:,} of {total:,} bytes came, and are not a .tgz with {name}', done >= total
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f'{type(error).__name__}: {error}'.strip()
             is_useless = getattr(error, 'code', None) == 416  # HTTP: there is nothing beyond what the part has
@@ -378,29 +396,23 @@ def download(url: str, path: str) -> bytes:
 def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str:
     """Returns the path of `graph_name` in `model_dir`, after taking it out of the archive at `url` if need be."""
     graph_path, archive = os.path.join(model_dir, graph_name), os.path.join(model_dir, os.path.basename(url))
-    if gfile.exists(graph_path):
-        return graph_path
-    ensure_writable_dir(os.path.dirname(graph_path), '--model_dir')
-    if not (contents := unzip(archive)) and gfile.exists(archive):
-        print(f'{archive} is broken: renamed to {archive}.broken, and downloaded again.')
-        gfile.rename(archive, archive + '.broken', overwrite=True)
-    with contextlib.suppress(tarfile.TarError):
-        for member in (tar := tarfile.open(fileobj=io.BytesIO(contents or download(url, archive)))):
-            if member.isfile() and os.path.normpath(member.name) == graph_name and (graph := tar.extractfile(member)):
-                write_whole(graph_path, graph.read())
-                return graph_path
-    raise UserError(f'{archive} has no {graph_name} in it. Delete it and run the same command again.')
+    if not gfile.exists(graph_path):
+        ensure_writable_dir(os.path.dirname(graph_path), '--model_dir')
+        if not (graph := extract(archive, graph_name)) and gfile.exists(archive):
+            print(f'{archive} is damaged, or has no {graph_name} in it: renamed to {archive}.broken.')
+            gfile.rename(archive, archive + '.broken', overwrite=True)
+        write_whole(graph_path, graph or download(url, archive, graph_name))
+    return graph_path
 
 
-def load_graph_def(path: str, architecture: str, needed: list[str]) -> tuple[GraphDef, int]:
-    """Returns a graph up to the needed nodes, and the CRC-32 of its file; raises UserError if it is damaged."""
-    with gfile.GFile(path, 'rb') as file:
-        contents = file.read()
+def load_graph_def(model_dir: str, url: str, graph_name: str, needed: list[str]) -> tuple[str, GraphDef, int]:
+    """Returns path, graph up to the needed nodes, and CRC-32 of a model's file; raises UserError if it is damaged."""
+    path = maybe_download_and_extract(model_dir, url, graph_name)
+    contents = gfile.GFile(path, 'rb').read()
     try:
-        return extract_sub_graph(GraphDef.FromString(contents), needed), zlib.crc32(contents)
+        return path, extract_sub_graph(GraphDef.FromString(contents), needed), zlib.crc32(contents)
     except (DecodeError, AssertionError, KeyError) as error:  # the last two for a node that is not there
-        problem = f'{path} is damaged, or not the graph of {architecture} ({error})'
-        raise UserError(f'{problem}. Delete it and run the same command again to download it.')
+        raise UserError(f'{path} is damaged or another graph ({error}). Delete it and run again to download {url}.')
 
 
 class Pixels(NamedTuple):
@@ -432,7 +444,7 @@ class Backbone:
             with tf.device(device):
                 inputs = {f'{name}:0': tf.identity(tensor) for name, tensor in weights.items()}
                 inputs[f'{SCALED_INPUT_NODE}:0'] = (images - self.pixels.mean) * (1 / self.pixels.deviation)
-                return import_graph_def(structure, inputs, [f'{self.bottleneck}:0'])[0]
+                return tf.graph_util.import_graph_def(structure, inputs, [f'{self.bottleneck}:0'])[0]
 
         network.get_concrete_function()  # finds out now whether TensorFlow accepts the graph
         return network
@@ -456,7 +468,7 @@ class Backbone:
 
 
 def load_backbone(flags: argparse.Namespace) -> Backbone:
-    """Returns the network that the flags ask for, after downloading it if need be."""
+    """Returns the network that the flags ask for, after downloading it if need be; UserError if it cannot be used."""
     if flags.data_service:
         tf.config.set_visible_devices([], 'GPU')  # the network runs on the CPUs of the workers
     size = flags.architecture.removeprefix('mobilenet_')
@@ -464,17 +476,17 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
         backbone = load_tfhub_module(flags.tfhub_module)
     elif size in MOBILENET_SIZES:
         url, name = MOBILENET_URL.format(size), MOBILENET_GRAPH_NAME.format(size)
-        path = maybe_download_and_extract(flags.model_dir, url, name)
-        graph_def, checksum = load_graph_def(path, flags.architecture, ['input', MOBILENET_BOTTLENECK_NODE])
+        path, graph_def, checksum = load_graph_def(flags.model_dir, url, name, ['input', MOBILENET_BOTTLENECK[0]])
         pixels = Pixels((int(size[-3:]), int(size[-3:])), 127.5, 127.5)
         graph_def = prepend_decoding(graph_def, 'input:0', pixels)
-        bottleneck = MOBILENET_BOTTLENECK_NODE, MOBILENET_BOTTLENECK_SIZE
-        backbone = Backbone(path, graph_def, checksum, *bottleneck, pixels, f'_{flags.architecture}')
+        backbone = Backbone(path, graph_def, checksum, *MOBILENET_BOTTLENECK, pixels, f'_{flags.architecture}')
     else:
-        path = maybe_download_and_extract(flags.model_dir, DATA_URL, MODEL_GRAPH_NAME)
-        needed = [JPEG_DATA_NODE, RESIZED_INPUT_NODE, SCALED_INPUT_NODE, 'pool_3', BOTTLENECK_NODE]
-        graph_def, checksum = load_graph_def(path, flags.architecture, needed)
-        backbone = Backbone(path, graph_def, checksum, BOTTLENECK_NODE, BOTTLENECK_SIZE, Pixels((299, 299), 128, 128))
+        needed = [JPEG_DATA_NODE, RESIZED_INPUT_NODE, SCALED_INPUT_NODE, 'pool_3', BOTTLENECK[0]]
+        path, graph_def, checksum = load_graph_def(flags.model_dir, DATA_URL, MODEL_GRAPH_NAME, needed)
+        backbone = Backbone(path, graph_def, checksum, *BOTTLENECK, Pixels((299, 299), 128, 128))
+    name = flags.final_tensor_name
+    if name in {node.name for node in backbone.graph_def.node} or name.startswith(('final_training_ops/', 'input/')):
+        raise UserError(f'--final_tensor_name: the graph already has a node named {name}. Choose another name.')
     if flags.precision == 'bfloat16':
         features = ''
         with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
@@ -505,7 +517,7 @@ def prepend_decoding(graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: s
         image = resize_bilinear(tf.expand_dims(image, 0, name='ExpandDims'), pixels.size, name=RESIZED_INPUT_NODE)
         image = tf.subtract(image, pixels.mean, name='Sub')
         image = tf.multiply(image, 1 / pixels.deviation, name=SCALED_INPUT_NODE)
-        import_graph_def(graph_def, {tensor: image}, name=prefix)
+        tf.graph_util.import_graph_def(graph_def, {tensor: image}, name=prefix)
     return export_graph(graph)
 
 
@@ -530,18 +542,14 @@ def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
     """Returns a graph up to a node after an optimizer of TensorFlow (tensorflow/core/grappler/optimizers)."""
     meta_graph = tf.compat.v1.MetaGraphDef(graph_def=graph_def)
     meta_graph.collection_def['train_op'].node_list.value.append(output)  # what it must keep
+    functions = meta_graph.graph_def.library.function
+    nodes = itertools.chain(meta_graph.graph_def.node, *(function.node_def for function in functions))
+    for owner in itertools.chain(nodes, functions):
+        for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):  # keep functions from being inlined
+            owner.attr.pop(name, None)
     config = tf.compat.v1.ConfigProto()
     config.graph_options.rewrite_options.optimizers.append(optimizer)
     return tf_optimizer.OptimizeGraph(config, meta_graph)
-
-
-def inline_functions(graph_def: GraphDef, output: str) -> GraphDef:
-    """Returns a graph up to a node in plain ops: without functions, which XLA may claim, and their gradients."""
-    nodes = itertools.chain(graph_def.node, *(function.node_def for function in graph_def.library.function))
-    for owner in itertools.chain(nodes, graph_def.library.function):
-        for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):
-            owner.attr.pop(name, None)
-    return optimize(graph_def, output, 'function')
 
 
 def load_tfhub_module(handle: str) -> Backbone:
@@ -564,7 +572,7 @@ def load_tfhub_module(handle: str) -> Backbone:
         return tf.reshape(tf.nest.flatten(function(images))[0], [-1, size], name='bottleneck')
 
     frozen = convert_variables_to_constants_v2(extract.get_concrete_function())
-    plain = inline_functions(frozen.graph.as_graph_def(), 'bottleneck')
+    plain = optimize(frozen.graph.as_graph_def(), 'bottleneck', 'function')  # functions become plain ops
     graph_def = prepend_decoding(plain, frozen.inputs[0].name, pixels, 'module')
     graph_def = extract_sub_graph(graph_def, ['module/bottleneck'])
     files = sorted(os.path.join(folder, name) for folder, _, names in gfile.walk(path) for name in names)
@@ -584,29 +592,27 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
     folded = GraphDef()
     folded.CopyFrom(graph_def)
     folded.versions.producer = tf.version.GRAPH_DEF_VERSION
-    float_type = AttrValue(type=tf.float32.as_datatype_enum)
+    float32 = AttrValue(type=tf.float32.as_datatype_enum)
     nodes = {node.name: node for node in folded.node}
     constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
     for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
         node.input[:] = [name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics']
         if node.op == 'BatchNormWithGlobalNormalization':
-            convolution, *parameters = node.input
-            tensors = [constants[name] for name in (nodes[convolution].input[1], *parameters)]
+            convolution, *names = node.input
+            tensors = [constants[name] for name in (nodes[convolution].input[1], *names)]
             weights, mean, variance, beta, gamma = (np.float64(tf.make_ndarray(tensor)) for tensor in tensors)
-            scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
-            if node.attr['scale_after_normalization'].b:
-                scale *= gamma
+            scale = gamma if node.attr['scale_after_normalization'].b else 1
+            scale = scale / np.sqrt(variance + node.attr['variance_epsilon'].f)
             tensors[0].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
             tensors[3].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-            inputs = [convolution, parameters[2]]
-            node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=inputs, attr={'T': float_type}))
+            node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=[convolution, names[2]], attr={'T': float32}))
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
-            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float_type}))
+            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float32}))
         elif node.op == 'Reshape' and node.input[1] in constants:
             if len(sides := tf.make_ndarray(constants[node.input[1]])) == 2 and sides[0] == 1:
                 constants[node.input[1]].CopyFrom(tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype)))
-    attributes = {'dtype': float_type, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
+    attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, [output])
 
@@ -626,9 +632,6 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
     return structure, weights
 
 
-# Bottlenecks, and those of distorted images
-
-
 def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator:
     """Yields (tags, bottlenecks) of each (tags, images): the devices work at once, while the next batches are made."""
     iterator = iter(batches.prefetch(2 * len(networks)))
@@ -646,9 +649,8 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
         raise UserError(f'--data_service: {address} does not answer ({error}). Start it, or leave the flag out.')
 
     def receive() -> Iterator:
-        policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
-        computed = batches.map(lambda tags, images: (tags, network(images)))
-        yield from computed.apply(tf.data.experimental.service.distribute(policy, address)).as_numpy_iterator()
+        distribute = tf.data.experimental.service.distribute('distributed_epoch', address)
+        yield from batches.map(lambda tags, images: (tags, network(images))).apply(distribute).as_numpy_iterator()
 
     iterator = receive()
     try:
@@ -685,10 +687,7 @@ def compute_bottlenecks(paths: list, backbone: Backbone, distort: Callable | Non
 
 
 def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bottlenecks in cache files, float32 [N, size], and fingerprints of the files, int64 [N].
-
-    A fingerprint is -1, and the bottleneck undefined, where a file does not hold `size` finite numbers.
-    """
+    """Returns the bottlenecks in cache files, float32 [N, size], and fingerprints, int64 [N]: -1 for damaged files."""
 
     def parse(row: tf.Tensor, text: tf.Tensor) -> tuple[tf.Tensor, ...]:
         numbers = tf.ensure_shape(tf.strings.to_number(tf.strings.split(text, ',')), [size])
@@ -702,21 +701,19 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
 
 def get_status(path: str) -> tuple[int, int]:
     """Returns size in bytes and modification time in ns of a file; -1 and -1 if there is none."""
-    try:
+    with contextlib.suppress(OSError):
         return (status := os.stat(path.encode())).st_size, status.st_mtime_ns  # bytes, as LANG may be of ASCII alone
-    except OSError:  # gs:// and its like; gfile knows the times of local files only in seconds
-        with contextlib.suppress(tf.errors.OpError):
-            return (status := gfile.stat(path)).length, status.mtime_nsec
+    with contextlib.suppress(tf.errors.OpError):  # gs:// and its like; gfile knows times of local files in seconds only
+        return (status := gfile.stat(path)).length, status.mtime_nsec
     return -1, -1
 
 
 def read_header(path: str) -> tuple[int, bool]:
     """Returns how many pixels an image has, and whether its EXIF orientation asks viewers to turn it."""
-    try:
-        with gfile.GFile(path, 'rb') as file, Image.open(file) as image:
-            return image.width * image.height, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    except Exception:  # Pillow has many kinds of errors
-        return 0, False
+    # Pillow has many kinds of errors.
+    with contextlib.suppress(Exception), gfile.GFile(path, 'rb') as file, Image.open(file) as image:
+        return image.width * image.height, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return 0, False
 
 
 def explain_unreadable(path: str) -> tuple[str, int | None]:
@@ -725,8 +722,7 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
     try:
         contents = tf.io.read_file(path)
         mark, start = int(fingerprint(contents)), tf.strings.substr(contents, 0, 12).numpy()
-        pixels, _ = read_header(path)
-        if pixels > MAX_PIXELS:
+        if (pixels := read_header(path)[0]) > MAX_PIXELS:
             return f'it has {pixels:,} pixels, more than {MAX_PIXELS:,}', mark
         if start and start[:2] not in (b'\xff\xd8', b'\x89P', b'GI'):
             return f'it is not JPEG, PNG or still GIF: it starts with {start!r}', mark
@@ -831,7 +827,7 @@ class BottleneckCache:
 
 
 def cache_bottlenecks(images: Images, backbone: Backbone, flags: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bottlenecks, float32 [images, bottleneck size], and which of them there are, bool [images]."""
+    """Returns bottlenecks, float32 [images, size], and which exist, bool [images]; UserError if a class has none."""
     # What is computed stays in memory while it is written: float32 written as text and read again is the same number.
     cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
     missing = cache.compare()
@@ -843,66 +839,68 @@ def cache_bottlenecks(images: Images, backbone: Backbone, flags: argparse.Namesp
             elif gfile.exists(cache.paths[row]):
                 print(f'Invalid float found, recreating bottleneck {cache.paths[row]}')
         cache.compute(missing, flags.data_service)
-    return cache.bottlenecks, check_readable(images, cache.reasons, flags.strict)
-
-
-def check_readable(images: Images, reasons: dict[int, str], strict: bool) -> np.ndarray:
-    """Names the images that are left out, and returns which are not, bool [images]; UserError if a class has none."""
-    for row, reason in sorted(reasons.items()):
-        line = f'{images.paths[row]!r} is left out: {reason}'
-        if strict:
+    readable = np.ones(len(images.files), bool)
+    for row, reason in sorted(cache.reasons.items()):
+        line, readable[row] = f'{images.paths[row]!r} is left out: {reason}', False
+        if flags.strict:
             raise UserError(f'--strict: {line}. Replace or delete it.')
         print(f'WARNING: {line}')
-    if reasons:
-        print(f'WARNING: {len(reasons)} of {len(images.files)} images are left out. Replace or delete them.')
-    readable = ~np.isin(np.arange(len(images.files)), list(reasons))
+    if cache.reasons:
+        print(f'WARNING: {len(cache.reasons)} of {len(images.files)} images are left out. Replace or delete them.')
     for index in np.setdiff1d(images.classes, images.classes[readable]):
         folder = os.path.dirname(images.files[images.classes == index][0])
         raise UserError(f"No image in the class folder '{folder}' can be read. Add some, or remove the folder.")
-    return readable
+    return cache.bottlenecks, readable
 
 
-def create_distortion(strengths: tuple, size: tuple[int, int], seed: np.ndarray) -> Callable:
-    """Returns a function that distorts image number `first` + `index` at random, to float [*size, 3].
+def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tuple[int, int]], int]:
+    """Pairs images whose bottlenecks have a cosine similarity of DUPLICATE_SIMILARITY, each with at most one.
 
-    It is resized to size * (1 + random_crop / 100) * U(1, 1 + random_scale / 100), cropped to size, mirrored half of
-    the time, and multiplied by U(1 - b / 100, 1 + b / 100) for a random_brightness of b.
+    That is one of another label, if there is any, then a training image for one that is none, then one of the same set,
+    unless the two are variants by `_nohash_`. Of more than MAX_COMPARED images, those for training are not compared.
+    Returns pairs of rows, the worst first, and how many images for validation or test are like a training image.
     """
-    flip_left_right, random_crop, random_scale, random_brightness = strengths
-
-    def distort(image: tf.Tensor, index: tf.Tensor, first: int) -> tf.Tensor:
-        seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, first + index), 4))
-        resize_scale = tf.random.stateless_uniform([], seeds[0], 1.0, 1.0 + random_scale / 100.0)
-        precrop_size = tf.cast((1.0 + random_crop / 100.0) * resize_scale * size, tf.int32)
-        image = resize_bilinear(image[tf.newaxis], precrop_size)[0]
-        image = tf.image.stateless_random_crop(image, [*size, 3], seeds[1])
-        if flip_left_right:
-            image = tf.image.stateless_random_flip_left_right(image, seeds[2])
-        spread = random_brightness / 100.0
-        return image * tf.random.stateless_uniform([], seeds[3], 1.0 - spread, 1.0 + spread)
-
-    return distort
-
-
-def compute_distorted(draws: Iterator, images: Images, backbone: Backbone, distort: Callable) -> Iterator:
-    """Yields (rows, bottlenecks) of distorted images for each draw of rows, without those that became unreadable."""
-    vanished: set[str] = set()
-    try:
-        for step, drawn in enumerate(draws):
-            paths, is_found = [images.paths[row] for row in drawn], np.zeros(drawn.size, bool)
-            bottlenecks = np.zeros([drawn.size, backbone.bottleneck_size], np.float32)
-            distort_drawn = functools.partial(distort, first=step * drawn.size)
-            for tags, found in compute_bottlenecks(paths, backbone, distort_drawn, None):
-                is_found[tags[:, 0]], bottlenecks[tags[:, 0]] = True, found
-            vanished.update(itertools.compress(paths, ~is_found))
-            yield drawn[is_found], bottlenecks[is_found]
-    finally:
-        if vanished:
-            names = name_some(sorted(vanished))
-            print(f'WARNING: {len(vanished)} images could no longer be read, and were not trained on: {names}')
+    classes, is_training, leaked = images.classes, images.sets == 'training', 0
+    stems = np.array([file.split('_nohash_')[0] for file in images.files], object)
+    # The product of two vectors is at most that of the norms of their groups of eight numbers (Cauchy-Schwarz), so that
+    # few pairs need the former. A bottleneck of equal numbers is like no other: its scale is 0.
+    groups, blocks = np.arange(0, bottlenecks.shape[1], 8), np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024)
+    squares = np.concatenate([np.add.reduceat(np.square(block), groups, axis=1) for block in blocks])
+    scale = np.where(np.ptp(bottlenecks, axis=1) > 0, 1 / np.sqrt(squares.sum(axis=1)), 0)[:, None]
+    short = tf.constant(np.sqrt(squares) * scale)
+    best, partner = np.zeros(len(classes)), np.zeros(len(classes), int)
+    compared = np.arange(len(classes)) if len(classes) <= MAX_COMPARED else np.flatnonzero(~is_training)
+    for rows in np.split(compared, range(512, len(compared), 512)):
+        is_near = (tf.matmul(tf.gather(short, rows), short, transpose_b=True) > DUPLICATE_SIMILARITY - 1e-4).numpy()
+        is_near[np.arange(len(rows)), rows] = False
+        rows, others = rows[is_near.any(axis=1)], np.flatnonzero(is_near.any(axis=0))
+        if not rows.size:
+            continue
+        units, other_units = (bottlenecks[of] * scale[of] for of in (rows, others))
+        similarity = tf.matmul(units, other_units, transpose_b=True).numpy()  # on all cores, unlike NumPy here
+        differs, leaks = classes[rows, None] != classes[others], is_training[others] & ~is_training[rows, None]
+        is_alike = (similarity >= DUPLICATE_SIMILARITY) & (differs | leaks | (stems[rows, None] != stems[others]))
+        leaked += (is_alike & leaks).any(axis=1).sum()
+        badness = np.where(is_alike, 2 * differs + leaks + similarity, 0)
+        best[rows], partner[rows] = badness.max(axis=1), others[badness.argmax(axis=1)]
+    order = np.argsort(-best, kind='stable')
+    pairs = dict.fromkeys((min(row, partner[row]), max(row, partner[row])) for row in order if best[row])
+    return list(pairs), int(leaked)
 
 
-# Final layer, and its export
+def report_near_copies(images: Images, pairs: list[tuple[int, int]], leaked: int, print_all: bool) -> None:
+    """Prints how many near copies of images there are, and names ten pairs or all of them."""
+    if mislabeled := sum(images.classes[row] != images.classes[other] for row, other in pairs):
+        print(f'WARNING: pairs of near copies with different labels: {mislabeled}. Delete what is in the wrong folder.')
+    if leaked:
+        advice = 'They make the accuracy look better than it is: delete one of each pair.'
+        print(f'WARNING: validation or test images with near copies in the training set: {leaked}. {advice}')
+    for row, other in pairs if print_all else pairs[:10]:
+        print(f'  {images.paths[row]} ({images.sets[row]}), {images.paths[other]} ({images.sets[other]})')
+    if len(pairs) > 10 and not print_all:
+        print(f'  and {len(pairs) - 10} more pairs of near copies, which --print_duplicates names')
+    if len(images.files) > MAX_COMPARED:
+        print('Training images were not compared with each other for near copies: there are too many.')
 
 
 class Evaluation(NamedTuple):
@@ -950,47 +948,16 @@ class FinalLayer:
         return before
 
 
-class Tested(NamedTuple):
-    """The result of the test of N images."""
-
-    rows: np.ndarray  # int [N]
-    predictions: np.ndarray  # indices into labels, int [N]
-    confusion: np.ndarray  # counts, int [true class, predicted class]
-    misclassified: list[tuple[int, int]]  # rows and predictions
-
-
-def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name: str) -> GraphDef:
-    """Returns the frozen graph: the backbone's nodes as they are, and the new layer behind them."""
-    with tf.Graph().as_default() as graph:
-        source = tf.compat.v1.placeholder(tf.float32, name=backbone.bottleneck)
-        shape = [None, backbone.bottleneck_size]
-        fed = tf.compat.v1.placeholder_with_default(source, shape, 'input/BottleneckInputPlaceholder')
-        scope = 'final_training_ops'
-        weights = tf.constant(layer.weights, name=f'{scope}/weights/final_weights')
-        biases = tf.constant(layer.biases, name=f'{scope}/biases/final_biases')
-        weights, biases = (tf.identity(value, f'{value.op.name}/read') for value in (weights, biases))
-        product = tf.matmul(fed, weights, name=f'{scope}/Wx_plus_b/MatMul')
-        tf.nn.softmax(tf.add(product, biases, f'{scope}/Wx_plus_b/add'), name=final_tensor_name)
-    frozen = GraphDef()
-    frozen.CopyFrom(backbone.graph_def)  # `versions` too: from producer 9 on, TensorFlow refuses the 2015 batch norms
-    frozen.node.extend(node for node in export_graph(graph).node if node.name != backbone.bottleneck)
-    return frozen
-
-
-# TensorBoard
-
-
 def summarize(evaluation: Evaluation, layer: FinalLayer | None = None) -> dict[str, Any]:
     """Returns the original's summaries of a batch, and of the layer if it is given: {tag: number or array}."""
-    summaries: dict[str, Any] = {'cross_entropy_1': evaluation.cross_entropy, 'accuracy_1': evaluation.accuracy}
-    if not layer:
-        return summaries
-    summaries |= {'final_training_ops/Wx_plus_b/pre_activations': evaluation.logits, 'activations': evaluation.scores}
-    for name, values in (('weights', layer.weights), ('biases', layer.biases)):
-        statistics = {'mean_1': values.mean(), 'stddev_1': values.std(), 'max_1': values.max(), 'min_1': values.min()}
-        for key, value in {**statistics, 'histogram': values}.items():
-            summaries[f'final_training_ops/{name}/summaries/{key}'] = value
-    return summaries
+    tags: dict[str, Any] = {'cross_entropy_1': evaluation.cross_entropy, 'accuracy_1': evaluation.accuracy}
+    if layer:
+        tags |= {'final_training_ops/Wx_plus_b/pre_activations': evaluation.logits, 'activations': evaluation.scores}
+        for name, values in (('weights', layer.weights), ('biases', layer.biases)):
+            scope = f'final_training_ops/{name}/summaries'
+            tags |= {f'{scope}/mean_1': values.mean(), f'{scope}/stddev_1': values.std()}
+            tags |= {f'{scope}/max_1': values.max(), f'{scope}/min_1': values.min(), f'{scope}/histogram': values}
+    return tags
 
 
 def create_value(tag: str, value: Any) -> Summary.Value:
@@ -1037,127 +1004,12 @@ class SummaryWriter:
 
 def load_thumbnail(path: str, side: int) -> Image.Image:
     """Returns an image, at most `side` pixels wide and high; a gray square if Pillow cannot read it."""
-    try:
-        with gfile.GFile(path, 'rb') as file, Image.open(file) as image:
-            image.draft('RGB', (side, side))  # decodes a JPEG no larger than needed
-            image = image.convert('RGB')
-            image.thumbnail((side, side))
-            return image
-    except Exception:  # Pillow has many kinds of errors
-        return Image.new('RGB', (side, side), 'gray')
-
-
-def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Image:
-    """Draws counts, int [true class, predicted class]: the darker a cell, the larger its share of the true class."""
-    count, cell = len(labels), max(4, min(48, 1200 // len(labels)))
-    font = ImageFont.load_default(height := min(16, cell))
-    upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
-    names = [f'{label[:23]}…' if len(label) > 24 else label for label in labels]
-    margin = 12 + int(max(map(font.getlength, names)))
-    picture = Image.new('L', (margin + cell * count, margin + cell * count), 'white')
-    draw = ImageDraw.Draw(picture)
-    for i, name in enumerate(names):
-        middle = margin + cell * (i + 0.5)
-        draw.text((margin - 6, middle), name, 'black', font, 'rm')
-        draw.text((middle - height / 2, margin - 6 - font.getlength(name)), name, 'black', upwards)
-    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    cells = Image.fromarray(np.uint8(255 - 255 * shares)).resize((cell * count,) * 2, Image.Resampling.NEAREST)
-    picture.paste(cells, (margin, margin))
-    for row, column in np.argwhere(confusion) if cell >= 16 else ():
-        center = margin + cell * (column + 0.5), margin + cell * (row + 0.5)
-        draw.text(center, str(confusion[row, column]), 'white' if shares[row, column] > 0.5 else 'black', font, 'mm')
-    return picture
-
-
-def write_projector(folder: str, images: Images, bottlenecks: np.ndarray, predictions: np.ndarray) -> None:
-    """Writes images as points for TensorBoard's projector (tensorboard/plugins/projector), with thumbnails."""
-    columns = math.ceil(math.sqrt(len(predictions)))
-    sprite = Image.new('RGB', (columns * THUMBNAIL_SIDE, columns * THUMBNAIL_SIDE), 'white')
-    metadata = 'label\tpredicted\timage\n'
-    for i, (path, true, predicted) in enumerate(zip(images.paths, images.classes, predictions, strict=True)):
-        corner = (i % columns * THUMBNAIL_SIDE, i // columns * THUMBNAIL_SIDE)
-        sprite.paste(load_thumbnail(path, THUMBNAIL_SIDE), corner)
-        name = re.sub(r'\s', ' ', os.path.basename(path))
-        metadata += f'{images.labels[true]}\t{images.labels[predicted]}\t{name}\n'
-    sprite.save(png := io.BytesIO(), 'PNG')
-    numbers = tf.strings.reduce_join(tf.strings.as_string(bottlenecks, shortest=True), -1, separator='\t')
-    paths = 'tensor_name: "bottlenecks" tensor_path: "bottlenecks.tsv" metadata_path: "metadata.tsv"'
-    thumbnails = f'image_path: "thumbnails" single_image_dim: [{THUMBNAIL_SIDE}, {THUMBNAIL_SIDE}]'
-    write_whole(os.path.join(folder, 'bottlenecks.tsv'), b'\n'.join(numbers.numpy()))
-    write_whole(os.path.join(folder, 'metadata.tsv'), metadata.encode())
-    write_whole(os.path.join(folder, 'thumbnails'), png.getvalue())  # not .png: the folder may be in --image_dir
-    config = f'embeddings {{ {paths} sprite {{ {thumbnails} }} }}\n'
-    write_whole(os.path.join(folder, 'projector_config.pbtxt'), config.encode())
-
-
-def write_pictures(images: Images, bottlenecks: np.ndarray, tested: Tested | None, folder: str) -> None:
-    """Writes what TensorBoard shows of the tested images, in place of those of an earlier run."""
-    writer = SummaryWriter(folder)
-    if not tested:
-        return
-    pictures = {'confusion_matrix': draw_confusion_matrix(tested.confusion, images.labels)}
-    for row, predicted in tested.misclassified[:SHOWN_IMAGES]:
-        name = f'{images.labels[images.classes[row]]} classified as {images.labels[predicted]}'
-        tag = f'misclassified/{name}/{os.path.basename(images.paths[row])}'
-        pictures[tag] = load_thumbnail(images.paths[row], 299)
-    writer.write(pictures)
-    shown = tested.rows[:PROJECTED_IMAGES]
-    write_projector(folder, images.keep(shown), bottlenecks[shown], tested.predictions[:PROJECTED_IMAGES])
-
-
-# Data set
-
-
-def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tuple[int, int]], int]:
-    """Pairs images whose bottlenecks have a cosine similarity of DUPLICATE_SIMILARITY, each with at most one.
-
-    That is one of another label, if there is any, then a training image for one that is none, then one of the same set,
-    unless the two are variants by `_nohash_`. Of more than MAX_COMPARED images, those for training are not compared.
-    Returns pairs of rows, the worst first, and how many images for validation or test are like a training image.
-    """
-    classes, is_training, leaked = images.classes, images.sets == 'training', 0
-    stems = np.array([file.split('_nohash_')[0] for file in images.files], object)
-    # The product of two vectors is at most that of the norms of their groups of eight numbers (Cauchy-Schwarz), so that
-    # few pairs need the former. A bottleneck of equal numbers is like no other: its scale is 0.
-    groups, blocks = np.arange(0, bottlenecks.shape[1], 8), np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024)
-    squares = np.concatenate([np.add.reduceat(np.square(block), groups, axis=1) for block in blocks])
-    scale = np.where(np.ptp(bottlenecks, axis=1) > 0, 1 / np.sqrt(squares.sum(axis=1)), 0)[:, None]
-    short = tf.constant(np.sqrt(squares) * scale)
-    best, partner = np.zeros(len(classes)), np.zeros(len(classes), int)
-    compared = np.arange(len(classes)) if len(classes) <= MAX_COMPARED else np.flatnonzero(~is_training)
-    for rows in np.split(compared, range(512, len(compared), 512)):
-        bound = tf.matmul(tf.gather(short, rows), short, transpose_b=True)
-        is_near = (bound > DUPLICATE_SIMILARITY - 1e-4).numpy()
-        is_near[np.arange(len(rows)), rows] = False
-        rows, others = rows[is_near.any(axis=1)], np.flatnonzero(is_near.any(axis=0))
-        if not rows.size:
-            continue
-        units, other_units = (bottlenecks[of] * scale[of] for of in (rows, others))
-        similarity = tf.matmul(units, other_units, transpose_b=True).numpy()  # on all cores, unlike NumPy here
-        differs, leaks = classes[rows, None] != classes[others], is_training[others] & ~is_training[rows, None]
-        is_alike = (similarity >= DUPLICATE_SIMILARITY) & (differs | leaks | (stems[rows, None] != stems[others]))
-        leaked += (is_alike & leaks).any(axis=1).sum()
-        badness = np.where(is_alike, 2 * differs + leaks + similarity, 0)
-        best[rows], partner[rows] = badness.max(axis=1), others[badness.argmax(axis=1)]
-    order = np.argsort(-best, kind='stable')
-    pairs = dict.fromkeys((min(row, partner[row]), max(row, partner[row])) for row in order if best[row])
-    return list(pairs), int(leaked)
-
-
-def report_near_copies(images: Images, pairs: list[tuple[int, int]], leaked: int, print_all: bool) -> None:
-    """Prints how many near copies of images there are, and names ten pairs or all of them."""
-    if mislabeled := sum(images.classes[row] != images.classes[other] for row, other in pairs):
-        print(f'WARNING: pairs of near copies with different labels: {mislabeled}. Delete what is in the wrong folder.')
-    if leaked:
-        advice = 'They make the accuracy look better than it is: delete one of each pair.'
-        print(f'WARNING: validation or test images with near copies in the training set: {leaked}. {advice}')
-    shown = pairs if print_all else pairs[:10]
-    for row, other in shown:
-        print(f'  {images.paths[row]} ({images.sets[row]}), {images.paths[other]} ({images.sets[other]})')
-    if len(shown) < len(pairs):
-        print(f'  and {len(pairs) - len(shown)} more pairs of near copies, which --print_duplicates names')
-    if len(images.files) > MAX_COMPARED:
-        print('Training images were not compared with each other for near copies: there are too many.')
+    with contextlib.suppress(Exception), gfile.GFile(path, 'rb') as file, Image.open(file) as image:
+        image.draft('RGB', (side, side))  # decodes a JPEG no larger than needed
+        thumbnail = image.convert('RGB')
+        thumbnail.thumbnail((side, side))
+        return thumbnail
+    return Image.new('RGB', (side, side), 'gray')
 
 
 def cross_validate(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> np.ndarray:
@@ -1194,41 +1046,58 @@ def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespac
     SummaryWriter(os.path.join(flags.summaries_dir, 'suspects')).write(pictures)
 
 
-# Main
+def create_distortion(strengths: tuple, size: tuple[int, int], seed: np.ndarray) -> Callable:
+    """Returns a function that distorts image number `first` + `index` as the original does, to float [*size, 3]."""
+    flip_left_right, random_crop, random_scale, random_brightness = strengths
+
+    def distort(image: tf.Tensor, index: tf.Tensor, first: int) -> tf.Tensor:
+        seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, first + index), 4))
+        resize_scale = tf.random.stateless_uniform([], seeds[0], 1.0, 1.0 + random_scale / 100.0)
+        precrop_size = tf.cast((1.0 + random_crop / 100.0) * resize_scale * size, tf.int32)
+        image = resize_bilinear(image[tf.newaxis], precrop_size)[0]
+        image = tf.image.stateless_random_crop(image, [*size, 3], seeds[1])
+        if flip_left_right:
+            image = tf.image.stateless_random_flip_left_right(image, seeds[2])
+        spread = random_brightness / 100.0
+        return image * tf.random.stateless_uniform([], seeds[3], 1.0 - spread, 1.0 + spread)
+
+    return distort
 
 
-@contextlib.contextmanager
-def extra(name: str) -> Iterator[None]:
-    """Turns a failure or Ctrl-C inside into a warning: only what is made there is lost."""
+def compute_distorted(draws: Iterator, images: Images, backbone: Backbone, distort: Callable) -> Iterator:
+    """Yields (rows, bottlenecks) of distorted images for each draw of rows, without those that became unreadable."""
+    vanished: set[str] = set()
     try:
-        yield
-    except (Exception, KeyboardInterrupt) as error:
-        print(f'WARNING: {name} left out ({type(error).__name__}: {getattr(error, "message", error)})')
+        for step, drawn in enumerate(draws):
+            paths, is_found = [images.paths[row] for row in drawn], np.zeros(drawn.size, bool)
+            bottlenecks = np.zeros([drawn.size, backbone.bottleneck_size], np.float32)
+            distort_drawn = functools.partial(distort, first=step * drawn.size)
+            for tags, found in compute_bottlenecks(paths, backbone, distort_drawn, None):
+                is_found[tags[:, 0]], bottlenecks[tags[:, 0]] = True, found
+            vanished.update(itertools.compress(paths, ~is_found))
+            yield drawn[is_found], bottlenecks[is_found]
+    finally:
+        if vanished:
+            names = name_some(sorted(vanished))
+            print(f'WARNING: {len(vanished)} images could no longer be read, and were not trained on: {names}')
 
 
-def check_outputs(flags: argparse.Namespace) -> None:
-    """Tries out what the end of the run needs, before anything is computed; raises UserError if something is wrong."""
-    names = 'output_graph', 'output_labels', 'optimized_graph'
-    outputs = {f'--{name}': path for name in names if (path := getattr(flags, name))}
-    paths = {os.path.realpath(path.encode()) for path in (*outputs.values(), f'{flags.output_graph}.json')}
-    if len(paths) <= len(outputs):
-        raise UserError(f'{", ".join(outputs)} must be different files. Name others.')
-    for flag, path in outputs.items():
-        if gfile.isdir(path) or not os.path.basename(path):
-            raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
-        ensure_writable_dir(os.path.dirname(path), flag)
-    for name in ('train', 'validation', 'test'):
-        ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
-
-
-def check_model(backbone: Backbone, flags: argparse.Namespace) -> None:
-    """Raises UserError if an output would overwrite the model, or if the graph has a node with the result's name."""
-    for name in ('output_graph', 'output_labels', 'optimized_graph'):
-        if os.path.realpath((getattr(flags, name) or '').encode()) == os.path.realpath(backbone.source.encode()):
-            raise UserError(f'--{name}: {backbone.source} is the pretrained model. Name another file.')
-    name = flags.final_tensor_name
-    if name in {node.name for node in backbone.graph_def.node} or name.startswith(('final_training_ops/', 'input/')):
-        raise UserError(f'--final_tensor_name: the graph already has a node named {name}. Choose another name.')
+def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name: str) -> GraphDef:
+    """Returns the frozen graph: the backbone's nodes as they are, and the new layer behind them."""
+    with tf.Graph().as_default() as graph:
+        source = tf.compat.v1.placeholder(tf.float32, name=backbone.bottleneck)
+        shape = [None, backbone.bottleneck_size]
+        fed = tf.compat.v1.placeholder_with_default(source, shape, 'input/BottleneckInputPlaceholder')
+        scope = 'final_training_ops'
+        weights = tf.constant(layer.weights, name=f'{scope}/weights/final_weights')
+        biases = tf.constant(layer.biases, name=f'{scope}/biases/final_biases')
+        weights, biases = (tf.identity(value, f'{value.op.name}/read') for value in (weights, biases))
+        product = tf.matmul(fed, weights, name=f'{scope}/Wx_plus_b/MatMul')
+        tf.nn.softmax(tf.add(product, biases, f'{scope}/Wx_plus_b/add'), name=final_tensor_name)
+    frozen = GraphDef()
+    frozen.CopyFrom(backbone.graph_def)  # `versions` too: from producer 9 on, TensorFlow refuses the 2015 batch norms
+    frozen.node.extend(node for node in export_graph(graph).node if node.name != backbone.bottleneck)
+    return frozen
 
 
 def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace) -> FinalLayer:
@@ -1266,6 +1135,15 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
     except KeyboardInterrupt:
         print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
     return layer
+
+
+class Tested(NamedTuple):
+    """The result of the test of N images."""
+
+    rows: np.ndarray  # int [N]
+    predictions: np.ndarray  # indices into labels, int [N]
+    confusion: np.ndarray  # counts, int [true class, predicted class]
+    misclassified: list[tuple[int, int]]  # rows and predictions
 
 
 def test(images: Images, bottlenecks: np.ndarray, layer: FinalLayer, flags: argparse.Namespace) -> Tested | None:
@@ -1326,14 +1204,6 @@ def write_outputs(labels: list[str], backbone: Backbone, layer: FinalLayer, flag
             raise UserError(f'{path} cannot be written ({error.message}). Fix this, and run the same command again.')
 
 
-def describe(images: Images, backbone: Backbone) -> None:
-    """Prints what the run works with."""
-    devices = ', '.join(device.name for device in tf.config.list_logical_devices('GPU')) or 'CPU'
-    print(f'TensorFlow {tf.__version__}, Python {sys.version.split()[0]}, {devices}, network {backbone.source}')
-    counts = ', '.join(f'{len(rows)} {name}' for name, (rows, _) in images.members.items())
-    print(f'{len(images.labels)} classes, {len(images.files)} images: {counts}')
-
-
 def create_record(images: Images, backbone: Backbone, tested: Tested | None, flags: argparse.Namespace) -> dict:
     """Returns what the run did, in the order of trained_model/README.md."""
     pixels = backbone.pixels._asdict() | {'tensor': f'{JPEG_DATA_NODE}:0', 'optimized_tensor': f'{SCALED_INPUT_NODE}:0'}
@@ -1353,14 +1223,67 @@ def create_record(images: Images, backbone: Backbone, tested: Tested | None, fla
     return record
 
 
+def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Image:
+    """Draws counts, int [true class, predicted class]: the darker a cell, the larger its share of the true class."""
+    count, cell = len(labels), max(4, min(48, 1200 // len(labels)))
+    font = ImageFont.load_default(height := min(16, cell))
+    upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
+    names = [f'{label[:23]}…' if len(label) > 24 else label for label in labels]
+    margin = 12 + int(max(map(font.getlength, names)))
+    picture = Image.new('L', (margin + cell * count, margin + cell * count), 'white')
+    draw = ImageDraw.Draw(picture)
+    for i, name in enumerate(names):
+        middle = margin + cell * (i + 0.5)
+        draw.text((margin - 6, middle), name, 'black', font, 'rm')
+        draw.text((middle - height / 2, margin - 6 - font.getlength(name)), name, 'black', upwards)
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    cells = Image.fromarray(np.uint8(255 - 255 * shares)).resize((cell * count,) * 2, Image.Resampling.NEAREST)
+    picture.paste(cells, (margin, margin))
+    for row, column in np.argwhere(confusion) if cell >= 16 else ():
+        center = margin + cell * (column + 0.5), margin + cell * (row + 0.5)
+        draw.text(center, str(confusion[row, column]), 'white' if shares[row, column] > 0.5 else 'black', font, 'mm')
+    return picture
+
+
+def write_pictures(images: Images, bottlenecks: np.ndarray, tested: Tested | None, folder: str) -> None:
+    """Writes pictures of the tested images, and points for the projector, in place of those of an earlier run."""
+    writer = SummaryWriter(folder)
+    if not tested:
+        return
+    pictures = {'confusion_matrix': draw_confusion_matrix(tested.confusion, images.labels)}
+    for row, predicted in tested.misclassified[:SHOWN_IMAGES]:
+        name = f'{images.labels[images.classes[row]]} classified as {images.labels[predicted]}'
+        pictures[f'misclassified/{name}/{os.path.basename(images.paths[row])}'] = load_thumbnail(images.paths[row], 299)
+    writer.write(pictures)
+    rows, metadata = tested.rows[:PROJECTED_IMAGES], 'label\tpredicted\timage\n'
+    columns = math.ceil(math.sqrt(len(rows)))
+    sprite = Image.new('RGB', (columns * THUMBNAIL_SIDE, columns * THUMBNAIL_SIDE), 'white')
+    for i, (row, predicted) in enumerate(zip(rows, tested.predictions, strict=False)):
+        corner = i % columns * THUMBNAIL_SIDE, i // columns * THUMBNAIL_SIDE
+        sprite.paste(load_thumbnail(images.paths[row], THUMBNAIL_SIDE), corner)
+        name = re.sub(r'\s', ' ', os.path.basename(images.paths[row]))
+        metadata += f'{images.labels[images.classes[row]]}\t{images.labels[predicted]}\t{name}\n'
+    sprite.save(png := io.BytesIO(), 'PNG')
+    numbers = tf.strings.reduce_join(tf.strings.as_string(bottlenecks[rows], shortest=True), -1, separator='\t')
+    paths = 'tensor_name: "bottlenecks" tensor_path: "bottlenecks.tsv" metadata_path: "metadata.tsv"'
+    thumbnails = f'image_path: "thumbnails" single_image_dim: [{THUMBNAIL_SIDE}, {THUMBNAIL_SIDE}]'
+    write_whole(os.path.join(folder, 'bottlenecks.tsv'), b'\n'.join(numbers.numpy()))
+    write_whole(os.path.join(folder, 'metadata.tsv'), metadata.encode())
+    write_whole(os.path.join(folder, 'thumbnails'), png.getvalue())  # not .png: the folder may be in --image_dir
+    config = f'embeddings {{ {paths} sprite {{ {thumbnails} }} }}\n'  # tensorboard/plugins/projector
+    write_whole(os.path.join(folder, 'projector_config.pbtxt'), config.encode())
+
+
 def main(flags: argparse.Namespace, export: Callable = lambda *trained: None) -> None:
     """Does the whole job. export(backbone, layer, labels) writes what is worth most, and so comes first."""
     started = datetime.datetime.now()
     check_outputs(flags)
     images = list_images(flags)
     backbone = load_backbone(flags)
-    check_model(backbone, flags)
-    describe(images, backbone)
+    devices = ', '.join(device.name for device in tf.config.list_logical_devices('GPU')) or 'CPU'
+    print(f'TensorFlow {tf.__version__}, Python {sys.version.split()[0]}, {devices}, network {backbone.source}')
+    counts = ', '.join(f'{len(rows)} {name}' for name, (rows, _) in images.members.items())
+    print(f'{len(images.labels)} classes, {len(images.files)} images: {counts}')
     bottlenecks, readable = cache_bottlenecks(images, backbone, flags)
     if not readable.all():
         images, bottlenecks = images.keep(readable), bottlenecks[readable]

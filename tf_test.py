@@ -14,6 +14,7 @@ if __name__ == '__main__':  # Ctrl-C, or a pipe that nobody reads any longer, en
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -174,11 +175,10 @@ def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
 
 def read_header(path: str) -> tuple[int, bool]:
     """Returns how many pixels an image has, and whether its EXIF orientation asks viewers to turn it."""
-    try:
-        with gfile.GFile(path, 'rb') as file, Image.open(file) as image:
-            return image.width * image.height, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    except Exception:  # Pillow has many kinds of errors
-        return 0, False
+    # Pillow has many kinds of errors.
+    with contextlib.suppress(Exception), gfile.GFile(path, 'rb') as file, Image.open(file) as image:
+        return image.width * image.height, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return 0, False
 
 
 def load_image(path: str, decode: bool = False) -> bytes:
@@ -248,29 +248,27 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
     folded = GraphDef()
     folded.CopyFrom(graph_def)
     folded.versions.producer = tf.version.GRAPH_DEF_VERSION
-    float_type = AttrValue(type=tf.float32.as_datatype_enum)
+    float32 = AttrValue(type=tf.float32.as_datatype_enum)
     nodes = {node.name: node for node in folded.node}
     constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
     for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
         node.input[:] = [name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics']
         if node.op == 'BatchNormWithGlobalNormalization':
-            convolution, *parameters = node.input
-            tensors = [constants[name] for name in (nodes[convolution].input[1], *parameters)]
+            convolution, *names = node.input
+            tensors = [constants[name] for name in (nodes[convolution].input[1], *names)]
             weights, mean, variance, beta, gamma = (np.float64(tf.make_ndarray(tensor)) for tensor in tensors)
-            scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
-            if node.attr['scale_after_normalization'].b:
-                scale *= gamma
+            scale = gamma if node.attr['scale_after_normalization'].b else 1
+            scale = scale / np.sqrt(variance + node.attr['variance_epsilon'].f)
             tensors[0].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
             tensors[3].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-            inputs = [convolution, parameters[2]]
-            node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=inputs, attr={'T': float_type}))
+            node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=[convolution, names[2]], attr={'T': float32}))
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
-            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float_type}))
+            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float32}))
         elif node.op == 'Reshape' and node.input[1] in constants:
             if len(sides := tf.make_ndarray(constants[node.input[1]])) == 2 and sides[0] == 1:
                 constants[node.input[1]].CopyFrom(tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype)))
-    attributes = {'dtype': float_type, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
+    attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, [output])
 

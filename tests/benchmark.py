@@ -432,7 +432,7 @@ class Workbench:
         for index, name in enumerate(classes if not folder.exists() else ()):
             (folder / 'data' / name).mkdir(parents=True)
             (folder / 'bottlenecks' / name).mkdir(parents=True)
-            values = rng.exponential(0.3, [20, tf_retrain.BOTTLENECK_SIZE]).astype(np.float32)
+            values = rng.exponential(0.3, [20, tf_retrain.BOTTLENECK[1]]).astype(np.float32)
             values[:, index :: len(classes)] *= np.float32(1.2)
             contents = [','.join(map(str, numbers)) for numbers in values]
             for image in range(index, count, len(classes)):
@@ -504,7 +504,7 @@ def cache(bench: Workbench) -> list:
     paths = sorted(map(str, (bench.images(bench.flags.cached_images) / 'bottlenecks').glob('*/*.txt')))
 
     def parse_in_python():
-        bottlenecks = np.empty([len(paths), tf_retrain.BOTTLENECK_SIZE], np.float32)
+        bottlenecks = np.empty([len(paths), tf_retrain.BOTTLENECK[1]], np.float32)
         for index, path in enumerate(paths):
             bottlenecks[index] = read_bottleneck(path)
 
@@ -606,7 +606,7 @@ def cached_table(count: int) -> tuple:
     classes = np.sort(rng.integers(len(CLASSES), size=count))
     files = np.array([f'{CLASSES[of]}/{i}.jpg' for i, of in enumerate(classes)], object)
     sets = rng.choice(['training', 'validation', 'testing'], count, p=[0.8, 0.1, 0.1])
-    values = rng.exponential(0.3, [count, tf_retrain.BOTTLENECK_SIZE]).astype(np.float32)
+    values = rng.exponential(0.3, [count, tf_retrain.BOTTLENECK[1]]).astype(np.float32)
     return tf_retrain.Images('', list(CLASSES), files, classes, sets), values
 
 
@@ -633,7 +633,7 @@ def suspects(bench: Workbench) -> list:
     labels = sorted({path.parent.name for path in paths})
     true = np.array([labels.index(path.parent.name) for path in paths])
     files = np.array([f'{path.parent.name}/{path.stem}' for path in paths], object)
-    bottlenecks, _ = tf_retrain.read_bottlenecks(list(map(str, paths)), tf_retrain.BOTTLENECK_SIZE)
+    bottlenecks, _ = tf_retrain.read_bottlenecks(list(map(str, paths)), tf_retrain.BOTTLENECK[1])
     plain, confident = [], []
     for seed in range(5):
         rng = np.random.default_rng(100 + seed)

@@ -147,7 +147,7 @@ def test_a_broken_archive_is_renamed_and_downloaded_again(tmp_path, monkeypatch,
     with server(monkeypatch, lambda handler, _: send(handler, whole)):
         load_backbone(tmp_path)
     assert names(tmp_path) == [GRAPH, ARCHIVE, f'{ARCHIVE}.broken']
-    assert 'is broken: renamed to' in capsys.readouterr().out
+    assert 'is damaged, or has no' in capsys.readouterr().out
 
 
 def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch, whole):
@@ -155,9 +155,9 @@ def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch, whole):
     size = len(gzip.decompress(whole))
     (tmp_path / ARCHIVE).write_bytes(whole)
     monkeypatch.setattr(tf_retrain, 'MAX_ARCHIVE_SIZE', size)
-    assert tf_retrain.unzip(str(tmp_path / ARCHIVE)) == b''
+    assert tf_retrain.extract(str(tmp_path / ARCHIVE), GRAPH) == b''
     monkeypatch.setattr(tf_retrain, 'MAX_ARCHIVE_SIZE', size + 1)
-    assert len(tf_retrain.unzip(str(tmp_path / ARCHIVE))) == size
+    assert tf_retrain.extract(str(tmp_path / ARCHIVE), GRAPH) == build_model().SerializeToString()
 
 
 @pytest.mark.parametrize(
@@ -165,9 +165,9 @@ def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch, whole):
     [
         (lambda h, n, body: send(h, b'', status=500), 'HTTPError: HTTP Error 500'),
         (lambda h, n, body: send(h, b'', status=404), 'HTTPError: HTTP Error 404'),
-        (lambda h, n, body: send(h, b'<html>Sign in</html>'), '20 of 20 bytes came, and are not a .tgz archive'),
-        (lambda h, n, body: send(h, body[:-9]), 'bytes came, and are not a .tgz archive'),
-        (lambda h, n, body: send(h, body + b'more'), 'bytes came, and are not a .tgz archive'),
+        (lambda h, n, body: send(h, b'<html>Sign in</html>'), f'20 of 20 bytes came, and are not a .tgz with {GRAPH}'),
+        (lambda h, n, body: send(h, body[:-9]), f'bytes came, and are not a .tgz with {GRAPH}'),
+        (lambda h, n, body: send(h, body + b'more'), f'bytes came, and are not a .tgz with {GRAPH}'),
         (lambda h, n, body: send(h, b'', length=50), '0 of 50 bytes came'),
         (lambda h, n, body: h.wfile.write(b'hello\n'), 'BadStatusLine'),
         (lambda h, n, body: None, 'RemoteDisconnected'),
@@ -224,8 +224,7 @@ def test_nothing_but_the_graph_leaves_an_archive(tmp_path, member):
     folder = tmp_path / 'model'
     folder.mkdir()
     (folder / ARCHIVE).write_bytes(archive(**member, LICENSE=b'free'))
-    with pytest.raises(tf_retrain.UserError, match=f'has no {GRAPH} in it'):
-        fetch(folder)
+    assert tf_retrain.extract(str(folder / ARCHIVE), GRAPH) == b''
     (folder / ARCHIVE).write_bytes(archive(**member, **{f'./{GRAPH}': b'the graph'}))
     assert fetch(folder) == str(folder / GRAPH)
     assert names(folder) == [GRAPH, ARCHIVE]
@@ -234,21 +233,28 @@ def test_nothing_but_the_graph_leaves_an_archive(tmp_path, member):
     assert names(tmp_path) == ['model']
 
 
-def test_a_gzip_that_is_no_tar(tmp_path):
-    (tmp_path / ARCHIVE).write_bytes(gzip.compress(b'x' * 5000))
-    with pytest.raises(tf_retrain.UserError, match=f'has no {GRAPH} in it'):
-        fetch(tmp_path)
+@pytest.mark.parametrize('contents', [gzip.compress(b'x' * 5000), archive(LICENSE=b'free')], ids=['no tar', 'no graph'])
+def test_an_archive_without_the_graph(tmp_path, monkeypatch, capsys, whole, contents):
+    (tmp_path / ARCHIVE).write_bytes(contents)
+    with server(monkeypatch, lambda handler, _: send(handler, contents)):
+        with pytest.raises(tf_retrain.UserError, match=f'bytes came, and are not a .tgz with {GRAPH}'):
+            fetch(tmp_path)
+    assert f'{ARCHIVE} is damaged, or has no {GRAPH} in it: renamed to' in capsys.readouterr().out
+    assert names(tmp_path) == [f'{ARCHIVE}.broken']
+    with server(monkeypatch, lambda handler, _: send(handler, whole)):
+        load_backbone(tmp_path)
+    assert names(tmp_path) == [GRAPH, ARCHIVE, f'{ARCHIVE}.broken']
 
 
 def test_a_model_of_another_kind(tmp_path):
     path = tmp_path / GRAPH
     path.write_bytes(b'<html>')
-    with pytest.raises(tf_retrain.UserError, match='classify_image_graph_def.pb is damaged, or not the graph of incep'):
+    with pytest.raises(tf_retrain.UserError, match='classify_image_graph_def.pb is damaged or another graph'):
         load_backbone(tmp_path)
     graph_def = build_model()
     del graph_def.node[-6:]
     path.write_bytes(graph_def.SerializeToString())
-    message = r'\(pool_3 is not in graph\)\. Delete it and run the same command again to download it\.$'
+    message = rf'\(pool_3 is not in graph\)\. Delete it and run again to download {tf_retrain.DATA_URL}\.$'
     with pytest.raises(tf_retrain.UserError, match=message):
         load_backbone(tmp_path)
 

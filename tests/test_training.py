@@ -222,14 +222,12 @@ def test_outputs_must_not_overwrite_each_other_or_the_model(job, monkeypatch):
     for changes in (
         {'output_graph': model},
         {'output_labels': f'./{model}'},
+        {'optimized_graph': 'inception/mobilenet_v1_0.25_128/frozen_graph.pb'},  # also one that is not there yet
         {'output_labels': 'x', 'output_graph': 'x'},
         {'output_labels': 'x.json', 'output_graph': 'x'},
     ):
-        named = (
-            f'--{next(iter(changes))}: {model} is the pretrained model'
-            if len(changes) == 1
-            else 'must be different files'
-        )
+        flag, path = next(iter(changes.items()))
+        named = f'--{flag}: {path} is the pretrained model' if len(changes) == 1 else 'must be different files'
         with pytest.raises(UserError, match=re.escape(named)):
             job.main(monkeypatch, **changes)
 
