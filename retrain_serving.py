@@ -654,15 +654,14 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
         socket.create_connection((host, int(port)), timeout=DATA_SERVICE_TIMEOUT).close()
     except OSError as error:
         raise UserError(f'--data_service: {address} does not answer ({error}). Start it, or leave the flag out.')
-
-    def receive() -> Iterator:
-        distribute = tf.data.experimental.service.distribute('distributed_epoch', address)
-        yield from batches.map(lambda tags, images: (tags, network(images))).apply(distribute).as_numpy_iterator()
-
-    iterator = receive()
+    policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
+    distribute = tf.data.experimental.service.distribute(policy, address)
+    computed = batches.map(lambda tags, images: (tags, network(images)))
     try:
         with multiprocessing.pool.ThreadPool(1) as thread:
-            # Each call to the service may wait forever, for a dispatcher that hangs or a worker that died.
+            # Each of these may wait forever, for a dispatcher that hangs or a worker that died.
+            results = thread.apply_async(computed.apply, [distribute]).get(DATA_SERVICE_TIMEOUT)
+            iterator = thread.apply_async(results.as_numpy_iterator).get(DATA_SERVICE_TIMEOUT)
             while batch := thread.apply_async(next, [iterator, None]).get(DATA_SERVICE_TIMEOUT):
                 yield batch
     except (tf.errors.OpError, multiprocessing.TimeoutError) as error:
