@@ -11,6 +11,13 @@ settings.register_profile('same', derandomize=True)
 settings.load_profile('same')
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first: at the end, no worker is left alone with one of them."""
+    slow = {item.path for item in items if item.get_closest_marker('slow')}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope='session')
 def model(tmp_path_factory):
     """The path of the small model's GraphDef."""

@@ -261,6 +261,7 @@ def test_wrong_arguments_are_usage_errors(arguments, message):
     assert message in process.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('networks', ['mobilenet'], indirect=True)  # the one that is fastest
 def test_memory_does_not_grow_with_the_number_of_images(networks):
     """Standard input names an image again and again."""
