@@ -545,7 +545,7 @@ def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
     functions = meta_graph.graph_def.library.function
     nodes = itertools.chain(meta_graph.graph_def.node, *(function.node_def for function in functions))
     for owner in itertools.chain(nodes, functions):
-        for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):  # keep functions from being inlined
+        for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):  # of functions for XLA, and of gradients
             owner.attr.pop(name, None)
     config = tf.compat.v1.ConfigProto()
     config.graph_options.rewrite_options.optimizers.append(optimizer)
@@ -568,10 +568,10 @@ def load_tfhub_module(handle: str) -> Backbone:
     function, pixels, size = find_feature_vector(module, handle)
 
     @tf.function(input_signature=[tf.TensorSpec([None, *pixels.size, 3])])
-    def extract(images: tf.Tensor) -> tf.Tensor:
+    def extract_features(images: tf.Tensor) -> tf.Tensor:
         return tf.reshape(tf.nest.flatten(function(images))[0], [-1, size], name='bottleneck')
 
-    frozen = convert_variables_to_constants_v2(extract.get_concrete_function())
+    frozen = convert_variables_to_constants_v2(extract_features.get_concrete_function())
     plain = optimize(frozen.graph.as_graph_def(), 'bottleneck', 'function')  # functions become plain ops
     graph_def = prepend_decoding(plain, frozen.inputs[0].name, pixels, 'module')
     graph_def = extract_sub_graph(graph_def, ['module/bottleneck'])
