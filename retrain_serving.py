@@ -693,7 +693,7 @@ def compute_bottlenecks(paths: list, backbone: Backbone, distort: Callable | Non
 
 
 def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the bottlenecks in cache files, float32 [N, size], and fingerprints, int64 [N]: -1 for damaged files."""
+    """Returns bottlenecks in cache files, float32 [N, size], and fingerprints, int64 [N]: -1 if missing or damaged."""
 
     def parse(row: tf.Tensor, text: tf.Tensor) -> tuple[tf.Tensor, ...]:
         numbers = tf.ensure_shape(tf.strings.to_number(tf.strings.split(text, ',')), [size])

@@ -147,7 +147,7 @@ def test_a_broken_archive_is_renamed_and_downloaded_again(tmp_path, monkeypatch,
     with server(monkeypatch, lambda handler, _: send(handler, whole)):
         load_backbone(tmp_path)
     assert names(tmp_path) == [GRAPH, ARCHIVE, f'{ARCHIVE}.broken']
-    assert 'is damaged, or has no' in capsys.readouterr().out
+    assert f'{ARCHIVE} is damaged, or has no {GRAPH} in it: renamed to' in capsys.readouterr().out
 
 
 def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch, whole):
@@ -249,7 +249,7 @@ def test_an_archive_without_the_graph(tmp_path, monkeypatch, capsys, whole, cont
 def test_a_model_of_another_kind(tmp_path):
     path = tmp_path / GRAPH
     path.write_bytes(b'<html>')
-    with pytest.raises(tf_retrain.UserError, match='classify_image_graph_def.pb is damaged or another graph'):
+    with pytest.raises(tf_retrain.UserError, match=rf'{GRAPH} is damaged or another graph \(.+\)\. Delete it and run'):
         load_backbone(tmp_path)
     graph_def = build_model()
     del graph_def.node[-6:]

@@ -212,10 +212,10 @@ def test_kills_at_any_moment(job, model, tmp_path_factory):
     duration = time.monotonic() - began
     rng = np.random.default_rng(0)
     computed = deleted = kills = 0
-    for share in rng.uniform(0.5, 0.95, 30):
+    while kills < 30:
         process, began = job.start(**flags), time.monotonic()
         try:
-            out, _ = process.communicate(timeout=share * duration)
+            out, _ = process.communicate(timeout=rng.uniform(0.5, 0.95) * duration)
         except subprocess.TimeoutExpired:
             process.kill()
             out, _ = process.communicate()
@@ -229,6 +229,5 @@ def test_kills_at_any_moment(job, model, tmp_path_factory):
                 deleted += 1
     computed += job.run(**flags).stdout.count('Creating bottleneck at ')
     assert job.graph() == undisturbed.graph()
-    assert kills > 10
     # At each kill a batch may be computed and not yet written.
     assert 0 <= computed - deleted - 800 <= 30 * tf_retrain.NETWORK_BATCH_SIZE
