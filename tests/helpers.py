@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 
+import forks
 import numpy as np
 from PIL import Image
 
@@ -191,9 +192,17 @@ def write_photographs(folder, label, count, colour, **save):
         Image.fromarray(pixels).save(target / f'{label} {i}.jpg', **save)
 
 
-def run(script, *arguments, check=True, **options):
+def run(script, *arguments, check=True, cwd=None):
     """Runs a script as a user does; returns the finished process with what it printed."""
-    command = [sys.executable, script if script.startswith('-') else str(ROOT / script), *map(str, arguments)]
+    process = forks.run([ROOT / script, *arguments], cwd)
+    if check:
+        assert process.returncode == 0, process.stdout + process.stderr
+    return process
+
+
+def run_new(script, *arguments, check=True, interpreter=(), **options):
+    """Does the same in a new interpreter, for what depends on how it starts."""
+    command = [sys.executable, *interpreter, str(ROOT / script), *map(str, arguments)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
     if check:
         assert process.returncode == 0, process.stdout + process.stderr
@@ -230,8 +239,12 @@ class Job:
     def run(self, *more, check=True, script='tf_retrain.py', **changes):
         return run(script, *self.arguments(*more, **changes), cwd=self.folder, check=check)
 
+    def fork(self, *more, **changes):
+        """Starts the training as run() does, and returns the running process."""
+        return forks.Fork([ROOT / 'tf_retrain.py', *self.arguments(*more, **changes)], self.folder)
+
     def start(self, *more, **changes):
-        """Starts the training and returns the process; its output can be read while it runs."""
+        """Starts the training in a new interpreter; its output can be read while it runs."""
         command = [sys.executable, '-u', str(ROOT / 'tf_retrain.py'), *self.arguments(*more, **changes)]
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
         return subprocess.Popen(command, cwd=self.folder, **pipes, preexec_fn=default_ctrl_c)
@@ -313,7 +326,7 @@ def serve(answer):
             pass
 
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        threading.Thread(target=httpd.serve_forever, args=[0.01], daemon=True).start()
         yield f'http://127.0.0.1:{httpd.server_port}'
         httpd.shutdown()
 

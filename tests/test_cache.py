@@ -420,10 +420,10 @@ def test_files_that_are_no_longer_wanted_harm_nothing(job, monkeypatch, capsys):
 def test_two_runs_at_once(job):
     """They share the cache: neither waits for or spoils the other, and a third computes nothing."""
     job.photographs(cat=400, dog=400)
-    processes = [job.start(output_graph=f'{i}.pb', output_labels=f'{i}.txt', summaries_dir=f'{i}') for i in range(2)]
+    processes = [job.fork(output_graph=f'{i}.pb', output_labels=f'{i}.txt', summaries_dir=f'{i}') for i in range(2)]
     for process in processes:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, out
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
         assert len(created(out)) == len(set(created(out)))
     graphs = [(job.folder / f'{i}.pb').read_bytes() for i in range(2)]
     assert graphs[0] == graphs[1]

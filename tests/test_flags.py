@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from helpers import ROOT, parse, run
+from helpers import parse, run_new
 
 import retrain_serving
 import tf_retrain
@@ -85,7 +85,7 @@ def test_defaults_are_those_of_the_original():
 
 @pytest.mark.parametrize('script', ['tf_retrain', 'retrain_serving'])
 def test_help_names_every_flag_and_default(script):
-    text = run(f'{script}.py', '--help').stdout
+    text = run_new(f'{script}.py', '--help').stdout
     module = {'tf_retrain': tf_retrain, 'retrain_serving': retrain_serving}[script]
     parser = tf_retrain.create_parser() if script == 'tf_retrain' else module.create_serving_parser()
     for flag, default in vars(parser.parse_args(['--image_dir=x'])).items():
@@ -96,7 +96,7 @@ def test_help_names_every_flag_and_default(script):
 
 
 def test_usage_errors_are_exit_code_2():
-    process = run('tf_retrain.py', '--image_dir', 'data/', '--no_such_flag', '1', check=False)
+    process = run_new('tf_retrain.py', '--image_dir', 'data/', '--no_such_flag', '1', check=False)
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1] == 'tf_retrain.py: error: unrecognized arguments: --no_such_flag 1'
 
@@ -104,7 +104,7 @@ def test_usage_errors_are_exit_code_2():
 @pytest.mark.parametrize('script', ['tf_retrain.py', 'retrain_serving.py', 'tf_test.py'])
 @pytest.mark.parametrize('flag', ['--help', '--no_such_flag'])
 def test_help_and_wrong_flags_do_not_wait_for_tensorflow(script, flag):
-    process = run('-X', 'importtime', ROOT / script, flag, check=False)
+    process = run_new(script, flag, check=False, interpreter=['-X', 'importtime'])
     imported = re.findall(r'^import time: .*\| +(\S+)$', process.stderr, re.MULTILINE)
     assert 'argparse' in imported
     assert {'tensorflow', 'numpy', 'PIL'}.isdisjoint(imported)

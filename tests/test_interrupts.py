@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import ROOT, Job, default_ctrl_c, read_all, run, run_v1, send, serve
+from helpers import ROOT, Job, default_ctrl_c, read_all, run_new, run_v1, send, serve
 
 import tf_retrain
 
@@ -171,11 +171,11 @@ def test_in_a_terminal_of_20_columns(job):
 def test_names_that_the_terminal_cannot_show(job, settings, shown):
     job.photographs(cat=20, 猫=20)
     environment = {**os.environ, **settings}
-    process = run('tf_retrain.py', *job.arguments(), cwd=job.folder, env=environment)
+    process = run_new('tf_retrain.py', *job.arguments(), cwd=job.folder, env=environment)
     assert f'bottlenecks/{shown}/{shown} 3.jpg' in process.stdout
     assert (job.folder / 'trained_model/labels.txt').read_text(encoding='utf-8') == 'cat\n猫\n'
     image = next((job.data / '猫').iterdir())
-    labelled = run(
+    labelled = run_new(
         'tf_test.py', image, job.flags['output_graph'], job.flags['output_labels'], env=environment, cwd=job.folder
     )
     assert f'{shown} (score = ' in labelled.stdout
@@ -213,9 +213,9 @@ def test_kills_at_any_moment(job, model, tmp_path_factory):
     rng = np.random.default_rng(0)
     computed = deleted = kills = 0
     while kills < 30:
-        process, began = job.start(**flags), time.monotonic()
+        process, began = job.fork(**flags), time.monotonic()
         try:
-            out, _ = process.communicate(timeout=rng.uniform(0.5, 0.95) * duration)
+            out, _ = process.communicate(timeout=rng.uniform(0.1, 0.95) * duration)
         except subprocess.TimeoutExpired:
             process.kill()
             out, _ = process.communicate()

@@ -13,7 +13,7 @@ import termios
 
 import numpy as np
 import pytest
-from helpers import ROOT, build_model, get_scores, run, run_v1, write_photographs
+from helpers import ROOT, build_model, get_scores, run, run_new, run_v1, write_photographs
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,8 +26,8 @@ GRAPH, LABELS = 'trained_model/unoptimized_model.pb', 'trained_model/labels.txt'
 NAMES = ['red fox', 'cat', 'dog']
 
 
-def label(trained, *arguments, **options):
-    return run('tf_test.py', *arguments, GRAPH, LABELS, cwd=trained.folder, **options)
+def label(trained, *arguments, check=True):
+    return run('tf_test.py', *arguments, GRAPH, LABELS, cwd=trained.folder, check=check)
 
 
 def expect(trained, paths):
@@ -80,7 +80,8 @@ def test_a_folder_gives_a_line_per_image_in_order(trained, mixed):
 def test_paths_from_standard_input_beside_arguments(trained):
     names = [str(path.relative_to(trained.folder)) for path in sorted(trained.data.rglob('*.jpg'))[:70:10]]
     text = '\n'.join(names[1:-1]) + '\n\n'
-    process = label(trained, names[0], '-', names[-1], '--top', '3', input=text)
+    arguments = names[0], '-', names[-1], GRAPH, LABELS, '--top', '3'
+    process = run_new('tf_test.py', *arguments, cwd=trained.folder, input=text)
     lines = [line.split('\t') for line in process.stdout.splitlines()]
     assert [line[0] for line in lines] == names
     assert {len(line) for line in lines} == {7}
@@ -211,7 +212,11 @@ def test_errors_are_one_line(trained, tmp_path, image, graph, labels, message):
     os.mkfifo(tmp_path / 'pipe')
     Image.new('1', (20_000, 20_000)).save(tmp_path / 'huge.png')
     (tmp_path / 'trained_model').symlink_to(trained.folder / 'trained_model')
-    process = run('tf_test.py', image, graph, labels, cwd=tmp_path, check=False, stdin=subprocess.PIPE)
+    arguments = 'tf_test.py', image, graph, labels
+    if image == '/dev/stdin':
+        process = run_new(*arguments, cwd=tmp_path, check=False, stdin=subprocess.PIPE)
+    else:
+        process = run(*arguments, cwd=tmp_path, check=False)
     assert process.returncode == 1
     assert process.stdout == ''
     assert re.fullmatch(f'ERROR: {message}\n', process.stderr), process.stderr
@@ -256,7 +261,7 @@ def test_a_blank_last_line_and_a_mark_at_the_start_of_the_labels(trained, tmp_pa
     ],
 )
 def test_wrong_arguments_are_usage_errors(arguments, message):
-    process = run('tf_test.py', *arguments.split(), check=False)
+    process = run_new('tf_test.py', *arguments.split(), check=False)
     assert process.returncode == 2
     assert message in process.stderr.splitlines()[-1]
 

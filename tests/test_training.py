@@ -21,6 +21,7 @@ from helpers import (
     parse,
     read_events,
     run,
+    run_new,
     run_v1,
 )
 from PIL import Image
@@ -466,7 +467,8 @@ def test_data_service_that_is_not_there(job, monkeypatch):
 def test_no_script_does_what_is_deprecated(job, monkeypatch):
     monkeypatch.setenv('PYTHONWARNINGS', 'error::DeprecationWarning')
     flags = '--saved_model_dir=saved/1', '--optimized_graph=optimized.pb', '--random_brightness=1', '--find_suspects=1'
-    job.photographs(cat=20, dog=20).run(*flags, script='retrain_serving.py', how_many_training_steps='2')
-    job.run(how_many_training_steps='2')
-    run('tf_test.py', job.test_image(), job.flags['output_graph'], job.flags['output_labels'], cwd=job.folder)
+    arguments = job.photographs(cat=20, dog=20).arguments(how_many_training_steps='2')
+    run_new('retrain_serving.py', *arguments, *flags, cwd=job.folder)
+    run_new('tf_retrain.py', *arguments, cwd=job.folder)
+    run_new('tf_test.py', job.test_image(), job.flags['output_graph'], job.flags['output_labels'], cwd=job.folder)
     assert os.path.exists(job.folder / 'optimized.pb')
