@@ -36,7 +36,9 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-MOBILENET_SIZES = [f'{size}_{side}' for size in ('1.0', '0.75', '0.50', '0.25') for side in (224, 192, 160, 128)]
+MOBILENET_SIZES = [
+    f'{size}_{side}' for size in ('1.0', '0.75', '0.50', '0.25') for side in (224, 192, 160, 128)
+]
 NETWORKS = 'inception_v3, or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>'
 ARCHITECTURES = ['inception_v3', *(f'mobilenet_{size}' for size in MOBILENET_SIZES)]
 
@@ -56,11 +58,15 @@ def checked(convert: type, is_valid: Callable, rule: str) -> Callable:
 PERCENTAGE = checked(int, lambda value: 0 <= value <= 100, 'from 0 to 100')
 COUNT = checked(int, lambda value: value >= 0, '0 or more')
 SIZE = checked(int, lambda value: value >= 1, '1 or more')
-SIZE_OR_ALL = checked(int, lambda value: value >= 1 or value == -1, '1 or more, or -1 for all images')
+SIZE_OR_ALL = checked(
+    int, lambda value: value >= 1 or value == -1, '1 or more, or -1 for all images'
+)
 RATE = checked(float, lambda value: 0 < value < math.inf, 'above 0')
 ADDRESS = checked(str, re.compile(r'grpc://.+:\d+').fullmatch, 'grpc://HOST:PORT')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
-NODE_NAME = checked(str, re.compile(r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*').fullmatch, 'of letters, digits, _ . - /')
+NODE_NAME = checked(
+    str, re.compile(r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*').fullmatch, 'of letters, digits, _ . - /'
+)
 DEFAULT = ' (default: %(default)s)'
 
 
@@ -68,52 +74,202 @@ def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         usage='python3 %(prog)s --image_dir=DIR [flags]',
         description=__doc__.splitlines()[0],
-        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36),
+        formatter_class=functools.partial(
+            argparse.RawDescriptionHelpFormatter, max_help_position=36
+        ),
         epilog='the usual command:\n' + __doc__.split('\n\n')[1],
     )
     add = parser.add_argument_group('data').add_argument
-    add('--image_dir', metavar='DIR', required=True, help='folder with one folder of images per class')
-    add('--testing_percentage', metavar='P', type=PERCENTAGE, default=10, help='percent to test with' + DEFAULT)
-    add('--validation_percentage', metavar='P', type=PERCENTAGE, default=10, help='percent to validate with' + DEFAULT)
-    add('--strict', action='store_true', help='stop at an image that cannot be read instead of leaving it out')
-    add('--print_duplicates', action='store_true', help='name all near copies among the images, not only ten')
-    add('--find_suspects', metavar='N', type=COUNT, default=0, help='name the N most doubtful labels' + DEFAULT)
-    add('--bottleneck_dir', metavar='DIR', default='/tmp/bottleneck', help='cache of the bottlenecks' + DEFAULT)
-    add('--data_service', metavar='grpc://HOST:PORT', type=ADDRESS, help='tf.data service that shares the work')
+    add(
+        '--image_dir',
+        metavar='DIR',
+        required=True,
+        help='folder with one folder of images per class',
+    )
+    add(
+        '--testing_percentage',
+        metavar='P',
+        type=PERCENTAGE,
+        default=10,
+        help='percent to test with' + DEFAULT,
+    )
+    add(
+        '--validation_percentage',
+        metavar='P',
+        type=PERCENTAGE,
+        default=10,
+        help='percent to validate with' + DEFAULT,
+    )
+    add(
+        '--strict',
+        action='store_true',
+        help='stop at an image that cannot be read instead of leaving it out',
+    )
+    add(
+        '--print_duplicates',
+        action='store_true',
+        help='name all near copies among the images, not only ten',
+    )
+    add(
+        '--find_suspects',
+        metavar='N',
+        type=COUNT,
+        default=0,
+        help='name the N most doubtful labels' + DEFAULT,
+    )
+    add(
+        '--bottleneck_dir',
+        metavar='DIR',
+        default='/tmp/bottleneck',
+        help='cache of the bottlenecks' + DEFAULT,
+    )
+    add(
+        '--data_service',
+        metavar='grpc://HOST:PORT',
+        type=ADDRESS,
+        help='tf.data service that shares the work',
+    )
     add = (group := parser.add_argument_group('model')).add_argument
-    add('--model_dir', metavar='DIR', default='/tmp/imagenet', help='the pretrained model' + DEFAULT)
-    add('--precision', choices=['float32', 'bfloat16'], default='float32', help='format of bottlenecks' + DEFAULT)
+    add(
+        '--model_dir', metavar='DIR', default='/tmp/imagenet', help='the pretrained model' + DEFAULT
+    )
+    add(
+        '--precision',
+        choices=['float32', 'bfloat16'],
+        default='float32',
+        help='format of bottlenecks' + DEFAULT,
+    )
     add = group.add_mutually_exclusive_group().add_argument
-    add('--architecture', metavar='NAME', choices=ARCHITECTURES, default='inception_v3', help=NETWORKS + DEFAULT)
-    add('--tfhub_module', metavar='HANDLE', help='image feature vector of TensorFlow Hub: URL or folder')
+    add(
+        '--architecture',
+        metavar='NAME',
+        choices=ARCHITECTURES,
+        default='inception_v3',
+        help=NETWORKS + DEFAULT,
+    )
+    add(
+        '--tfhub_module',
+        metavar='HANDLE',
+        help='image feature vector of TensorFlow Hub: URL or folder',
+    )
     add = parser.add_argument_group('training').add_argument
-    add('--how_many_training_steps', metavar='N', type=COUNT, default=4000, help='training steps' + DEFAULT)
-    add('--learning_rate', metavar='RATE', type=RATE, default=0.01, help='size of the steps' + DEFAULT)
-    add('--train_batch_size', metavar='N', type=SIZE, default=100, help='images per training step' + DEFAULT)
-    add('--validation_batch_size', metavar='N', type=SIZE_OR_ALL, default=100, help='per validation; -1: all' + DEFAULT)
-    add('--test_batch_size', metavar='N', type=SIZE_OR_ALL, default=-1, help='images in the test; -1: all' + DEFAULT)
-    add('--eval_step_interval', metavar='N', type=SIZE, default=10, help='steps between evaluations' + DEFAULT)
-    add('--random_seed', metavar='N', type=COUNT, help='runs with the same number give the same result')
-    add('--print_misclassified_test_images', action='store_true', help='list the misclassified test images')
-    add = parser.add_argument_group('distortions of the training images (training takes far longer)').add_argument
+    add(
+        '--how_many_training_steps',
+        metavar='N',
+        type=COUNT,
+        default=4000,
+        help='training steps' + DEFAULT,
+    )
+    add(
+        '--learning_rate',
+        metavar='RATE',
+        type=RATE,
+        default=0.01,
+        help='size of the steps' + DEFAULT,
+    )
+    add(
+        '--train_batch_size',
+        metavar='N',
+        type=SIZE,
+        default=100,
+        help='images per training step' + DEFAULT,
+    )
+    add(
+        '--validation_batch_size',
+        metavar='N',
+        type=SIZE_OR_ALL,
+        default=100,
+        help='per validation; -1: all' + DEFAULT,
+    )
+    add(
+        '--test_batch_size',
+        metavar='N',
+        type=SIZE_OR_ALL,
+        default=-1,
+        help='images in the test; -1: all' + DEFAULT,
+    )
+    add(
+        '--eval_step_interval',
+        metavar='N',
+        type=SIZE,
+        default=10,
+        help='steps between evaluations' + DEFAULT,
+    )
+    add(
+        '--random_seed',
+        metavar='N',
+        type=COUNT,
+        help='runs with the same number give the same result',
+    )
+    add(
+        '--print_misclassified_test_images',
+        action='store_true',
+        help='list the misclassified test images',
+    )
+    add = parser.add_argument_group(
+        'distortions of the training images (training takes far longer)'
+    ).add_argument
     add('--flip_left_right', action='store_true', help='mirror half of the images at random')
-    add('--random_crop', metavar='P', type=PERCENTAGE, default=0, help='margin to crop from, in percent' + DEFAULT)
-    add('--random_scale', metavar='P', type=PERCENTAGE, default=0, help='enlarge by up to this percentage' + DEFAULT)
-    add('--random_brightness', metavar='P', type=PERCENTAGE, default=0, help='change by up to P percent' + DEFAULT)
+    add(
+        '--random_crop',
+        metavar='P',
+        type=PERCENTAGE,
+        default=0,
+        help='margin to crop from, in percent' + DEFAULT,
+    )
+    add(
+        '--random_scale',
+        metavar='P',
+        type=PERCENTAGE,
+        default=0,
+        help='enlarge by up to this percentage' + DEFAULT,
+    )
+    add(
+        '--random_brightness',
+        metavar='P',
+        type=PERCENTAGE,
+        default=0,
+        help='change by up to P percent' + DEFAULT,
+    )
     add = parser.add_argument_group('output').add_argument
-    add('--output_graph', metavar='FILE', default='/tmp/output_graph.pb', help='the trained graph' + DEFAULT)
+    add(
+        '--output_graph',
+        metavar='FILE',
+        default='/tmp/output_graph.pb',
+        help='the trained graph' + DEFAULT,
+    )
     add('--optimized_graph', metavar='FILE', help='also write the trained graph for other runtimes')
-    add('--output_labels', metavar='FILE', default='/tmp/output_labels.txt', help='the labels, one per line' + DEFAULT)
-    add('--summaries_dir', metavar='DIR', default='/tmp/retrain_logs', help='logs for TensorBoard' + DEFAULT)
-    add('--final_tensor_name', metavar='NAME', type=NODE_NAME, default='final_result', help='of the scores' + DEFAULT)
+    add(
+        '--output_labels',
+        metavar='FILE',
+        default='/tmp/output_labels.txt',
+        help='the labels, one per line' + DEFAULT,
+    )
+    add(
+        '--summaries_dir',
+        metavar='DIR',
+        default='/tmp/retrain_logs',
+        help='logs for TensorBoard' + DEFAULT,
+    )
+    add(
+        '--final_tensor_name',
+        metavar='NAME',
+        type=NODE_NAME,
+        default='final_result',
+        help='of the scores' + DEFAULT,
+    )
     return parser
 
 
-def parse_flags(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_flags(
+    parser: argparse.ArgumentParser, arguments: list[str] | None = None
+) -> argparse.Namespace:
     """Returns the flags. Wrong ones end the program with exit code 2."""
     flags = parser.parse_args(arguments)
     if flags.testing_percentage + flags.validation_percentage >= 100:
-        parser.error('--testing_percentage and --validation_percentage must leave images to train on: below 100 in sum')
+        parser.error(
+            '--testing_percentage and --validation_percentage must leave images to train on: below 100 in sum'
+        )
     return flags
 
 
@@ -122,16 +278,22 @@ def create_serving_parser() -> argparse.ArgumentParser:
     parser = create_parser()
     help_text = 'the SavedModel, one folder per version (default: %(default)s)'
     group = parser.add_argument_group('serving')
-    group.add_argument('--saved_model_dir', metavar='DIR', default='/tmp/saved_models/1/', help=help_text)
+    group.add_argument(
+        '--saved_model_dir', metavar='DIR', default='/tmp/saved_models/1/', help=help_text
+    )
     return parser
 
 
 if __name__ == '__main__':
     # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once, and so is Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]  # UTF-8 in any locale
+    sys.argv = [
+        os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv
+    ]  # UTF-8 in any locale
     parsed_flags = parse_flags(create_serving_parser())
-    while os.open(os.devnull, os.O_RDWR) <= 2:  # Other files must not get the numbers of closed standard streams.
+    while (
+        os.open(os.devnull, os.O_RDWR) <= 2
+    ):  # Other files must not get the numbers of closed standard streams.
         pass
 
 # NumPy's products are small here: the threads of OpenBLAS would cost more time than they save.
@@ -177,8 +339,12 @@ IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg d
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
-NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32  # images: more are not faster on a CPU, and need more memory
-MAX_ARCHIVE_SIZE = 2**30  # bytes, unpacked: the largest model has a tenth of it, and the file may be of a stranger
+NETWORK_BATCH_SIZE = (
+    128 if HAS_GPU else 32
+)  # images: more are not faster on a CPU, and need more memory
+MAX_ARCHIVE_SIZE = (
+    2**30
+)  # bytes, unpacked: the largest model has a tenth of it, and the file may be of a stranger
 DOWNLOAD_ATTEMPTS = 3  # in a row that bring nothing new
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
@@ -188,7 +354,9 @@ FOLDS = 5  # of the cross-validation
 SHOWN_IMAGES = 100  # misclassified images in TensorBoard, at most
 PROJECTED_IMAGES = 2000  # points in TensorBoard's projector: more are slow in a browser
 THUMBNAIL_SIDE = 64  # pixels
-fingerprint = functools.partial(tf.strings.to_hash_bucket_fast, num_buckets=2**62)  # FarmHash, the same everywhere
+fingerprint = functools.partial(
+    tf.strings.to_hash_bucket_fast, num_buckets=2**62
+)  # FarmHash, the same everywhere
 
 
 class UserError(Exception):
@@ -215,7 +383,9 @@ def ensure_writable_dir(path: str, flag: str) -> None:
         write_whole(probe := os.path.join(path, f'.{uuid.uuid4().hex[:8]}.tmp'), b'probe')
         gfile.remove(probe)
     except tf.errors.OpError as error:
-        raise UserError(f"{flag}: nothing can be written in '{path or '.'}' ({error.message}). Name another folder.")
+        raise UserError(
+            f"{flag}: nothing can be written in '{path or '.'}' ({error.message}). Name another folder."
+        )
 
 
 def name_some(names: list[str]) -> str:
@@ -229,7 +399,9 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        print(f'WARNING: {name} left out ({type(error).__name__}: {getattr(error, "message", error)})')
+        print(
+            f'WARNING: {name} left out ({type(error).__name__}: {getattr(error, "message", error)})'
+        )
 
 
 def check_outputs(flags: argparse.Namespace) -> None:
@@ -238,7 +410,10 @@ def check_outputs(flags: argparse.Namespace) -> None:
     outputs = {f'--{name}': path for name in names if (path := getattr(flags, name))}
     models = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
     taken = {os.path.realpath(os.path.join(flags.model_dir, name).encode()) for name in models}
-    paths = {os.path.realpath(path.encode()) for path in (*outputs.values(), f'{flags.output_graph}.json')}
+    paths = {
+        os.path.realpath(path.encode())
+        for path in (*outputs.values(), f'{flags.output_graph}.json')
+    }
     if len(paths) <= len(outputs):
         raise UserError(f'{", ".join(outputs)} must be different files. Name others.')
     for flag, path in outputs.items():
@@ -268,12 +443,20 @@ class Images:
     @functools.cached_property
     def members(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """The rows of each set, and how many of them each class has."""
-        rows = {name: np.flatnonzero(self.sets == name) for name in ('training', 'validation', 'testing')}
-        return {name: (of, np.bincount(self.classes[of], minlength=len(self.labels))) for name, of in rows.items()}
+        rows = {
+            name: np.flatnonzero(self.sets == name)
+            for name in ('training', 'validation', 'testing')
+        }
+        return {
+            name: (of, np.bincount(self.classes[of], minlength=len(self.labels)))
+            for name, of in rows.items()
+        }
 
     def keep(self, mask: np.ndarray) -> 'Images':
         """Returns a table of the rows for which a mask, bool [images], holds."""
-        return dataclasses.replace(self, files=self.files[mask], classes=self.classes[mask], sets=self.sets[mask])
+        return dataclasses.replace(
+            self, files=self.files[mask], classes=self.classes[mask], sets=self.sets[mask]
+        )
 
     def draw(self, name: str, how_many: int, rng: np.random.Generator) -> np.ndarray:
         """Returns rows of a set, int [how_many]: a class is drawn uniformly, then one of its images; all for -1."""
@@ -287,7 +470,9 @@ class Images:
 def get_label(folder: str) -> str:
     """Returns the label of a class folder: lower case, every run of characters other than a-z and 0-9 one space."""
     label = re.sub(r'[^a-z0-9]+', ' ', folder.lower())
-    return label if label.strip() else ' '.join(folder.split())  # the original gave every such folder the label ' '
+    return (
+        label if label.strip() else ' '.join(folder.split())
+    )  # the original gave every such folder the label ' '
 
 
 def get_set(path: str, testing_percentage: int, validation_percentage: int) -> str:
@@ -305,13 +490,17 @@ def list_dir(path: str) -> list[str]:
     try:
         return sorted(name.rstrip('/') for name in gfile.listdir(path)) if gfile.isdir(path) else []
     except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' has a file whose name is not UTF-8, {error.object!r}. Rename it.")
+        raise UserError(
+            f"'{path}' has a file whose name is not UTF-8, {error.object!r}. Rename it."
+        )
 
 
 def list_images(flags: argparse.Namespace) -> Images:
     """Returns the images of the class folders, and names what is passed over; UserError for fewer than two classes."""
     if not gfile.isdir(flags.image_dir):
-        raise UserError(f"--image_dir: there is no folder '{flags.image_dir}'. Name the one with your class folders.")
+        raise UserError(
+            f"--image_dir: there is no folder '{flags.image_dir}'. Name the one with your class folders."
+        )
     labels: dict[str, str] = {}
     rows, loose_images = [], 0
     for folder in list_dir(flags.image_dir):
@@ -320,40 +509,66 @@ def list_images(flags: argparse.Namespace) -> Images:
             loose_images += folder.lower().endswith(IMAGE_EXTENSIONS)
             continue
         names = list_dir(path)
-        images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != '.']
+        images = [
+            name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != '.'
+        ]
         if others := sorted(set(names) - set(images)):
             print(f'{path}: {len(images)} images; passed over: {name_some(others)}')
         if not images:
             print(f'WARNING: {path} has no images. It is not used as a class.')
             continue
         if len(images) < 20:
-            print(f'WARNING: Folder has less than 20 images, which may cause issues. ({path}: {len(images)})')
+            print(
+                f'WARNING: Folder has less than 20 images, which may cause issues. ({path}: {len(images)})'
+            )
         if not (label := get_label(folder)):
-            raise UserError(f'{path!r}: the label of this folder would be blank. Rename the folder.')
+            raise UserError(
+                f'{path!r}: the label of this folder would be blank. Rename the folder.'
+            )
         if label in labels:
-            raise UserError(f"{labels[label]} and {path} have the same label '{label}'. Rename or merge them.")
+            raise UserError(
+                f"{labels[label]} and {path} have the same label '{label}'. Rename or merge them."
+            )
         for name in images:
-            of = get_set(os.path.join(path, name), flags.testing_percentage, flags.validation_percentage)
+            of = get_set(
+                os.path.join(path, name), flags.testing_percentage, flags.validation_percentage
+            )
             rows.append((os.path.join(folder, name), len(labels), of))
         labels[label] = path
     if loose_images:
-        print(f'WARNING: {flags.image_dir} has {loose_images} images outside of class folders. They are not used.')
+        print(
+            f'WARNING: {flags.image_dir} has {loose_images} images outside of class folders. They are not used.'
+        )
     if len(labels) < 2:
-        found = f"--image_dir: '{flags.image_dir}' has {len(labels) or 'no'} class folder with images"
-        raise UserError(f'{found}. Two or more are needed: put the images of each class into a folder of its own.')
+        found = (
+            f"--image_dir: '{flags.image_dir}' has {len(labels) or 'no'} class folder with images"
+        )
+        raise UserError(
+            f'{found}. Two or more are needed: put the images of each class into a folder of its own.'
+        )
     files, classes, sets = zip(*rows, strict=True)
-    return Images(flags.image_dir, list(labels), np.array(files, object), np.array(classes), np.array(sets))
+    return Images(
+        flags.image_dir, list(labels), np.array(files, object), np.array(classes), np.array(sets)
+    )
 
 
 def check_sets(images: Images, flags: argparse.Namespace) -> None:
     """Warns of classes without an image in a set; raises UserError if there is nothing to train on."""
     for name in ('testing', 'validation', 'training'):
-        empty = [label for label, count in zip(images.labels, images.members[name][1], strict=True) if not count]
+        empty = [
+            label
+            for label, count in zip(images.labels, images.members[name][1], strict=True)
+            if not count
+        ]
         if getattr(flags, f'{name}_percentage', 100) and empty:
             missing = f'no {name} image in {len(empty)} of {len(images.labels)} classes: {name_some(empty)}'
-            print(f'WARNING: {missing}. Add images, or change --testing_percentage or --validation_percentage.')
+            print(
+                f'WARNING: {missing}. Add images, or change --testing_percentage or --validation_percentage.'
+            )
     if not images.members['training'][0].size:
-        raise UserError('--image_dir: no image fell into the training set. Add images, or lower --testing_percentage.')
+        raise UserError(
+            '--image_dir: no image fell into the training set. Add images, or lower --testing_percentage.'
+        )
 
 
 def extract(archive: str, name: str) -> bytes:
@@ -363,7 +578,11 @@ def extract(archive: str, name: str) -> bytes:
         contents = gzip.open(file).read(MAX_ARCHIVE_SIZE)
         for member in (tar := tarfile.open(fileobj=io.BytesIO(contents))):
             is_wanted = member.isfile() and os.path.normpath(member.name) == name
-            if is_wanted and len(contents) < MAX_ARCHIVE_SIZE and (graph := tar.extractfile(member)):
+            if (
+                is_wanted
+                and len(contents) < MAX_ARCHIVE_SIZE
+                and (graph := tar.extractfile(member))
+            ):
                 return graph.read()
     return b''
 
@@ -375,7 +594,9 @@ def download(url: str, path: str, name: str) -> bytes:
         time.sleep(failures)
         start = done = gfile.stat(partial).length if gfile.exists(partial) else 0
         try:
-            request = urllib.request.Request(url, headers={'Range': f'bytes={start}-'} if start else {})
+            request = urllib.request.Request(
+                url, headers={'Range': f'bytes={start}-'} if start else {}
+            )
             with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
                 if response.status != 206:  # the server does not resume: it sends everything
                     start = done = 0
@@ -384,42 +605,70 @@ def download(url: str, path: str, name: str) -> bytes:
                     while block := response.read1(1 << 16):
                         file.write(block)
                         done += len(block)
-                        share = f'{100 * done / total:.1f}%' if total >= done else f'{done / 1e6:.1f} MB'
-                        print(f'\r>> Downloading {os.path.basename(path)} {share}', end='', file=sys.stderr)
+                        share = (
+                            f'{100 * done / total:.1f}%'
+                            if total >= done
+                            else f'{done / 1e6:.1f} MB'
+                        )
+                        print(
+                            f'\r>> Downloading {os.path.basename(path)} {share}',
+                            end='',
+                            file=sys.stderr,
+                        )
             print(file=sys.stderr)
             if done >= total and (contents := extract(partial, name)):
                 gfile.rename(partial, path, overwrite=True)
                 return contents
-            reason, is_useless = f'{done:,} of {total:,} bytes came, and are not a .tgz with {name}', done >= total
+            reason, is_useless = (
+                f'{done:,} of {total:,} bytes came, and are not a .tgz with {name}',
+                done >= total,
+            )
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f'{type(error).__name__}: {error}'.strip()
-            is_useless = getattr(error, 'code', None) == 416  # HTTP: there is nothing beyond what the part has
+            is_useless = (
+                getattr(error, 'code', None) == 416
+            )  # HTTP: there is nothing beyond what the part has
         if is_useless:
             gfile.remove(partial)
         failures = failures + 1 if is_useless or done == start else 0
-    raise UserError(f'{url} could not be downloaded ({reason}). Run the same command again, or save it as {path}.')
+    raise UserError(
+        f'{url} could not be downloaded ({reason}). Run the same command again, or save it as {path}.'
+    )
 
 
 def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str:
     """Returns the path of `graph_name` in `model_dir`, after taking it out of the archive at `url` if need be."""
-    graph_path, archive = os.path.join(model_dir, graph_name), os.path.join(model_dir, os.path.basename(url))
+    graph_path, archive = (
+        os.path.join(model_dir, graph_name),
+        os.path.join(model_dir, os.path.basename(url)),
+    )
     if not gfile.exists(graph_path):
         ensure_writable_dir(os.path.dirname(graph_path), '--model_dir')
         if not (graph := extract(archive, graph_name)) and gfile.exists(archive):
-            print(f'{archive} is damaged, or has no {graph_name} in it: renamed to {archive}.broken.')
+            print(
+                f'{archive} is damaged, or has no {graph_name} in it: renamed to {archive}.broken.'
+            )
             gfile.rename(archive, archive + '.broken', overwrite=True)
         write_whole(graph_path, graph or download(url, archive, graph_name))
     return graph_path
 
 
-def load_graph_def(model_dir: str, url: str, graph_name: str, needed: list[str]) -> tuple[str, GraphDef, int]:
+def load_graph_def(
+    model_dir: str, url: str, graph_name: str, needed: list[str]
+) -> tuple[str, GraphDef, int]:
     """Returns path, graph up to the needed nodes, and CRC-32 of a model's file; raises UserError if it is damaged."""
     path = maybe_download_and_extract(model_dir, url, graph_name)
     contents = gfile.GFile(path, 'rb').read()
     try:
         return path, extract_sub_graph(GraphDef.FromString(contents), needed), zlib.crc32(contents)
-    except (DecodeError, AssertionError, KeyError) as error:  # the last two for a node that is not there
-        raise UserError(f'{path} is damaged or another graph ({error}). Delete it and run again to download {url}.')
+    except (
+        DecodeError,
+        AssertionError,
+        KeyError,
+    ) as error:  # the last two for a node that is not there
+        raise UserError(
+            f'{path} is damaged or another graph ({error}). Delete it and run again to download {url}.'
+        )
 
 
 class Pixels(NamedTuple):
@@ -443,15 +692,21 @@ class Backbone:
     cache_suffix: str = ''  # between the name of an image and the '.txt' of its cache file
     optimizer: str = ''  # of TensorFlow's, which makes bottlenecks faster and less precise
 
-    def create_network(self, structure: GraphDef, weights: dict, device: str | None = None) -> Callable:
+    def create_network(
+        self, structure: GraphDef, weights: dict, device: str | None = None
+    ) -> Callable:
         """Returns a tf.function from images in 0..255, float [N, *size, 3], to bottlenecks; weights are on a device."""
 
         @tf.function(input_signature=[tf.TensorSpec([None, *self.pixels.size, 3])])
         def network(images: tf.Tensor) -> tf.Tensor:
             with tf.device(device):
                 inputs = {f'{name}:0': tf.identity(tensor) for name, tensor in weights.items()}
-                inputs[f'{SCALED_INPUT_NODE}:0'] = (images - self.pixels.mean) * (1 / self.pixels.deviation)
-                return tf.graph_util.import_graph_def(structure, inputs, [f'{self.bottleneck}:0'])[0]
+                inputs[f'{SCALED_INPUT_NODE}:0'] = (images - self.pixels.mean) * (
+                    1 / self.pixels.deviation
+                )
+                return tf.graph_util.import_graph_def(structure, inputs, [f'{self.bottleneck}:0'])[
+                    0
+                ]
 
         network.get_concrete_function()  # finds out now whether TensorFlow accepts the graph
         return network
@@ -461,7 +716,9 @@ class Backbone:
         """The network on each device that computes bottlenecks; raises UserError if the graph is damaged."""
         networks = []
         try:
-            folded = fold(self.graph_def, SCALED_INPUT_NODE, [None, *self.pixels.size, 3], self.bottleneck)
+            folded = fold(
+                self.graph_def, SCALED_INPUT_NODE, [None, *self.pixels.size, 3], self.bottleneck
+            )
             structure, weights = split_weights(folded)
             if self.optimizer:
                 structure = optimize(structure, self.bottleneck, self.optimizer)
@@ -470,7 +727,9 @@ class Backbone:
                     tensors = {name: tf.constant(value) for name, value in weights.items()}
                 networks.append(self.create_network(structure, tensors, device))
         except (LookupError, TypeError, ValueError, tf.errors.OpError) as error:
-            raise UserError(f'The graph of {self.source} is damaged ({error}). Download the model again.')
+            raise UserError(
+                f'The graph of {self.source} is damaged ({error}). Download the model again.'
+            )
         return networks
 
 
@@ -483,25 +742,39 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
         backbone = load_tfhub_module(flags.tfhub_module)
     elif size in MOBILENET_SIZES:
         url, name = MOBILENET_URL.format(size), MOBILENET_GRAPH_NAME.format(size)
-        path, graph_def, checksum = load_graph_def(flags.model_dir, url, name, ['input', MOBILENET_BOTTLENECK[0]])
+        path, graph_def, checksum = load_graph_def(
+            flags.model_dir, url, name, ['input', MOBILENET_BOTTLENECK[0]]
+        )
         pixels = Pixels((int(size[-3:]), int(size[-3:])), 127.5, 127.5)
         graph_def = prepend_decoding(graph_def, 'input:0', pixels)
-        backbone = Backbone(path, graph_def, checksum, *MOBILENET_BOTTLENECK, pixels, f'_{flags.architecture}')
+        backbone = Backbone(
+            path, graph_def, checksum, *MOBILENET_BOTTLENECK, pixels, f'_{flags.architecture}'
+        )
     else:
         needed = [JPEG_DATA_NODE, RESIZED_INPUT_NODE, SCALED_INPUT_NODE, 'pool_3', BOTTLENECK[0]]
-        path, graph_def, checksum = load_graph_def(flags.model_dir, DATA_URL, MODEL_GRAPH_NAME, needed)
+        path, graph_def, checksum = load_graph_def(
+            flags.model_dir, DATA_URL, MODEL_GRAPH_NAME, needed
+        )
         backbone = Backbone(path, graph_def, checksum, *BOTTLENECK, Pixels((299, 299), 128, 128))
     name = flags.final_tensor_name
-    if name in {node.name for node in backbone.graph_def.node} or name.startswith(('final_training_ops/', 'input/')):
-        raise UserError(f'--final_tensor_name: the graph already has a node named {name}. Choose another name.')
+    if name in {node.name for node in backbone.graph_def.node} or name.startswith(
+        ('final_training_ops/', 'input/')
+    ):
+        raise UserError(
+            f'--final_tensor_name: the graph already has a node named {name}. Choose another name.'
+        )
     if flags.precision == 'bfloat16':
         features = ''
         with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
             features = file.read() if os.getenv('TF_ENABLE_ONEDNN_OPTS') != '0' else ''
         if not HAS_GPU and not re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', features):
-            print('--precision: this processor has no bfloat16 instructions (or oneDNN is off). float32 is used.')
+            print(
+                '--precision: this processor has no bfloat16 instructions (or oneDNN is off). float32 is used.'
+            )
             return backbone
-        backbone.optimizer = 'auto_mixed_precision' if HAS_GPU else 'auto_mixed_precision_onednn_bfloat16'
+        backbone.optimizer = (
+            'auto_mixed_precision' if HAS_GPU else 'auto_mixed_precision_onednn_bfloat16'
+        )
         backbone.cache_suffix += '_bfloat16'
         backbone.checksum = zlib.crc32(backbone.optimizer.encode(), backbone.checksum)
     return backbone
@@ -516,12 +789,16 @@ def export_graph(graph: tf.Graph) -> GraphDef:
     return graph_def
 
 
-def prepend_decoding(graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: str = '') -> GraphDef:
+def prepend_decoding(
+    graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: str = ''
+) -> GraphDef:
     """Returns a graph, under a prefix, that gets a tensor from the nodes that decode images in the graph of 2015."""
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
         image = tf.cast(tf.io.decode_jpeg(contents, 3, name='DecodeJpeg'), tf.float32, name='Cast')
-        image = resize_bilinear(tf.expand_dims(image, 0, name='ExpandDims'), pixels.size, name=RESIZED_INPUT_NODE)
+        image = resize_bilinear(
+            tf.expand_dims(image, 0, name='ExpandDims'), pixels.size, name=RESIZED_INPUT_NODE
+        )
         image = tf.subtract(image, pixels.mean, name='Sub')
         image = tf.multiply(image, 1 / pixels.deviation, name=SCALED_INPUT_NODE)
         tf.graph_util.import_graph_def(graph_def, {tensor: image}, name=prefix)
@@ -531,18 +808,27 @@ def prepend_decoding(graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: s
 def find_feature_vector(module: Any, handle: str) -> tuple[Callable, Pixels, int]:
     """Finds the function of a module from images in 0..1, float [N, height, width, 3], to features, float [N, size]."""
     # The common signature of https://www.tensorflow.org/hub/common_signatures/images.
-    functions = module.__call__.concrete_functions if callable(module) else module.signatures.values()
+    functions = (
+        module.__call__.concrete_functions if callable(module) else module.signatures.values()
+    )
     for function in functions:
         arguments = tf.nest.flatten(function.structured_input_signature)
         inputs = [argument.shape for argument in arguments if isinstance(argument, tf.TensorSpec)]
         outputs = [output.shape for output in tf.nest.flatten(function.structured_outputs)]
         # One of the functions may be for training: it has True among its arguments.
-        if [len(shape) for shape in (*inputs, *outputs) if shape.rank] == [4, 2] and True not in arguments:
+        if [len(shape) for shape in (*inputs, *outputs) if shape.rank] == [
+            4,
+            2,
+        ] and True not in arguments:
             height, width = (side or 224 for side in inputs[0][1:3])
             if None in inputs[0][1:3]:
-                print(f'--tfhub_module: it takes images of any size, and gets {height} x {width} pixels.')
+                print(
+                    f'--tfhub_module: it takes images of any size, and gets {height} x {width} pixels.'
+                )
             return function, Pixels((height, width), 0, 255), outputs[0][1]
-    raise UserError(f"--tfhub_module: '{handle}' does not compute feature vectors of images. Name one that does.")
+    raise UserError(
+        f"--tfhub_module: '{handle}' does not compute feature vectors of images. Name one that does."
+    )
 
 
 def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
@@ -550,9 +836,15 @@ def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
     meta_graph = tf.compat.v1.MetaGraphDef(graph_def=graph_def)
     meta_graph.collection_def['train_op'].node_list.value.append(output)  # what it must keep
     functions = meta_graph.graph_def.library.function
-    nodes = itertools.chain(meta_graph.graph_def.node, *(function.node_def for function in functions))
+    nodes = itertools.chain(
+        meta_graph.graph_def.node, *(function.node_def for function in functions)
+    )
     for owner in itertools.chain(nodes, functions):
-        for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):  # of functions for XLA, and of gradients
+        for name in (
+            '_gradient_op_type',
+            '_XlaMustCompile',
+            '_noinline',
+        ):  # of functions for XLA, and of gradients
             owner.attr.pop(name, None)
     config = tf.compat.v1.ConfigProto()
     config.graph_options.rewrite_options.optimizers.append(optimizer)
@@ -568,10 +860,14 @@ def load_tfhub_module(handle: str) -> Backbone:
         path = tensorflow_hub.resolve(handle)
         module = tf.saved_model.load(path)
     except ImportError as error:
-        raise UserError(f"--tfhub_module: {error}. Run pip install tensorflow-hub 'setuptools<81' first.")
+        raise UserError(
+            f"--tfhub_module: {error}. Run pip install tensorflow-hub 'setuptools<81' first."
+        )
     except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
         advice = 'Download it into a folder, as inception/README.md shows, and name that.'
-        raise UserError(f"--tfhub_module: '{handle}' cannot be loaded ({str(error).strip()}). {advice}")
+        raise UserError(
+            f"--tfhub_module: '{handle}' cannot be loaded ({str(error).strip()}). {advice}"
+        )
     function, pixels, size = find_feature_vector(module, handle)
 
     @tf.function(input_signature=[tf.TensorSpec([None, *pixels.size, 3])])
@@ -579,12 +875,20 @@ def load_tfhub_module(handle: str) -> Backbone:
         return tf.reshape(tf.nest.flatten(function(images))[0], [-1, size], name='bottleneck')
 
     frozen = convert_variables_to_constants_v2(extract_features.get_concrete_function())
-    plain = optimize(frozen.graph.as_graph_def(), 'bottleneck', 'function')  # functions become plain ops
+    plain = optimize(
+        frozen.graph.as_graph_def(), 'bottleneck', 'function'
+    )  # functions become plain ops
     graph_def = prepend_decoding(plain, frozen.inputs[0].name, pixels, 'module')
     graph_def = extract_sub_graph(graph_def, ['module/bottleneck'])
-    files = sorted(os.path.join(folder, name) for folder, _, names in gfile.walk(path) for name in names)
-    checksum = functools.reduce(lambda crc, file: zlib.crc32(gfile.GFile(file, 'rb').read(), crc), files, 0)
-    suffix = '_' + re.sub(r'[:/]+', '~', handle.rstrip('/'))[-100:]  # as the retrain script of TensorFlow Hub has it
+    files = sorted(
+        os.path.join(folder, name) for folder, _, names in gfile.walk(path) for name in names
+    )
+    checksum = functools.reduce(
+        lambda crc, file: zlib.crc32(gfile.GFile(file, 'rb').read(), crc), files, 0
+    )
+    suffix = (
+        '_' + re.sub(r'[:/]+', '~', handle.rstrip('/'))[-100:]
+    )  # as the retrain script of TensorFlow Hub has it
     return Backbone(handle, graph_def, checksum, 'module/bottleneck', size, pixels, suffix)
 
 
@@ -604,21 +908,33 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
     constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
     for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
-        node.input[:] = [name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics']
+        node.input[:] = [
+            name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics'
+        ]
         if node.op == 'BatchNormWithGlobalNormalization':
             convolution, *names = node.input
             tensors = [constants[name] for name in (nodes[convolution].input[1], *names)]
-            weights, mean, variance, beta, gamma = (np.float64(tf.make_ndarray(tensor)) for tensor in tensors)
+            weights, mean, variance, beta, gamma = (
+                np.float64(tf.make_ndarray(tensor)) for tensor in tensors
+            )
             scale = gamma if node.attr['scale_after_normalization'].b else 1
             scale = scale / np.sqrt(variance + node.attr['variance_epsilon'].f)
             tensors[0].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
             tensors[3].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-            node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=[convolution, names[2]], attr={'T': float32}))
+            node.CopyFrom(
+                NodeDef(
+                    name=node.name, op='BiasAdd', input=[convolution, names[2]], attr={'T': float32}
+                )
+            )
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
-            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float32}))
+            node.CopyFrom(
+                NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float32})
+            )
         elif node.op == 'Reshape' and node.input[1] in constants:
             if len(sides := tf.make_ndarray(constants[node.input[1]])) == 2 and sides[0] == 1:
-                constants[node.input[1]].CopyFrom(tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype)))
+                constants[node.input[1]].CopyFrom(
+                    tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype))
+                )
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, [output])
@@ -632,7 +948,10 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
         if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
             tensor = node.attr['value'].tensor
             weights[node.name] = tf.make_ndarray(tensor)
-            attributes = {'dtype': node.attr['dtype'], 'shape': AttrValue(shape=tensor.tensor_shape)}
+            attributes = {
+                'dtype': node.attr['dtype'],
+                'shape': AttrValue(shape=tensor.tensor_shape),
+            }
             structure.node.add(name=node.name, op='Placeholder', attr=attributes)
         else:
             structure.node.add().CopyFrom(node)
@@ -643,7 +962,10 @@ def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator
     """Yields (tags, bottlenecks) of each (tags, images): the devices work at once, while the next batches are made."""
     iterator = iter(batches.prefetch(2 * len(networks)))
     while group := list(itertools.islice(iterator, len(networks))):
-        results = [(tags, network(images)) for (tags, images), network in zip(group, networks, strict=False)]
+        results = [
+            (tags, network(images))
+            for (tags, images), network in zip(group, networks, strict=False)
+        ]
         yield from ((tags.numpy(), bottlenecks.numpy()) for tags, bottlenecks in results)
 
 
@@ -653,7 +975,9 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
     try:
         socket.create_connection((host, int(port)), timeout=DATA_SERVICE_TIMEOUT).close()
     except OSError as error:
-        raise UserError(f'--data_service: {address} does not answer ({error}). Start it, or leave the flag out.')
+        raise UserError(
+            f'--data_service: {address} does not answer ({error}). Start it, or leave the flag out.'
+        )
     policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
     distribute = tf.data.experimental.service.distribute(policy, address)
     computed = batches.map(lambda tags, images: (tags, network(images)))
@@ -676,7 +1000,9 @@ def load_files(paths: list[str], load: Callable) -> tf.data.Dataset:
     return files.ignore_errors()
 
 
-def compute_bottlenecks(paths: list, backbone: Backbone, distort: Callable | None, service: str | None) -> Iterator:
+def compute_bottlenecks(
+    paths: list, backbone: Backbone, distort: Callable | None, service: str | None
+) -> Iterator:
     """Yields (tags, bottlenecks) in batches, without the images that cannot be decoded.
 
     Tags are int64 [N, 2]: the index of a path, and the fingerprint of the file's contents. Images are resized, or are
@@ -685,11 +1011,17 @@ def compute_bottlenecks(paths: list, backbone: Backbone, distort: Callable | Non
 
     def load(index: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         image = tf.io.decode_jpeg(contents, channels=3)
-        image = distort(image, index) if distort else resize_bilinear(image[tf.newaxis], backbone.pixels.size)[0]
+        image = (
+            distort(image, index)
+            if distort
+            else resize_bilinear(image[tf.newaxis], backbone.pixels.size)[0]
+        )
         return tf.stack([index, fingerprint(contents)]), image
 
     batches, networks = load_files(paths, load).batch(NETWORK_BATCH_SIZE), backbone.networks
-    return run_service(service, networks[0], batches) if service else run_networks(networks, batches)
+    return (
+        run_service(service, networks[0], batches) if service else run_networks(networks, batches)
+    )
 
 
 def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -708,8 +1040,12 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
 def get_status(path: str) -> tuple[int, int]:
     """Returns size in bytes and modification time in ns of a file; -1 and -1 if there is none."""
     with contextlib.suppress(OSError):
-        return (status := os.stat(path.encode())).st_size, status.st_mtime_ns  # bytes, as LANG may be of ASCII alone
-    with contextlib.suppress(tf.errors.OpError):  # gs:// and its like; gfile knows times of local files in seconds only
+        return (
+            status := os.stat(path.encode())
+        ).st_size, status.st_mtime_ns  # bytes, as LANG may be of ASCII alone
+    with contextlib.suppress(
+        tf.errors.OpError
+    ):  # gs:// and its like; gfile knows times of local files in seconds only
         return (status := gfile.stat(path)).length, status.mtime_nsec
     return -1, -1
 
@@ -755,26 +1091,41 @@ class BottleneckCache:
         # After the cache files: another run first records what a cache file is made of, and then writes it.
         self.records = [os.path.join(folder, '.records', f'{name}.rec') for name in names]
         self.facts: list[list] = [[] for _ in names]
-        for rows, texts in load_files(self.records, lambda *file: file).batch(256).as_numpy_iterator():
+        for rows, texts in (
+            load_files(self.records, lambda *file: file).batch(256).as_numpy_iterator()
+        ):
             for row, text in zip(rows, texts, strict=True):
                 with contextlib.suppress(ValueError, TypeError, KeyError):
                     facts = json.loads(text)
-                    self.facts[row] = [fact for fact in facts if len(fact) == 5 and isinstance(fact[0], int | str)]
+                    self.facts[row] = [
+                        fact for fact in facts if len(fact) == 5 and isinstance(fact[0], int | str)
+                    ]
         self.statuses = list(map(get_status, images.paths))
 
     def record(self, row: int, outcome: int | str, contents: int | None) -> None:
         """Adds to a record what an image is now. If it cannot be written, the next run may have to compute again."""
         others = [fact for fact in self.facts[row] if fact[0] != outcome]
-        self.facts[row] = [*others, (outcome, *self.statuses[row], self.backbone.checksum, contents)]
+        self.facts[row] = [
+            *others,
+            (outcome, *self.statuses[row], self.backbone.checksum, contents),
+        ]
         with contextlib.suppress(tf.errors.OpError):
             write_whole(self.records[row], json.dumps(self.facts[row]).encode())
 
     def find(self, row: int, contents: int | None = None) -> int | str | None:
         """Returns the fingerprint of a cache file that is current, or why its image cannot be decoded; else None."""
         for outcome, size, changed, model, found in self.facts[row]:
-            if isinstance(outcome, str) or (outcome, model) == (self.fingerprints[row], self.backbone.checksum):
-                is_same = contents is not None and found in (contents, None)  # whatever the time of the file says
-                if (size, changed) == self.statuses[row] or (is_same and size == self.statuses[row][0]):
+            if isinstance(outcome, str) or (outcome, model) == (
+                self.fingerprints[row],
+                self.backbone.checksum,
+            ):
+                is_same = contents is not None and found in (
+                    contents,
+                    None,
+                )  # whatever the time of the file says
+                if (size, changed) == self.statuses[row] or (
+                    is_same and size == self.statuses[row][0]
+                ):
                     return outcome
         return None
 
@@ -785,21 +1136,30 @@ class BottleneckCache:
                 self.record(row, cached, None)
         known = [self.find(row) for row in range(len(self.paths))]
         unsure = [row for row, outcome in enumerate(known) if outcome is None and self.facts[row]]
-        images = load_files([self.images.paths[row] for row in unsure], lambda index, text: (index, fingerprint(text)))
+        images = load_files(
+            [self.images.paths[row] for row in unsure],
+            lambda index, text: (index, fingerprint(text)),
+        )
         for index, mark in images.as_numpy_iterator():
             if (outcome := self.find(row := unsure[index], int(mark))) is not None:
                 known[row] = outcome
                 self.record(row, outcome, int(mark))
-        self.reasons = {row: outcome for row, outcome in enumerate(known) if isinstance(outcome, str)}
+        self.reasons = {
+            row: outcome for row, outcome in enumerate(known) if isinstance(outcome, str)
+        }
         return np.flatnonzero([outcome is None for outcome in known])
 
     def write(self, rows: np.ndarray, bottlenecks: np.ndarray, contents: np.ndarray) -> None:
         """Writes bottlenecks, and records of the file contents (fingerprints) that they are made of."""
         if not np.isfinite(bottlenecks).all():
-            raise UserError(f'{self.backbone.source} gives numbers that are not finite. Download the model again.')
+            raise UserError(
+                f'{self.backbone.source} gives numbers that are not finite. Download the model again.'
+            )
         self.bottlenecks[rows] = bottlenecks
         texts = [','.join(map(str, values)) for values in bottlenecks]
-        for row, text, cached, mark in zip(rows, texts, fingerprint(texts).numpy(), contents, strict=True):
+        for row, text, cached, mark in zip(
+            rows, texts, fingerprint(texts).numpy(), contents, strict=True
+        ):
             tqdm.write(f'Creating bottleneck at {self.paths[row]}')
             self.record(row, int(cached), int(mark))
             try:
@@ -815,24 +1175,34 @@ class BottleneckCache:
         paths, left = self.images.paths, set(rows)
         headers = {row: read_header(paths[row]) for row in rows}
         with tqdm(total=len(left), desc='Bottlenecks', unit='image', disable=None) as bar:
-            for service in dict.fromkeys([data_service, None]):  # what a service does not bring is computed here
+            for service in dict.fromkeys(
+                [data_service, None]
+            ):  # what a service does not bring is computed here
                 todo = np.array([row for row in sorted(left) if headers[row][0] <= MAX_PIXELS], int)
-                for tags, found in compute_bottlenecks([paths[row] for row in todo], self.backbone, None, service):
+                for tags, found in compute_bottlenecks(
+                    [paths[row] for row in todo], self.backbone, None, service
+                ):
                     self.write(todo[tags[:, 0]], found, tags[:, 1])
                     left.difference_update(todo[tags[:, 0]])
                     bar.update(len(found))
                 if service and left:
-                    tqdm.write(f'WARNING: {service} left out {len(left)} of {len(rows)} images. They are tried here.')
+                    tqdm.write(
+                        f'WARNING: {service} left out {len(left)} of {len(rows)} images. They are tried here.'
+                    )
         if turned := sum(is_turned for _, is_turned in headers.values()):
             advice = 'See data/README.md on how to rotate them.'
-            print(f'WARNING: images that the camera stored sideways, and that are used as stored: {turned}. {advice}')
+            print(
+                f'WARNING: images that the camera stored sideways, and that are used as stored: {turned}. {advice}'
+            )
         for row in sorted(left):
             self.reasons[row], contents = explain_unreadable(paths[row])
             if contents is not None:
                 self.record(row, self.reasons[row], contents)
 
 
-def cache_bottlenecks(images: Images, backbone: Backbone, flags: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
+def cache_bottlenecks(
+    images: Images, backbone: Backbone, flags: argparse.Namespace
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns bottlenecks, float32 [images, size], and which exist, bool [images]; UserError if a class has none."""
     # What is computed stays in memory while it is written: float32 written as text and read again is the same number.
     cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
@@ -852,10 +1222,14 @@ def cache_bottlenecks(images: Images, backbone: Backbone, flags: argparse.Namesp
             raise UserError(f'--strict: {line}. Replace or delete it.')
         print(f'WARNING: {line}')
     if cache.reasons:
-        print(f'WARNING: {len(cache.reasons)} of {len(images.files)} images are left out. Replace or delete them.')
+        print(
+            f'WARNING: {len(cache.reasons)} of {len(images.files)} images are left out. Replace or delete them.'
+        )
     for index in np.setdiff1d(images.classes, images.classes[readable]):
         folder = os.path.dirname(images.files[images.classes == index][0])
-        raise UserError(f"No image in the class folder '{folder}' can be read. Add some, or remove the folder.")
+        raise UserError(
+            f"No image in the class folder '{folder}' can be read. Add some, or remove the folder."
+        )
     return cache.bottlenecks, readable
 
 
@@ -870,43 +1244,71 @@ def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tupl
     stems = np.array([file.split('_nohash_')[0] for file in images.files], object)
     # The product of two vectors is at most that of the norms of their groups of eight numbers (Cauchy-Schwarz), so that
     # few pairs need the former. A bottleneck of equal numbers is like no other: its scale is 0.
-    groups, blocks = np.arange(0, bottlenecks.shape[1], 8), np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024)
-    squares = np.concatenate([np.add.reduceat(np.square(block), groups, axis=1) for block in blocks])
+    groups, blocks = (
+        np.arange(0, bottlenecks.shape[1], 8),
+        np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024),
+    )
+    squares = np.concatenate(
+        [np.add.reduceat(np.square(block), groups, axis=1) for block in blocks]
+    )
     scale = np.where(np.ptp(bottlenecks, axis=1) > 0, 1 / np.sqrt(squares.sum(axis=1)), 0)[:, None]
     short = tf.constant(np.sqrt(squares) * scale)
     best, partner = np.zeros(len(classes)), np.zeros(len(classes), int)
-    compared = np.arange(len(classes)) if len(classes) <= MAX_COMPARED else np.flatnonzero(~is_training)
+    compared = (
+        np.arange(len(classes)) if len(classes) <= MAX_COMPARED else np.flatnonzero(~is_training)
+    )
     for rows in np.split(compared, range(512, len(compared), 512)):
-        is_near = (tf.matmul(tf.gather(short, rows), short, transpose_b=True) > DUPLICATE_SIMILARITY - 1e-4).numpy()
+        is_near = (
+            tf.matmul(tf.gather(short, rows), short, transpose_b=True) > DUPLICATE_SIMILARITY - 1e-4
+        ).numpy()
         is_near[np.arange(len(rows)), rows] = False
         rows, others = rows[is_near.any(axis=1)], np.flatnonzero(is_near.any(axis=0))
         if not rows.size:
             continue
         units, other_units = (bottlenecks[of] * scale[of] for of in (rows, others))
-        similarity = tf.matmul(units, other_units, transpose_b=True).numpy()  # on all cores, unlike NumPy here
-        differs, leaks = classes[rows, None] != classes[others], is_training[others] & ~is_training[rows, None]
-        is_alike = (similarity >= DUPLICATE_SIMILARITY) & (differs | leaks | (stems[rows, None] != stems[others]))
+        similarity = tf.matmul(
+            units, other_units, transpose_b=True
+        ).numpy()  # on all cores, unlike NumPy here
+        differs, leaks = (
+            classes[rows, None] != classes[others],
+            is_training[others] & ~is_training[rows, None],
+        )
+        is_alike = (similarity >= DUPLICATE_SIMILARITY) & (
+            differs | leaks | (stems[rows, None] != stems[others])
+        )
         leaked += (is_alike & leaks).any(axis=1).sum()
         badness = np.where(is_alike, 2 * differs + leaks + similarity, 0)
         best[rows], partner[rows] = badness.max(axis=1), others[badness.argmax(axis=1)]
     order = np.argsort(-best, kind='stable')
-    pairs = dict.fromkeys((min(row, partner[row]), max(row, partner[row])) for row in order if best[row])
+    pairs = dict.fromkeys(
+        (min(row, partner[row]), max(row, partner[row])) for row in order if best[row]
+    )
     return list(pairs), int(leaked)
 
 
-def report_near_copies(images: Images, pairs: list[tuple[int, int]], leaked: int, print_all: bool) -> None:
+def report_near_copies(
+    images: Images, pairs: list[tuple[int, int]], leaked: int, print_all: bool
+) -> None:
     """Prints how many near copies of images there are, and names ten pairs or all of them."""
     if mislabeled := sum(images.classes[row] != images.classes[other] for row, other in pairs):
-        print(f'WARNING: pairs of near copies with different labels: {mislabeled}. Delete what is in the wrong folder.')
+        print(
+            f'WARNING: pairs of near copies with different labels: {mislabeled}. Delete what is in the wrong folder.'
+        )
     if leaked:
         advice = 'They make the accuracy look better than it is: delete one of each pair.'
-        print(f'WARNING: validation or test images with near copies in the training set: {leaked}. {advice}')
+        print(
+            f'WARNING: validation or test images with near copies in the training set: {leaked}. {advice}'
+        )
     for row, other in pairs if print_all else pairs[:10]:
-        print(f'  {images.paths[row]} ({images.sets[row]}), {images.paths[other]} ({images.sets[other]})')
+        print(
+            f'  {images.paths[row]} ({images.sets[row]}), {images.paths[other]} ({images.sets[other]})'
+        )
     if len(pairs) > 10 and not print_all:
         print(f'  and {len(pairs) - 10} more pairs of near copies, which --print_duplicates names')
     if len(images.files) > MAX_COMPARED:
-        print('Training images were not compared with each other for near copies: there are too many.')
+        print(
+            'Training images were not compared with each other for near copies: there are too many.'
+        )
 
 
 class Evaluation(NamedTuple):
@@ -926,27 +1328,39 @@ class FinalLayer:
     which take a third of the time of a call into TensorFlow.
     """
 
-    def __init__(self, bottleneck_size: int, class_count: int, learning_rate: float, seed: np.ndarray) -> None:
-        self.weights = tf.random.stateless_truncated_normal([bottleneck_size, class_count], seed, stddev=0.001).numpy()
+    def __init__(
+        self, bottleneck_size: int, class_count: int, learning_rate: float, seed: np.ndarray
+    ) -> None:
+        self.weights = tf.random.stateless_truncated_normal(
+            [bottleneck_size, class_count], seed, stddev=0.001
+        ).numpy()
         self.biases = np.zeros(class_count, np.float32)
         self.learning_rate, self.steps = np.float32(learning_rate), 0
 
     def evaluate(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
         """Evaluates bottlenecks, float [N, size], of classes, int [N]; raises UserError if training has diverged."""
         logits = bottlenecks @ self.weights + self.biases
-        shifted = logits - logits.max(axis=1, keepdims=True)  # exp() of the logits themselves may overflow
+        shifted = logits - logits.max(
+            axis=1, keepdims=True
+        )  # exp() of the logits themselves may overflow
         exponentials = np.exp(shifted)
         sums = exponentials.sum(axis=1, keepdims=True)
         cross_entropy = (np.log(sums[:, 0]) - shifted[np.arange(len(classes)), classes]).mean()
         if not np.isfinite(cross_entropy):
-            raise UserError(f'--learning_rate: the cross entropy is not finite after {self.steps} steps. Lower it.')
-        return Evaluation(logits, exponentials / sums, cross_entropy, (logits.argmax(axis=1) == classes).mean())
+            raise UserError(
+                f'--learning_rate: the cross entropy is not finite after {self.steps} steps. Lower it.'
+            )
+        return Evaluation(
+            logits, exponentials / sums, cross_entropy, (logits.argmax(axis=1) == classes).mean()
+        )
 
     def train(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
         """Takes one step, and returns the evaluation of the batch before it."""
         before = self.evaluate(bottlenecks, classes)
         gradient = before.scores.copy()
-        gradient[np.arange(len(classes)), classes] -= 1  # of the cross entropy, by the logits, times N
+        gradient[np.arange(len(classes)), classes] -= (
+            1  # of the cross entropy, by the logits, times N
+        )
         gradient *= self.learning_rate / len(classes)
         self.weights -= bottlenecks.T @ gradient
         self.biases -= gradient.sum(axis=0)
@@ -956,13 +1370,23 @@ class FinalLayer:
 
 def summarize(evaluation: Evaluation, layer: FinalLayer | None = None) -> dict[str, Any]:
     """Returns the original's summaries of a batch, and of the layer if it is given: {tag: number or array}."""
-    tags: dict[str, Any] = {'cross_entropy_1': evaluation.cross_entropy, 'accuracy_1': evaluation.accuracy}
+    tags: dict[str, Any] = {
+        'cross_entropy_1': evaluation.cross_entropy,
+        'accuracy_1': evaluation.accuracy,
+    }
     if layer:
-        tags |= {'final_training_ops/Wx_plus_b/pre_activations': evaluation.logits, 'activations': evaluation.scores}
+        tags |= {
+            'final_training_ops/Wx_plus_b/pre_activations': evaluation.logits,
+            'activations': evaluation.scores,
+        }
         for name, values in (('weights', layer.weights), ('biases', layer.biases)):
             scope = f'final_training_ops/{name}/summaries'
             tags |= {f'{scope}/mean_1': values.mean(), f'{scope}/stddev_1': values.std()}
-            tags |= {f'{scope}/max_1': values.max(), f'{scope}/min_1': values.min(), f'{scope}/histogram': values}
+            tags |= {
+                f'{scope}/max_1': values.max(),
+                f'{scope}/min_1': values.min(),
+                f'{scope}/histogram': values,
+            }
     return tags
 
 
@@ -970,7 +1394,11 @@ def create_value(tag: str, value: Any) -> Summary.Value:
     """Returns a summary of a number, of a picture, or of an array, whose distribution is shown in 30 buckets."""
     if isinstance(value, Image.Image):
         value.save(png := io.BytesIO(), 'PNG')
-        image = {'width': value.width, 'height': value.height, 'encoded_image_string': png.getvalue()}
+        image = {
+            'width': value.width,
+            'height': value.height,
+            'encoded_image_string': png.getvalue(),
+        }
         return Summary.Value(tag=tag, image=image)
     if not np.ndim(value):
         return Summary.Value(tag=tag, simple_value=value)
@@ -988,7 +1416,9 @@ class SummaryWriter:
     def __init__(self, folder: str) -> None:
         gfile.makedirs(folder)
         for name in gfile.listdir(folder):
-            if name.startswith('events.out.tfevents.') or name == 'projector_config.pbtxt':  # of an earlier run
+            if (
+                name.startswith('events.out.tfevents.') or name == 'projector_config.pbtxt'
+            ):  # of an earlier run
                 gfile.remove(os.path.join(folder, name))
         name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
         self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
@@ -998,7 +1428,11 @@ class SummaryWriter:
         """Writes an Event of {tag: number, picture or array}, and with other fields."""
         if self.file:
             try:
-                summary = Summary(value=itertools.starmap(create_value, values.items())) if values else None
+                summary = (
+                    Summary(value=itertools.starmap(create_value, values.items()))
+                    if values
+                    else None
+                )
                 event = tf.compat.v1.Event(wall_time=time.time(), summary=summary, **fields)
                 self.file.write(event.SerializeToString())
                 self.file.flush()
@@ -1018,16 +1452,27 @@ def load_thumbnail(path: str, side: int) -> Image.Image:
     return Image.new('RGB', (side, side), 'gray')
 
 
-def cross_validate(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> np.ndarray:
+def cross_validate(
+    images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace
+) -> np.ndarray:
     """Returns the scores of each image from a layer trained on the other folds, float [images, classes]."""
     count, steps = len(images.files), flags.how_many_training_steps
-    rng = np.random.default_rng(np.random.SeedSequence(flags.random_seed).spawn(4)[3])  # train() uses the first three
+    rng = np.random.default_rng(
+        np.random.SeedSequence(flags.random_seed).spawn(4)[3]
+    )  # train() uses the first three
     folds = np.arange(count) % FOLDS  # each class in all of them, as the rows are sorted by class
     scores = np.zeros([count, len(images.labels)], np.float32)
-    with tqdm(total=FOLDS * steps, desc='Cross-validation', unit='step', delay=1, disable=None) as bar:
+    with tqdm(
+        total=FOLDS * steps, desc='Cross-validation', unit='step', delay=1, disable=None
+    ) as bar:
         for fold in range(FOLDS):
             split = dataclasses.replace(images, sets=np.where(folds == fold, 'testing', 'training'))
-            layer = FinalLayer(bottlenecks.shape[1], scores.shape[1], flags.learning_rate, rng.integers(2**31, size=2))
+            layer = FinalLayer(
+                bottlenecks.shape[1],
+                scores.shape[1],
+                flags.learning_rate,
+                rng.integers(2**31, size=2),
+            )
             for _ in range(steps):
                 rows = split.draw('training', flags.train_batch_size, rng)
                 layer.train(bottlenecks[rows], images.classes[rows])
@@ -1048,7 +1493,9 @@ def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespac
         words = f'{images.labels[images.classes[row]]} {own[row]:.2f}  {images.labels[best]} {scores[row, best]:.2f}'
         print(f'{images.paths[row]:>70}  {words}')
         pictures[f'{words}/{images.files[row]}'] = load_thumbnail(images.paths[row], 299)
-    print('Look at these images, here or in TensorBoard. Move those in a wrong folder, and run the same command again.')
+    print(
+        'Look at these images, here or in TensorBoard. Move those in a wrong folder, and run the same command again.'
+    )
     SummaryWriter(os.path.join(flags.summaries_dir, 'suspects')).write(pictures)
 
 
@@ -1070,7 +1517,9 @@ def create_distortion(strengths: tuple, size: tuple[int, int], seed: np.ndarray)
     return distort
 
 
-def compute_distorted(draws: Iterator, images: Images, backbone: Backbone, distort: Callable) -> Iterator:
+def compute_distorted(
+    draws: Iterator, images: Images, backbone: Backbone, distort: Callable
+) -> Iterator:
     """Yields (rows, bottlenecks) of distorted images for each draw of rows, without those that became unreadable."""
     vanished: set[str] = set()
     try:
@@ -1085,7 +1534,9 @@ def compute_distorted(draws: Iterator, images: Images, backbone: Backbone, disto
     finally:
         if vanished:
             names = name_some(sorted(vanished))
-            print(f'WARNING: {len(vanished)} images could no longer be read, and were not trained on: {names}')
+            print(
+                f'WARNING: {len(vanished)} images could no longer be read, and were not trained on: {names}'
+            )
 
 
 def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name: str) -> GraphDef:
@@ -1093,29 +1544,48 @@ def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name
     with tf.Graph().as_default() as graph:
         source = tf.compat.v1.placeholder(tf.float32, name=backbone.bottleneck)
         shape = [None, backbone.bottleneck_size]
-        fed = tf.compat.v1.placeholder_with_default(source, shape, 'input/BottleneckInputPlaceholder')
+        fed = tf.compat.v1.placeholder_with_default(
+            source, shape, 'input/BottleneckInputPlaceholder'
+        )
         scope = 'final_training_ops'
         weights = tf.constant(layer.weights, name=f'{scope}/weights/final_weights')
         biases = tf.constant(layer.biases, name=f'{scope}/biases/final_biases')
-        weights, biases = (tf.identity(value, f'{value.op.name}/read') for value in (weights, biases))
+        weights, biases = (
+            tf.identity(value, f'{value.op.name}/read') for value in (weights, biases)
+        )
         product = tf.matmul(fed, weights, name=f'{scope}/Wx_plus_b/MatMul')
         tf.nn.softmax(tf.add(product, biases, f'{scope}/Wx_plus_b/add'), name=final_tensor_name)
     frozen = GraphDef()
-    frozen.CopyFrom(backbone.graph_def)  # `versions` too: from producer 9 on, TensorFlow refuses the 2015 batch norms
-    frozen.node.extend(node for node in export_graph(graph).node if node.name != backbone.bottleneck)
+    frozen.CopyFrom(
+        backbone.graph_def
+    )  # `versions` too: from producer 9 on, TensorFlow refuses the 2015 batch norms
+    frozen.node.extend(
+        node for node in export_graph(graph).node if node.name != backbone.bottleneck
+    )
     return frozen
 
 
-def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace) -> FinalLayer:
+def train(
+    images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace
+) -> FinalLayer:
     """Trains the final layer; logs accuracy and cross entropy every --eval_step_interval steps and at the last one."""
     root = np.random.SeedSequence(flags.random_seed)
-    layer = FinalLayer(backbone.bottleneck_size, len(images.labels), flags.learning_rate, root.generate_state(2))
+    layer = FinalLayer(
+        backbone.bottleneck_size, len(images.labels), flags.learning_rate, root.generate_state(2)
+    )
     training_rng, validation_rng, distortion_rng = map(np.random.default_rng, root.spawn(3))
     steps, interval = flags.how_many_training_steps, flags.eval_step_interval
     draws = (images.draw('training', flags.train_batch_size, training_rng) for _ in range(steps))
-    strengths = flags.flip_left_right, flags.random_crop, flags.random_scale, flags.random_brightness
+    strengths = (
+        flags.flip_left_right,
+        flags.random_crop,
+        flags.random_scale,
+        flags.random_brightness,
+    )
     if any(strengths):
-        distort = create_distortion(strengths, backbone.pixels.size, distortion_rng.integers(2**31, size=2))
+        distort = create_distortion(
+            strengths, backbone.pixels.size, distortion_rng.integers(2**31, size=2)
+        )
         batches = compute_distorted(draws, images, backbone, distort)
     else:
         batches = ((rows, bottlenecks[rows]) for rows in draws)
@@ -1134,10 +1604,17 @@ def train(images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: ar
                     print(stamp, f'Train accuracy = {100 * evaluation.accuracy:.1f}%')
                     print(stamp, f'Cross entropy = {evaluation.cross_entropy:f}')
                 train_writer.write(summarize(before, layer if is_evaluated else None), step=step)
-            if is_evaluated and (rows := images.draw('validation', flags.validation_batch_size, validation_rng)).size:
+            if (
+                is_evaluated
+                and (
+                    rows := images.draw('validation', flags.validation_batch_size, validation_rng)
+                ).size
+            ):
                 evaluation = layer.evaluate(bottlenecks[rows], images.classes[rows])
                 validation_writer.write(summarize(evaluation, layer), step=step)
-                print(stamp, f'Validation accuracy = {100 * evaluation.accuracy:.1f}% (N={len(rows)})')
+                print(
+                    stamp, f'Validation accuracy = {100 * evaluation.accuracy:.1f}% (N={len(rows)})'
+                )
     except KeyboardInterrupt:
         print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
     return layer
@@ -1152,7 +1629,9 @@ class Tested(NamedTuple):
     misclassified: list[tuple[int, int]]  # rows and predictions
 
 
-def test(images: Images, bottlenecks: np.ndarray, layer: FinalLayer, flags: argparse.Namespace) -> Tested | None:
+def test(
+    images: Images, bottlenecks: np.ndarray, layer: FinalLayer, flags: argparse.Namespace
+) -> Tested | None:
     """Tests the layer on images that it was not trained on; returns None if there are none."""
     rows = images.draw('testing', flags.test_batch_size, np.random.default_rng(flags.random_seed))
     if not rows.size:
@@ -1161,21 +1640,29 @@ def test(images: Images, bottlenecks: np.ndarray, layer: FinalLayer, flags: argp
     predictions = layer.evaluate(bottlenecks[rows], classes).logits.argmax(axis=1)
     wrong = predictions != classes
     confusion = tf.math.confusion_matrix(classes, predictions, len(images.labels)).numpy()
-    return Tested(rows, predictions, confusion, list(zip(rows[wrong], predictions[wrong], strict=True)))
+    return Tested(
+        rows, predictions, confusion, list(zip(rows[wrong], predictions[wrong], strict=True))
+    )
 
 
 def get_interval(right: int, count: int) -> tuple[float, float]:
     """Returns Wilson's 95 % interval of a share (Wilson 1927, https://doi.org/10.2307/2276774)."""
     z, share = 1.96, right / count
     center = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half_width = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    half_width = (
+        z
+        / (1 + z * z / count)
+        * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    )
     return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace) -> None:
     """Prints the accuracy on the test set, as a whole and per class, and on demand the misclassified images."""
     if not tested:
-        print('Final test accuracy: unknown, as the test set is empty. Add images, or raise --testing_percentage.')
+        print(
+            'Final test accuracy: unknown, as the test set is empty. Add images, or raise --testing_percentage.'
+        )
         return
     right, count = np.trace(tested.confusion), len(tested.rows)
     print(f'Final test accuracy = {100 * right / count:.1f}% (N={count})')
@@ -1185,46 +1672,73 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
     width = min(max(map(len, [*images.labels, 'class'])), 24)
     print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
     for i, (label, counts) in enumerate(zip(images.labels, tested.confusion, strict=True)):
-        others, called = np.where(np.arange(len(counts)) == i, 0, counts), tested.confusion[:, i].sum()
+        others, called = (
+            np.where(np.arange(len(counts)) == i, 0, counts),
+            tested.confusion[:, i].sum(),
+        )
         precision = f'{100 * counts[i] / called:8.1f}%' if called else f'{"-":>9}'
         worst = f'  {images.labels[others.argmax()]} ({others.max()})' if others.any() else ''
-        print(f'{label:{width}}  {counts.sum():6}  {counts[i]:6}  {others.sum():6}  {precision}{worst}')
+        print(
+            f'{label:{width}}  {counts.sum():6}  {counts[i]:6}  {others.sum():6}  {precision}{worst}'
+        )
     if flags.print_misclassified_test_images:
         print('=== MISCLASSIFIED TEST IMAGES ===')
         for row, predicted in tested.misclassified:
             print(f'{images.paths[row]:>70}  {images.labels[predicted]}')
 
 
-def write_outputs(labels: list[str], backbone: Backbone, layer: FinalLayer, flags: argparse.Namespace) -> None:
+def write_outputs(
+    labels: list[str], backbone: Backbone, layer: FinalLayer, flags: argparse.Namespace
+) -> None:
     """Writes graph and labels; raises UserError if one of them cannot be written."""
     graph = create_frozen_graph(backbone, layer, flags.final_tensor_name)
     outputs = {flags.output_graph: graph.SerializeToString(deterministic=True)}
     outputs[flags.output_labels] = ''.join(f'{label}\n' for label in labels).encode()
     if flags.optimized_graph:
-        graph = fold(graph, SCALED_INPUT_NODE, [None, *backbone.pixels.size, 3], flags.final_tensor_name)
+        graph = fold(
+            graph, SCALED_INPUT_NODE, [None, *backbone.pixels.size, 3], flags.final_tensor_name
+        )
         outputs[flags.optimized_graph] = graph.SerializeToString(deterministic=True)
     for path, contents in outputs.items():
         try:
             write_whole(path, contents)
         except tf.errors.OpError as error:
-            raise UserError(f'{path} cannot be written ({error.message}). Fix this, and run the same command again.')
+            raise UserError(
+                f'{path} cannot be written ({error.message}). Fix this, and run the same command again.'
+            )
 
 
-def create_record(images: Images, backbone: Backbone, tested: Tested | None, flags: argparse.Namespace) -> dict:
+def create_record(
+    images: Images, backbone: Backbone, tested: Tested | None, flags: argparse.Namespace
+) -> dict:
     """Returns what the run did, in the order of trained_model/README.md."""
-    pixels = backbone.pixels._asdict() | {'tensor': f'{JPEG_DATA_NODE}:0', 'optimized_tensor': f'{SCALED_INPUT_NODE}:0'}
-    counts = {name: dict(zip(images.labels, of.tolist(), strict=True)) for name, (_, of) in images.members.items()}
+    pixels = backbone.pixels._asdict() | {
+        'tensor': f'{JPEG_DATA_NODE}:0',
+        'optimized_tensor': f'{SCALED_INPUT_NODE}:0',
+    }
+    counts = {
+        name: dict(zip(images.labels, of.tolist(), strict=True))
+        for name, (_, of) in images.members.items()
+    }
     record: dict[str, Any] = {
         'command': sys.argv,
         'flags': vars(flags),
-        'versions': {'python': sys.version.split()[0], 'tensorflow': tf.__version__, 'numpy': np.__version__},
+        'versions': {
+            'python': sys.version.split()[0],
+            'tensorflow': tf.__version__,
+            'numpy': np.__version__,
+        },
         'network': {'source': backbone.source, 'checksum': backbone.checksum, 'input': pixels},
         'labels': images.labels,
         'images': counts,
     }
     if tested:
         right, count = int(np.trace(tested.confusion)), len(tested.rows)
-        record['test'] = {'images': count, 'accuracy': right / count, 'interval': get_interval(right, count)}
+        record['test'] = {
+            'images': count,
+            'accuracy': right / count,
+            'interval': get_interval(right, count),
+        }
         record['test']['confusion'] = tested.confusion.tolist()
     return record
 
@@ -1243,15 +1757,25 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Ima
         draw.text((margin - 6, middle), name, 'black', font, 'rm')
         draw.text((middle - height / 2, margin - 6 - font.getlength(name)), name, 'black', upwards)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    cells = Image.fromarray(np.uint8(255 - 255 * shares)).resize((cell * count,) * 2, Image.Resampling.NEAREST)
+    cells = Image.fromarray(np.uint8(255 - 255 * shares)).resize(
+        (cell * count,) * 2, Image.Resampling.NEAREST
+    )
     picture.paste(cells, (margin, margin))
     for row, column in np.argwhere(confusion) if cell >= 16 else ():
         center = margin + cell * (column + 0.5), margin + cell * (row + 0.5)
-        draw.text(center, str(confusion[row, column]), 'white' if shares[row, column] > 0.5 else 'black', font, 'mm')
+        draw.text(
+            center,
+            str(confusion[row, column]),
+            'white' if shares[row, column] > 0.5 else 'black',
+            font,
+            'mm',
+        )
     return picture
 
 
-def write_pictures(images: Images, bottlenecks: np.ndarray, tested: Tested | None, folder: str) -> None:
+def write_pictures(
+    images: Images, bottlenecks: np.ndarray, tested: Tested | None, folder: str
+) -> None:
     """Writes pictures of the tested images, and points for the projector, in place of those of an earlier run."""
     writer = SummaryWriter(folder)
     if not tested:
@@ -1259,7 +1783,9 @@ def write_pictures(images: Images, bottlenecks: np.ndarray, tested: Tested | Non
     pictures = {'confusion_matrix': draw_confusion_matrix(tested.confusion, images.labels)}
     for row, predicted in tested.misclassified[:SHOWN_IMAGES]:
         name = f'{images.labels[images.classes[row]]} classified as {images.labels[predicted]}'
-        pictures[f'misclassified/{name}/{os.path.basename(images.paths[row])}'] = load_thumbnail(images.paths[row], 299)
+        pictures[f'misclassified/{name}/{os.path.basename(images.paths[row])}'] = load_thumbnail(
+            images.paths[row], 299
+        )
     writer.write(pictures)
     rows, metadata = tested.rows[:PROJECTED_IMAGES], 'label\tpredicted\timage\n'
     columns = math.ceil(math.sqrt(len(rows)))
@@ -1270,13 +1796,21 @@ def write_pictures(images: Images, bottlenecks: np.ndarray, tested: Tested | Non
         name = re.sub(r'\s', ' ', os.path.basename(images.paths[row]))
         metadata += f'{images.labels[images.classes[row]]}\t{images.labels[predicted]}\t{name}\n'
     sprite.save(png := io.BytesIO(), 'PNG')
-    numbers = tf.strings.reduce_join(tf.strings.as_string(bottlenecks[rows], shortest=True), -1, separator='\t')
-    paths = 'tensor_name: "bottlenecks" tensor_path: "bottlenecks.tsv" metadata_path: "metadata.tsv"'
+    numbers = tf.strings.reduce_join(
+        tf.strings.as_string(bottlenecks[rows], shortest=True), -1, separator='\t'
+    )
+    paths = (
+        'tensor_name: "bottlenecks" tensor_path: "bottlenecks.tsv" metadata_path: "metadata.tsv"'
+    )
     thumbnails = f'image_path: "thumbnails" single_image_dim: [{THUMBNAIL_SIDE}, {THUMBNAIL_SIDE}]'
     write_whole(os.path.join(folder, 'bottlenecks.tsv'), b'\n'.join(numbers.numpy()))
     write_whole(os.path.join(folder, 'metadata.tsv'), metadata.encode())
-    write_whole(os.path.join(folder, 'thumbnails'), png.getvalue())  # not .png: the folder may be in --image_dir
-    config = f'embeddings {{ {paths} sprite {{ {thumbnails} }} }}\n'  # tensorboard/plugins/projector
+    write_whole(
+        os.path.join(folder, 'thumbnails'), png.getvalue()
+    )  # not .png: the folder may be in --image_dir
+    config = (
+        f'embeddings {{ {paths} sprite {{ {thumbnails} }} }}\n'  # tensorboard/plugins/projector
+    )
     write_whole(os.path.join(folder, 'projector_config.pbtxt'), config.encode())
 
 
@@ -1287,7 +1821,9 @@ def main(flags: argparse.Namespace, export: Callable = lambda *trained: None) ->
     images = list_images(flags)
     backbone = load_backbone(flags)
     devices = ', '.join(device.name for device in tf.config.list_logical_devices('GPU')) or 'CPU'
-    print(f'TensorFlow {tf.__version__}, Python {sys.version.split()[0]}, {devices}, network {backbone.source}')
+    print(
+        f'TensorFlow {tf.__version__}, Python {sys.version.split()[0]}, {devices}, network {backbone.source}'
+    )
     counts = ', '.join(f'{len(rows)} {name}' for name, (rows, _) in images.members.items())
     print(f'{len(images.labels)} classes, {len(images.files)} images: {counts}')
     bottlenecks, readable = cache_bottlenecks(images, backbone, flags)
@@ -1310,7 +1846,11 @@ def main(flags: argparse.Namespace, export: Callable = lambda *trained: None) ->
         write_outputs(images.labels, backbone, layer, flags)
     with extra('the record of the run'):
         record = create_record(images, backbone, tested, flags)
-        record |= {'unreadable': int((~readable).sum()), 'duplicates': len(pairs), 'started': str(started)}
+        record |= {
+            'unreadable': int((~readable).sum()),
+            'duplicates': len(pairs),
+            'started': str(started),
+        }
         record['seconds'] = (datetime.datetime.now() - started).total_seconds()
         write_whole(f'{flags.output_graph}.json', (json.dumps(record, indent=2) + '\n').encode())
     with extra('the pictures for TensorBoard'):
@@ -1346,9 +1886,14 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
         sys.exit('ERROR: ' + str(error).replace('\n', ' '))
     except (tf.errors.OpError, OSError, UnicodeError) as error:
         reason = getattr(error, 'message', str(error)).replace('\n', ' ')
-        sys.exit(f'ERROR: {reason}. What was computed so far is kept: fix this, and run the same command again.')
+        sys.exit(
+            f'ERROR: {reason}. What was computed so far is kept: fix this, and run the same command again.'
+        )
     except KeyboardInterrupt:
-        print('\nStopped. All bottlenecks computed so far are kept: the same command goes on.', file=sys.stderr)
+        print(
+            '\nStopped. All bottlenecks computed so far are kept: the same command goes on.',
+            file=sys.stderr,
+        )
         sys.exit(130)
 
 
@@ -1368,13 +1913,19 @@ def check_saved_model_dir(saved_model_dir: str) -> None:
     if not saved_model_dir.strip('/'):
         raise UserError(f'{flag}: name a folder, such as trained_model_serving/1.')
     if gfile.exists(saved_model_dir) and not gfile.isdir(saved_model_dir):
-        raise UserError(f"{flag}: '{saved_model_dir}' is a file. Name a folder, such as trained_model_serving/1.")
+        raise UserError(
+            f"{flag}: '{saved_model_dir}' is a file. Name a folder, such as trained_model_serving/1."
+        )
     if list_dir(saved_model_dir):
         advice = f'The next free version is {flag}={find_free_version(saved_model_dir)}'
-        raise UserError(f"{flag}: '{saved_model_dir}' is not empty, and may be a model that is being served. {advice}")
+        raise UserError(
+            f"{flag}: '{saved_model_dir}' is not empty, and may be a model that is being served. {advice}"
+        )
     ensure_writable_dir(os.path.dirname(saved_model_dir.rstrip('/')), flag)
     if not os.path.basename(saved_model_dir.rstrip('/')).isdecimal():
-        print(f'WARNING: TensorFlow Serving only serves folders with a number as name, unlike {saved_model_dir}')
+        print(
+            f'WARNING: TensorFlow Serving only serves folders with a number as name, unlike {saved_model_dir}'
+        )
 
 
 def decode_request(contents: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
@@ -1382,21 +1933,35 @@ def decode_request(contents: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
 
     Fails before decoding if they are not JPEG, PNG or GIF, or if the header says more than MAX_PIXELS.
     """
-    header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'  # PNG has its size in the bytes 16 to 23, GIF in 6 to 9
+    header = (
+        tf.strings.substr(contents, 0, 24) + 24 * b'\0'
+    )  # PNG has its size in the bytes 16 to 23, GIF in 6 to 9
     start = tf.strings.substr(header, 0, 2)
 
     def fail() -> tf.Tensor:
-        with tf.control_dependencies([tf.debugging.Assert(False, ['The image is not JPEG, PNG or still GIF.'])]):
+        with tf.control_dependencies(
+            [tf.debugging.Assert(False, ['The image is not JPEG, PNG or still GIF.'])]
+        ):
             return tf.zeros([2], tf.int32)
 
     size_readers = [
         (start == b'\xff\xd8', lambda: tf.image.extract_jpeg_shape(contents)[:2]),
-        (start == b'\x89P', lambda: tf.io.decode_raw(tf.strings.substr(header, 16, 8), tf.int32, little_endian=False)),
-        (start == b'GI', lambda: tf.cast(tf.io.decode_raw(tf.strings.substr(header, 6, 4), tf.uint16), tf.int32)),
+        (
+            start == b'\x89P',
+            lambda: tf.io.decode_raw(
+                tf.strings.substr(header, 16, 8), tf.int32, little_endian=False
+            ),
+        ),
+        (
+            start == b'GI',
+            lambda: tf.cast(tf.io.decode_raw(tf.strings.substr(header, 6, 4), tf.uint16), tf.int32),
+        ),
     ]
     pixels = tf.reduce_prod(tf.cast(tf.case(size_readers, fail), tf.int64))
     message = f'The image has more than {MAX_PIXELS:,} pixels.'
-    with tf.control_dependencies([tf.debugging.assert_less_equal(pixels, tf.constant(MAX_PIXELS, tf.int64), message)]):
+    with tf.control_dependencies(
+        [tf.debugging.assert_less_equal(pixels, tf.constant(MAX_PIXELS, tf.int64), message)]
+    ):
         return resize_bilinear(tf.io.decode_jpeg(contents, channels=3)[tf.newaxis], size)[0]
 
 
@@ -1406,9 +1971,13 @@ class Classifier(tf.Module):
     def __init__(self, backbone: Backbone, layer: FinalLayer, labels: list[str]) -> None:
         super().__init__()
         self.image_size = backbone.pixels.size
-        folded = fold(backbone.graph_def, SCALED_INPUT_NODE, [None, *self.image_size, 3], backbone.bottleneck)
+        folded = fold(
+            backbone.graph_def, SCALED_INPUT_NODE, [None, *self.image_size, 3], backbone.bottleneck
+        )
         structure, weights = split_weights(folded)
-        self.network_weights = {name: tf.Variable(value, trainable=False) for name, value in weights.items()}
+        self.network_weights = {
+            name: tf.Variable(value, trainable=False) for name, value in weights.items()
+        }
         self.network = backbone.create_network(structure, self.network_weights)
         self.weights = tf.Variable(layer.weights, name='final_weights')
         self.biases = tf.Variable(layer.biases, name='final_biases')
@@ -1417,9 +1986,15 @@ class Classifier(tf.Module):
     def score(self, contents: tf.Tensor) -> tf.Tensor:
         """Returns the scores of encoded images, string [N], as one batch: float [N, classes]."""
         spec = tf.TensorSpec([*self.image_size, 3])
-        images = tf.map_fn(functools.partial(decode_request, size=self.image_size), contents, fn_output_signature=spec)
+        images = tf.map_fn(
+            functools.partial(decode_request, size=self.image_size),
+            contents,
+            fn_output_signature=spec,
+        )
         # A convolution refuses an empty batch, so it gets one gray image more than there is, if there is none.
-        padded = tf.cond(tf.size(contents) > 0, lambda: images, lambda: tf.zeros([1, *self.image_size, 3]))
+        padded = tf.cond(
+            tf.size(contents) > 0, lambda: images, lambda: tf.zeros([1, *self.image_size, 3])
+        )
         bottlenecks = self.network(padded)[: tf.size(contents)]
         return tf.nn.softmax(bottlenecks @ self.weights + self.biases)
 
@@ -1466,12 +2041,18 @@ def main_serving(flags: argparse.Namespace) -> None:
     written = []
 
     def export(backbone: Backbone, layer: FinalLayer, labels: list[str]) -> None:
-        written.append(write_saved_model(Classifier(backbone, layer, labels), flags.saved_model_dir))
+        written.append(
+            write_saved_model(Classifier(backbone, layer, labels), flags.saved_model_dir)
+        )
 
     main(flags, export)
     folder = shlex.quote(os.path.abspath(os.path.dirname(written[0])))
-    print(f'Wrote the SavedModel {shlex.quote(written[0])}. To serve it at http://localhost:8501 with Docker:')
-    print(f'docker run -p 8501:8501 -v {folder}:/models/retrained -e MODEL_NAME=retrained tensorflow/serving')
+    print(
+        f'Wrote the SavedModel {shlex.quote(written[0])}. To serve it at http://localhost:8501 with Docker:'
+    )
+    print(
+        f'docker run -p 8501:8501 -v {folder}:/models/retrained -e MODEL_NAME=retrained tensorflow/serving'
+    )
 
 
 if __name__ == '__main__':

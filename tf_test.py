@@ -9,7 +9,9 @@ path, best label and its score.
 
 import signal
 
-if __name__ == '__main__':  # Ctrl-C, or a pipe that nobody reads any longer, ends the program without a traceback.
+if (
+    __name__ == '__main__'
+):  # Ctrl-C, or a pipe that nobody reads any longer, ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
@@ -47,23 +49,35 @@ def create_labeling_parser() -> argparse.ArgumentParser:
     )
     size = checked(int, lambda value: value >= 1, '1 or more')
     score = checked(float, lambda value: 0 <= value <= 1, 'from 0 to 1')
-    images = 'a JPEG, PNG or still GIF file, a folder of them, or - to read paths from standard input'
+    images = (
+        'a JPEG, PNG or still GIF file, a folder of them, or - to read paths from standard input'
+    )
     parser.add_argument('images', metavar='IMAGE', nargs='+', help=images)
     parser.add_argument('graph', metavar='GRAPH', help='the --output_graph of the training')
     parser.add_argument('labels', metavar='LABELS', help='the --output_labels of the training')
-    parser.add_argument('--top', metavar='N', type=size, help='how many labels to print for each image')
+    parser.add_argument(
+        '--top', metavar='N', type=size, help='how many labels to print for each image'
+    )
     parser.add_argument('--json', action='store_true', help='print one JSON object per image')
-    parser.add_argument('--min_score', metavar='S', type=score, default=0, help="below this, the label is 'unsure'")
+    parser.add_argument(
+        '--min_score', metavar='S', type=score, default=0, help="below this, the label is 'unsure'"
+    )
     parser.add_argument('--sort_into', metavar='DIR', help='link each image into DIR/<label>/')
-    parser.add_argument('--heatmap', metavar='FILE', help='of one image: draw which pixels speak for the best label')
+    parser.add_argument(
+        '--heatmap', metavar='FILE', help='of one image: draw which pixels speak for the best label'
+    )
     return parser
 
 
 if __name__ == '__main__':
     # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once.
-    sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]  # UTF-8 in any locale
+    sys.argv = [
+        os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv
+    ]  # UTF-8 in any locale
     parsed_flags = create_labeling_parser().parse_intermixed_args()
-    while os.open(os.devnull, os.O_RDWR) <= 2:  # Other files must not get the numbers of closed standard streams.
+    while (
+        os.open(os.devnull, os.O_RDWR) <= 2
+    ):  # Other files must not get the numbers of closed standard streams.
         pass
 
 import numpy as np
@@ -94,7 +108,9 @@ IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg d
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
-NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32  # images: more are not faster on a CPU, and need more memory
+NETWORK_BATCH_SIZE = (
+    128 if HAS_GPU else 32
+)  # images: more are not faster on a CPU, and need more memory
 
 
 class UserError(Exception):
@@ -118,7 +134,9 @@ def load_labels(path: str) -> list[str]:
     try:
         return load_file(path, 'labels file').decode('utf-8-sig').rstrip('\r\n').splitlines()
     except UnicodeDecodeError:
-        raise UserError(f"The labels file '{path}' is not text. Name the --output_labels of the training.")
+        raise UserError(
+            f"The labels file '{path}' is not text. Name the --output_labels of the training."
+        )
 
 
 def load_graph(path: str) -> GraphDef:
@@ -133,7 +151,9 @@ def load_graph(path: str) -> GraphDef:
             f"'{path}' is not a graph with a node {JPEG_DATA_NODE}. Name the --output_graph of the training."
         )
     if not (softmaxes := [node.name for node in graph_def.node if node.op == 'Softmax']):
-        raise UserError(f"'{path}' has no Softmax, so no scores. Name the --output_graph of the training.")
+        raise UserError(
+            f"'{path}' has no Softmax, so no scores. Name the --output_graph of the training."
+        )
     try:
         return extract_sub_graph(graph_def, softmaxes[-1:])
     except (AssertionError, LookupError) as error:
@@ -145,14 +165,20 @@ def list_dir(path: str) -> list[str]:
     try:
         return sorted(name.rstrip('/') for name in gfile.listdir(path)) if gfile.isdir(path) else []
     except UnicodeDecodeError as error:
-        raise UserError(f"'{path}' has a file whose name is not UTF-8, {error.object!r}. Rename it.")
+        raise UserError(
+            f"'{path}' has a file whose name is not UTF-8, {error.object!r}. Rename it."
+        )
 
 
 def find_images(folder: str, left_out: str | None) -> Iterator[str]:
     """Yields the paths of the images in a folder and below it, sorted, without hidden ones and another folder."""
     for name in list_dir(folder):
         path = os.path.join(folder, name)
-        if name.startswith('.') or left_out and os.path.realpath(path) == os.path.realpath(left_out):
+        if (
+            name.startswith('.')
+            or left_out
+            and os.path.realpath(path) == os.path.realpath(left_out)
+        ):
             continue
         if gfile.isdir(path):
             if not os.path.islink(path):  # it may lead back to this folder
@@ -165,7 +191,9 @@ def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
     """Yields the paths that IMAGE arguments stand for."""
     for path in images:
         if path == '-':
-            lines = (line.rstrip(b'\r\n').decode(errors='surrogateescape') for line in sys.stdin.buffer)
+            lines = (
+                line.rstrip(b'\r\n').decode(errors='surrogateescape') for line in sys.stdin.buffer
+            )
             yield from expand((line for line in lines if line not in ('', '-')), left_out)
         elif gfile.isdir(path):
             yield from find_images(path, left_out)
@@ -187,13 +215,17 @@ def load_image(path: str, decode: bool = False) -> bytes:
         raise UserError(f"The image '{path}' cannot be read: only plain files are.")
     pixels, _ = read_header(path)
     if pixels > MAX_PIXELS:
-        raise UserError(f"'{path}' has {pixels:,} pixels. Make it smaller: at most {MAX_PIXELS:,} are read.")
+        raise UserError(
+            f"'{path}' has {pixels:,} pixels. Make it smaller: at most {MAX_PIXELS:,} are read."
+        )
     contents = load_file(path, 'image')
     try:
         if decode:
             tf.io.decode_jpeg(contents, channels=3)
     except tf.errors.InvalidArgumentError:
-        raise UserError(f"'{path}' is not an image that the graph decodes. Save it as JPEG, PNG or still GIF.")
+        raise UserError(
+            f"'{path}' is not an image that the graph decodes. Save it as JPEG, PNG or still GIF."
+        )
     return contents
 
 
@@ -208,7 +240,9 @@ def place(path: str, label: str, folder: str) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         for number in itertools.count(1):
-            target = os.path.join(folder, f'{stem} {number}{extension}' if number > 1 else stem + extension)
+            target = os.path.join(
+                folder, f'{stem} {number}{extension}' if number > 1 else stem + extension
+            )
             if not os.path.lexists(target):
                 break
             if os.path.exists(target) and os.path.samefile(path, target):
@@ -253,21 +287,33 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
     constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
     for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
-        node.input[:] = [name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics']
+        node.input[:] = [
+            name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics'
+        ]
         if node.op == 'BatchNormWithGlobalNormalization':
             convolution, *names = node.input
             tensors = [constants[name] for name in (nodes[convolution].input[1], *names)]
-            weights, mean, variance, beta, gamma = (np.float64(tf.make_ndarray(tensor)) for tensor in tensors)
+            weights, mean, variance, beta, gamma = (
+                np.float64(tf.make_ndarray(tensor)) for tensor in tensors
+            )
             scale = gamma if node.attr['scale_after_normalization'].b else 1
             scale = scale / np.sqrt(variance + node.attr['variance_epsilon'].f)
             tensors[0].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
             tensors[3].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-            node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=[convolution, names[2]], attr={'T': float32}))
+            node.CopyFrom(
+                NodeDef(
+                    name=node.name, op='BiasAdd', input=[convolution, names[2]], attr={'T': float32}
+                )
+            )
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
-            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float32}))
+            node.CopyFrom(
+                NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float32})
+            )
         elif node.op == 'Reshape' and node.input[1] in constants:
             if len(sides := tf.make_ndarray(constants[node.input[1]])) == 2 and sides[0] == 1:
-                constants[node.input[1]].CopyFrom(tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype)))
+                constants[node.input[1]].CopyFrom(
+                    tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype))
+                )
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, [output])
@@ -281,7 +327,10 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
         if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
             tensor = node.attr['value'].tensor
             weights[node.name] = tf.make_ndarray(tensor)
-            attributes = {'dtype': node.attr['dtype'], 'shape': AttrValue(shape=tensor.tensor_shape)}
+            attributes = {
+                'dtype': node.attr['dtype'],
+                'shape': AttrValue(shape=tensor.tensor_shape),
+            }
             structure.node.add(name=node.name, op='Placeholder', attr=attributes)
         else:
             structure.node.add().CopyFrom(node)
@@ -293,18 +342,24 @@ def create_classifier(graph_def: GraphDef) -> tuple[Callable, np.ndarray]:
     scores = graph_def.node[-1].name
     nodes = {node.name: node for node in graph_def.node}
     size = tf.make_ndarray(nodes[nodes[RESIZED_INPUT_NODE].input[1]].attr['value'].tensor)
-    structure, weights = split_weights(fold(graph_def, RESIZED_INPUT_NODE, [None, *size, 3], scores))
+    structure, weights = split_weights(
+        fold(graph_def, RESIZED_INPUT_NODE, [None, *size, 3], scores)
+    )
     inputs = {f'{name}:0': tf.constant(value) for name, value in weights.items()}
 
     @tf.function(input_signature=[tf.TensorSpec([None, *size, 3])])
     def classify(images: tf.Tensor) -> tf.Tensor:
-        feeds = {name: tf.identity(tensor) for name, tensor in inputs.items()} | {f'{RESIZED_INPUT_NODE}:0': images}
+        feeds = {name: tf.identity(tensor) for name, tensor in inputs.items()} | {
+            f'{RESIZED_INPUT_NODE}:0': images
+        }
         return tf.graph_util.import_graph_def(structure, feeds, [f'{scores}:0'])[0]
 
     return classify, size
 
 
-def score_images(graph_def: GraphDef, paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray | None]]:
+def score_images(
+    graph_def: GraphDef, paths: Iterable[str]
+) -> Iterator[tuple[str, np.ndarray | None]]:
     """Yields (path, scores) of images in their order; the scores of those that cannot be decoded are None."""
     classify, size = create_classifier(graph_def)
     failures = []
@@ -313,7 +368,10 @@ def score_images(graph_def: GraphDef, paths: Iterable[str]) -> Iterator[tuple[st
         try:
             for path in paths:
                 is_usable = os.path.isfile(path) or not os.path.exists(path)
-                yield path.encode(errors='surrogateescape'), is_usable and read_header(path)[0] <= MAX_PIXELS
+                yield (
+                    path.encode(errors='surrogateescape'),
+                    is_usable and read_header(path)[0] <= MAX_PIXELS,
+                )
         except UserError as error:
             failures.append(error)
 
@@ -329,7 +387,9 @@ def score_images(graph_def: GraphDef, paths: Iterable[str]) -> Iterator[tuple[st
 
     signature = tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.bool)
     dataset = tf.data.Dataset.from_generator(list_paths, output_signature=signature)
-    dataset = dataset.interleave(load_or_replace, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    dataset = dataset.interleave(
+        load_or_replace, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
     for batch, images, are_decoded in dataset.batch(NETWORK_BATCH_SIZE).prefetch(2):
         scores = classify(images).numpy()
         for path, row, is_decoded in zip(batch.numpy(), scores, are_decoded.numpy(), strict=True):
@@ -365,7 +425,9 @@ def compute_heatmap(graph_def: GraphDef, contents: bytes, index: int) -> np.ndar
             session.run(f'{logits}:0', {f'{mean.name}:0': values.reshape([-1, *shape[1:]])})
             for values in (features, np.zeros_like(features[:, :1, :1]))
         )
-    if not np.allclose(of_positions.mean(axis=0), run_graph(graph_def, contents, logits)[0], rtol=1e-3, atol=1e-3):
+    if not np.allclose(
+        of_positions.mean(axis=0), run_graph(graph_def, contents, logits)[0], rtol=1e-3, atol=1e-3
+    ):
         raise UserError(problem)
     return (of_positions - of_nothing)[:, index].reshape(features.shape[1:3])
 
@@ -378,7 +440,9 @@ def draw_heatmap(path: str, heatmap: np.ndarray, title: str) -> Image.Image:
     mask = Image.fromarray(np.uint8(160 * shares)).resize(gray.size, Image.Resampling.BILINEAR)
     gray.paste((255, 0, 0), (0, 0), mask)
     font = ImageFont.load_default(16)
-    picture = Image.new('RGB', (max(gray.width, 8 + int(font.getlength(title))), gray.height + 24), 'white')
+    picture = Image.new(
+        'RGB', (max(gray.width, 8 + int(font.getlength(title))), gray.height + 24), 'white'
+    )
     picture.paste(gray, (0, 24))
     ImageDraw.Draw(picture).text((4, 12), title, 'black', font, 'lm')
     return picture
@@ -408,7 +472,9 @@ def explain_failure(path: str) -> str:
     return ''
 
 
-def print_ranking(path: str, ranking: list[tuple[str, float]], flags: argparse.Namespace, is_single: bool) -> None:
+def print_ranking(
+    path: str, ranking: list[tuple[str, float]], flags: argparse.Namespace, is_single: bool
+) -> None:
     """Prints labels of an image with their scores: one per line if it is the only image."""
     if flags.json:
         labels, scores = zip(*ranking, strict=True)
@@ -420,7 +486,9 @@ def print_ranking(path: str, ranking: list[tuple[str, float]], flags: argparse.N
         print(path, *(f'{label}\t{score:.5f}' for label, score in ranking), sep='\t', flush=True)
 
 
-def rank(scores: np.ndarray, labels: list[str], flags: argparse.Namespace) -> list[tuple[str, float]]:
+def rank(
+    scores: np.ndarray, labels: list[str], flags: argparse.Namespace
+) -> list[tuple[str, float]]:
     """Returns (label, score), the best first."""
     if len(labels) != len(scores):
         raise UserError(
@@ -428,7 +496,9 @@ def rank(scores: np.ndarray, labels: list[str], flags: argparse.Namespace) -> li
             'Name files of one training.'
         )
     if not np.isfinite(scores).all():
-        raise UserError(f"'{flags.graph}' is damaged: its scores are not finite. Train again, or get another copy.")
+        raise UserError(
+            f"'{flags.graph}' is damaged: its scores are not finite. Train again, or get another copy."
+        )
     return [(labels[index], round(float(scores[index]), 7)) for index in np.argsort(-scores)]
 
 
@@ -442,12 +512,16 @@ def save_picture(picture: Image.Image, target: str) -> None:
 
 def label_images(flags: argparse.Namespace) -> None:
     """Labels images; raises UserError for what the user can fix, after all images that can be labeled."""
-    is_single = len(flags.images) == 1 and flags.images[0] != '-' and not gfile.isdir(flags.images[0])
+    is_single = (
+        len(flags.images) == 1 and flags.images[0] != '-' and not gfile.isdir(flags.images[0])
+    )
     if flags.heatmap and not is_single:
         raise UserError('--heatmap: name one image.')
     labels, graph_def, count, failed = load_labels(flags.labels), load_graph(flags.graph), 0, 0
     paths = expand(flags.images, flags.sort_into)
-    scored = score_image(graph_def, flags.images[0]) if is_single else score_images(graph_def, paths)
+    scored = (
+        score_image(graph_def, flags.images[0]) if is_single else score_images(graph_def, paths)
+    )
     is_shown = sys.stderr and sys.stderr.isatty() and sys.stdout and not sys.stdout.isatty()
     for path, scores in tqdm(scored, unit='image', disable=is_single or not is_shown):
         count += 1
@@ -463,13 +537,20 @@ def label_images(flags: argparse.Namespace) -> None:
         ranking = rank(scores, labels, flags)
         label = ranking[0][0] if ranking[0][1] >= flags.min_score else 'unsure'
         shown = ranking if flags.json else [(label, ranking[0][1]), *ranking[1:]]
-        print_ranking(path, shown[: flags.top or (len(labels) if is_single or flags.json else 1)], flags, is_single)
+        print_ranking(
+            path,
+            shown[: flags.top or (len(labels) if is_single or flags.json else 1)],
+            flags,
+            is_single,
+        )
         if flags.sort_into:
             place(path, label, flags.sort_into)
         if flags.heatmap:
             index = scores.argmax()
             heatmap = compute_heatmap(graph_def, load_image(path), index)
-            save_picture(draw_heatmap(path, heatmap, f'{labels[index]} {scores[index]:.2f}'), flags.heatmap)
+            save_picture(
+                draw_heatmap(path, heatmap, f'{labels[index]} {scores[index]:.2f}'), flags.heatmap
+            )
     if not count:
         raise UserError(
             f'There is no image in {", ".join(flags.images)}. Name a folder with {" ".join(IMAGE_EXTENSIONS)}'
@@ -488,4 +569,6 @@ if __name__ == '__main__':
         sys.exit('ERROR: ' + str(error).replace('\n', ' '))
     except (tf.errors.OpError, LookupError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        sys.exit(f"ERROR: '{parsed_flags.graph}' cannot be run: {reason}. Name the --output_graph of the training.")
+        sys.exit(
+            f"ERROR: '{parsed_flags.graph}' cannot be run: {reason}. Name the --output_graph of the training."
+        )

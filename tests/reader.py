@@ -24,7 +24,10 @@ def read_blocks(readme, section=None):
     blocks = []
     for language, text in re.findall(r'^```(\w+)\n(.*?)^```', document, re.M | re.S):
         is_shell = language == 'sh'
-        blocks += [(language, line) for line in (text.replace('\\\n', '').splitlines() if is_shell else [text])]
+        blocks += [
+            (language, line)
+            for line in (text.replace('\\\n', '').splitlines() if is_shell else [text])
+        ]
     return blocks
 
 
@@ -36,7 +39,13 @@ def environment():
 
 def shell(command, folder):
     process = subprocess.run(
-        command, shell=True, cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
+        command,
+        shell=True,
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
@@ -79,7 +88,13 @@ class Reader:
         port = max(re.findall('|'.join(self.ports), command))
         command = re.sub('|'.join(self.ports), lambda match: self.ports[match[0]], command)
         null = subprocess.DEVNULL
-        options = {'shell': True, 'cwd': self.folder, 'env': environment(), 'stdout': null, 'stderr': null}
+        options = {
+            'shell': True,
+            'cwd': self.folder,
+            'env': environment(),
+            'stdout': null,
+            'stderr': null,
+        }
         self.servers.append(subprocess.Popen(command, start_new_session=True, **options))
         wait_for(int(self.ports[port]))
         return ''
@@ -115,8 +130,16 @@ def free_port():
 
 
 TRAIN = [
-    *('--bottleneck_dir=bottlenecks/', '--how_many_training_steps=100', '--model_dir=inception/', '--random_seed=1'),
-    *('--output_graph=trained_model/unoptimized_model.pb', '--output_labels=trained_model/labels.txt'),
+    *(
+        '--bottleneck_dir=bottlenecks/',
+        '--how_many_training_steps=100',
+        '--model_dir=inception/',
+        '--random_seed=1',
+    ),
+    *(
+        '--output_graph=trained_model/unoptimized_model.pb',
+        '--output_labels=trained_model/labels.txt',
+    ),
     *('--image_dir=data/', '--summaries_dir=logs'),
 ]
 

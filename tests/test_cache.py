@@ -22,8 +22,12 @@ TEXT = ','.join(str(x) for x in NUMBERS)
 def test_cache_files_are_those_of_the_original(trained):
     text = (trained.folder / 'bottlenecks/cat/cat 3.jpg.txt').read_text()
     numbers = np.array([float(number) for number in text.split(',')], np.float32)
-    assert text == ','.join(str(number) for number in numbers)  # also: one line, no newline at its end
-    expected = run_v1(build_model(), (trained.data / 'cat/cat 3.jpg').read_bytes(), 'pool_3/_reshape:0')[0]
+    assert text == ','.join(
+        str(number) for number in numbers
+    )  # also: one line, no newline at its end
+    expected = run_v1(
+        build_model(), (trained.data / 'cat/cat 3.jpg').read_bytes(), 'pool_3/_reshape:0'
+    )[0]
     np.testing.assert_allclose(numbers, expected, atol=1e-5 * np.abs(expected).max())
 
 
@@ -92,7 +96,9 @@ def test_write_whole_leaves_nothing_behind(tmp_path):
 def test_a_cold_and_a_warm_run_train_on_the_same_numbers(job, monkeypatch, capsys):
     job.photographs(cat=30, dog=30).main(monkeypatch)
     cold = (job.folder / job.flags['output_graph']).read_bytes()
-    monkeypatch.setattr(tf_retrain.Backbone, 'create_network', None)  # it would be called for a single bottleneck
+    monkeypatch.setattr(
+        tf_retrain.Backbone, 'create_network', None
+    )  # it would be called for a single bottleneck
     capsys.readouterr()
     job.main(monkeypatch)
     assert 'Creating' not in capsys.readouterr().out
@@ -118,13 +124,17 @@ def count_reads(monkeypatch):
     return paths
 
 
-def test_each_cache_file_and_record_is_read_once_and_an_unchanged_image_never(job, monkeypatch, capsys):
+def test_each_cache_file_and_record_is_read_once_and_an_unchanged_image_never(
+    job, monkeypatch, capsys
+):
     job.photographs(cat=20, dog=20)
     job.cache(monkeypatch, capsys)
     read = count_reads(monkeypatch)
     job.cache(monkeypatch, capsys)
     files = [str(path.relative_to(job.data)) for path in job.data.rglob('*.jpg')]
-    expected = [f'bottlenecks/{file}.txt' for file in files] + [f'bottlenecks/.records/{file}.rec' for file in files]
+    expected = [f'bottlenecks/{file}.txt' for file in files] + [
+        f'bottlenecks/.records/{file}.rec' for file in files
+    ]
     assert sorted(read) == sorted(expected)
 
 
@@ -210,7 +220,9 @@ def test_no_image_is_computed_twice_in_a_run_whatever_is_in_the_records(job, mon
     for path in job.data.rglob('*.jpg'):
         name = record(job, path.relative_to(job.data))
         ((made, size, time, model, contents),) = json.loads(name.read_text())
-        facts = [[made + i, size + i, time + i, model, contents + i] for i in range(20)]  # they contradict each other
+        facts = [
+            [made + i, size + i, time + i, model, contents + i] for i in range(20)
+        ]  # they contradict each other
         name.write_text(json.dumps([*facts, [made, size, time - 1, model, None]]))
     copy_without_times(job)
     changed = sorted(f'cat/{path.name}' for path in job.data.rglob('cat 1*.jpg'))
@@ -231,7 +243,10 @@ def test_a_replaced_image_gets_a_new_bottleneck(job, monkeypatch, capsys):
     os.utime(path, (1, 1))  # as a copy that keeps an older time
     out = job.cache(monkeypatch, capsys)
     assert created(out) == ['cat/cat 3.jpg']
-    assert 'The image or the model changed, recreating bottleneck bottlenecks/cat/cat 3.jpg.txt\n' in out
+    assert (
+        'The image or the model changed, recreating bottleneck bottlenecks/cat/cat 3.jpg.txt\n'
+        in out
+    )
     assert (job.folder / 'bottlenecks/cat/cat 3.jpg.txt').read_text() != before
     assert created(job.cache(monkeypatch, capsys)) == []
     path.write_bytes(old)
@@ -253,10 +268,16 @@ def test_another_model_computes_all_anew(job, monkeypatch, capsys):
     job.photographs(cat=20, dog=20)
     job.cache(monkeypatch, capsys)
     graph_def = build_model()
-    weights = next(node for node in graph_def.node if node.name == 'conv/conv2d_params').attr['value'].tensor
+    weights = (
+        next(node for node in graph_def.node if node.name == 'conv/conv2d_params')
+        .attr['value']
+        .tensor
+    )
     weights.CopyFrom(tf.make_tensor_proto(tf.make_ndarray(weights) * 2))
     (job.folder / 'inception/classify_image_graph_def.pb').unlink()
-    (job.folder / 'inception/classify_image_graph_def.pb').write_bytes(graph_def.SerializeToString())
+    (job.folder / 'inception/classify_image_graph_def.pb').write_bytes(
+        graph_def.SerializeToString()
+    )
     assert len(created(job.cache(monkeypatch, capsys))) == 40
     assert created(job.cache(monkeypatch, capsys)) == []
 
@@ -282,11 +303,15 @@ def test_what_cannot_be_decoded_is_tried_once(job, monkeypatch, capsys):
     path = job.data / 'cat/cut.jpg'
     contents = (job.data / 'cat/cat 3.jpg').read_bytes()
     path.write_bytes(contents[:600])
-    assert "'data/cat/cut.jpg' is left out: jpeg::Uncompress failed." in job.cache(monkeypatch, capsys)
+    assert "'data/cat/cut.jpg' is left out: jpeg::Uncompress failed." in job.cache(
+        monkeypatch, capsys
+    )
     monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', None)
     for times in ((1, 1), (2, 2), None):
         os.utime(path, times)
-        assert "'data/cat/cut.jpg' is left out: jpeg::Uncompress failed." in job.cache(monkeypatch, capsys)
+        assert "'data/cat/cut.jpg' is left out: jpeg::Uncompress failed." in job.cache(
+            monkeypatch, capsys
+        )
     monkeypatch.undo()
     path.write_bytes(contents)
     assert created(job.cache(monkeypatch, capsys)) == ['cat/cut.jpg']
@@ -384,13 +409,17 @@ def test_a_complete_cache_may_be_read_only(job, monkeypatch, capsys):
             tf_retrain.gfile,
             name,
             lambda path, *a, o=original, n=name, **k: (
-                refuse(path, *a, original=o, **k) if n != 'GFile' or 'w' in (*a, *k.values()) else o(path, *a, **k)
+                refuse(path, *a, original=o, **k)
+                if n != 'GFile' or 'w' in (*a, *k.values())
+                else o(path, *a, **k)
             ),
         )
     assert created(job.cache(monkeypatch, capsys)) == []
     (job.data / 'cat/new.jpg').write_bytes((job.data / 'cat/cat 0.jpg').read_bytes())
     monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', None)
-    with pytest.raises(UserError, match="^--bottleneck_dir: nothing can be written in 'bottlenecks/'"):
+    with pytest.raises(
+        UserError, match="^--bottleneck_dir: nothing can be written in 'bottlenecks/'"
+    ):
         job.main(monkeypatch)
 
 
@@ -403,7 +432,9 @@ def test_names_up_to_the_longest_that_there_can_be(job, monkeypatch, capsys, len
     for first in (True, False):
         out = job.cache(monkeypatch, capsys)
         assert len(created(out)) == (41 if first else int(length > 251))
-        assert out.count('File name too long. Each run computes this bottleneck.') == int(length > 251)
+        assert out.count('File name too long. Each run computes this bottleneck.') == int(
+            length > 251
+        )
     assert not list((job.folder / 'bottlenecks').rglob('*.tmp'))
 
 
@@ -420,7 +451,10 @@ def test_files_that_are_no_longer_wanted_harm_nothing(job, monkeypatch, capsys):
 def test_two_runs_at_once(job):
     """They share the cache: neither waits for or spoils the other, and a third computes nothing."""
     job.photographs(cat=400, dog=400)
-    processes = [job.fork(output_graph=f'{i}.pb', output_labels=f'{i}.txt', summaries_dir=f'{i}') for i in range(2)]
+    processes = [
+        job.fork(output_graph=f'{i}.pb', output_labels=f'{i}.txt', summaries_dir=f'{i}')
+        for i in range(2)
+    ]
     for process in processes:
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
@@ -475,7 +509,11 @@ def test_every_path_may_be_any_that_tensorflow_reads(job, monkeypatch, capsys):
         target = f'ram://job/{path.relative_to(job.folder)}'
         tf.io.gfile.makedirs(target.rpartition('/')[0])
         tf.io.gfile.copy(str(path), target)
-    paths = {name: f'ram://job/{value}' for name, value in job.flags.items() if '/' in value or value == 'logs'}
+    paths = {
+        name: f'ram://job/{value}'
+        for name, value in job.flags.items()
+        if '/' in value or value == 'logs'
+    }
     job.main(monkeypatch, **paths)
     out = capsys.readouterr().out
     assert out.count('Creating bottleneck at ram://job/bottlenecks/') == 50
@@ -487,4 +525,6 @@ def test_every_path_may_be_any_that_tensorflow_reads(job, monkeypatch, capsys):
         graph_def = tf.compat.v1.GraphDef.FromString(file.read())
     scores = run_v1(graph_def, (job.data / 'dog/dog 0.jpg').read_bytes(), 'final_result:0')[0]
     assert scores.argmax() == 1
-    assert [name for name in tf.io.gfile.listdir('ram://job/logs/train') if name.startswith('events.')]
+    assert [
+        name for name in tf.io.gfile.listdir('ram://job/logs/train') if name.startswith('events.')
+    ]

@@ -53,7 +53,9 @@ class Run:
     def __init__(self, images, folder, model, operations=None, is_read_only=False):
         self.computed, self.result, self.error = Counter(), None, None
         self.operations, self.is_read_only = operations, is_read_only
-        source = types.SimpleNamespace(source='model', checksum=model, cache_suffix='', bottleneck_size=SIZE)
+        source = types.SimpleNamespace(
+            source='model', checksum=model, cache_suffix='', bottleneck_size=SIZE
+        )
         flags = types.SimpleNamespace(bottleneck_dir=str(folder), data_service=None, strict=False)
         self.thread = threading.Thread(target=self.work, args=(images, source, flags))
 
@@ -92,7 +94,9 @@ def compute_bottlenecks(paths, backbone, distort, service):
         Run.current.run.computed[path] += 1
         if (bottleneck := compute(content, backbone.checksum)) is not None:
             found.append((index, int(tf_retrain.fingerprint(content)), bottleneck))
-    for batch in itertools.batched(found, 2) if hasattr(itertools, 'batched') else ([one] for one in found):
+    for batch in (
+        itertools.batched(found, 2) if hasattr(itertools, 'batched') else ([one] for one in found)
+    ):
         yield np.array([row[:2] for row in batch]), np.array([row[2] for row in batch])
 
 
@@ -104,7 +108,9 @@ class Cache(RuleBasedStateMachine):
         patches = {'compute_bottlenecks': compute_bottlenecks, 'print': lambda *arguments: None}
         self.stack = contextlib.ExitStack()
         self.stack.enter_context(mock.patch.multiple(tf_retrain, create=True, **patches))
-        self.stack.enter_context(mock.patch.multiple(tf_retrain.tqdm, write=lambda *arguments: None))
+        self.stack.enter_context(
+            mock.patch.multiple(tf_retrain.tqdm, write=lambda *arguments: None)
+        )
         self.stack.enter_context(mock.patch.multiple(gfile, remove=remove, rename=rename))
         for name in (NAMES[0], NAMES[4]):
             self.replace(name, False)
@@ -127,7 +133,9 @@ class Cache(RuleBasedStateMachine):
         names = self.names()
         classes = np.array([name > 'd' for name in names], int)
         sets = np.full(len(names), 'training')
-        return Images(str(self.folder / 'data'), ['cat', 'dog'], np.array(names, object), classes, sets)
+        return Images(
+            str(self.folder / 'data'), ['cat', 'dog'], np.array(names, object), classes, sets
+        )
 
     def start(self, **options):
         run = Run(self.table(), self.folder / 'cache', self.model, **options)
@@ -140,7 +148,11 @@ class Cache(RuleBasedStateMachine):
         for name in self.names():
             content, cached = self.image(name).read_bytes(), self.cached(name)
             bottleneck = compute(content, self.model)
-            is_valid = bottleneck is not None and cached.exists() and cached.read_text() == to_text(bottleneck)
+            is_valid = (
+                bottleneck is not None
+                and cached.exists()
+                and cached.read_text() == to_text(bottleneck)
+            )
             found[name] = content, is_valid
         return found
 
@@ -250,11 +262,16 @@ class Cache(RuleBasedStateMachine):
         self.run_once()
         shutil.rmtree(self.folder / 'cache/.records')
         for name in NAMES:  # of images that are not there, the cache files may be of anything
-            if name not in self.names() or compute(self.image(name).read_bytes(), self.model) is None:
+            if (
+                name not in self.names()
+                or compute(self.image(name).read_bytes(), self.model) is None
+            ):
                 self.cached(name).unlink(missing_ok=True)
         run = self.start()
         run.thread.join()
-        assert all(compute(pathlib.Path(path).read_bytes(), self.model) is None for path in run.computed)
+        assert all(
+            compute(pathlib.Path(path).read_bytes(), self.model) is None for path in run.computed
+        )
 
     @rule(model=st.integers(1, 2))
     def change_the_model(self, model):
@@ -264,8 +281,14 @@ class Cache(RuleBasedStateMachine):
 @pytest.mark.slow
 def test_whatever_users_do():
     examples = int(os.environ.get('STATEFUL_EXAMPLES', 40))
-    options = {'deadline': None, 'suppress_health_check': list(HealthCheck), 'stateful_step_count': 30}
-    run_state_machine_as_test(Cache, settings=settings(max_examples=examples, print_blob=True, **options))
+    options = {
+        'deadline': None,
+        'suppress_health_check': list(HealthCheck),
+        'stateful_step_count': 30,
+    }
+    run_state_machine_as_test(
+        Cache, settings=settings(max_examples=examples, print_blob=True, **options)
+    )
 
 
 @pytest.mark.parametrize('is_reverted', [False, True])

@@ -18,10 +18,16 @@ def definitions(source):
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             inner = itertools.chain.from_iterable(map(ast.walk, targets))
-            names = [name.id for name in inner if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
+            names = [
+                name.id
+                for name in inner
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+            ]
         else:
             continue
-        first = min([node.lineno, *(decorator.lineno for decorator in getattr(node, 'decorator_list', []))])
+        first = min(
+            [node.lineno, *(decorator.lineno for decorator in getattr(node, 'decorator_list', []))]
+        )
         text = '\n'.join(source.splitlines()[first - 1 : node.end_lineno])
         for name in names:
             found[name] = found.get(name, '') + text  # a second definition counts too
@@ -74,8 +80,14 @@ def test_retrain_serving_is_tf_retrain_and_one_section():
     flag, main, rest = rest.partition("if __name__ == '__main__':\n")
     rest, section, own = rest.partition('# SavedModel\n')
     assert mark and main and section
-    assert set(definitions(own)) | {'create_serving_parser'} == set(definitions(second)) - set(definitions(first))
-    common = before + main + rest.replace('parse_flags(create_serving_parser())', 'parse_flags(create_parser())')
+    assert set(definitions(own)) | {'create_serving_parser'} == set(definitions(second)) - set(
+        definitions(first)
+    )
+    common = (
+        before
+        + main
+        + rest.replace('parse_flags(create_serving_parser())', 'parse_flags(create_parser())')
+    )
     assert common + main + '    run(main, parsed_flags)\n' == first
     assert len(definitions(first)) > 80
     assert own.endswith(main + '    run(main_serving, parsed_flags)\n')

@@ -52,7 +52,10 @@ def test_variants_on_purpose_are_named_only_if_they_are_apart():
     images = make([TRAINING] * 4, [0, 0, 0, 1], files)
     assert find(images, BASE[[0, 0, 1, 1]])[0] == [(2, 3)]
     assert find(images, BASE[[0, 0, 0, 1]])[0] == [(0, 2), (1, 2)]
-    assert find(make([TRAINING, TESTING] * 2, [0, 0, 0, 1], files), BASE[[0, 0, 1, 2]]) == ([(0, 1)], 1)
+    assert find(make([TRAINING, TESTING] * 2, [0, 0, 0, 1], files), BASE[[0, 0, 1, 2]]) == (
+        [(0, 1)],
+        1,
+    )
 
 
 def test_a_class_of_images_that_are_all_alike_prints_a_few_lines(capsys):
@@ -81,7 +84,9 @@ def test_short_vectors_miss_no_pair(noise, size):
     """The pairs are those that a plain comparison of all finds, at every distance from the threshold."""
     rng = np.random.default_rng(0)
     half = rng.exponential(1, [600, size])
-    bottlenecks = np.float32(np.concatenate([half, half * (1 + noise * rng.normal(0, 2.2, half.shape))]))
+    bottlenecks = np.float32(
+        np.concatenate([half, half * (1 + noise * rng.normal(0, 2.2, half.shape))])
+    )
     images = make(['training', 'testing'] * 600, [0] * 1200)
     units = bottlenecks / np.linalg.norm(bottlenecks, axis=1, keepdims=True)
     similarity = units @ units.T
@@ -99,11 +104,15 @@ def test_short_vectors_miss_no_pair(noise, size):
 def doubled(tmp_path_factory, model):
     """Photographs with a cache of random bottlenecks; thirteen are copies, one of them under another label."""
     job = Job(tmp_path_factory.mktemp('doubled'), model).photographs(cat=60, dog=60)
-    copies = {f'cat/copy {i}.jpg': f'cat/cat {i}.jpg' for i in range(1, 13)} | {'dog/stray.jpg': 'cat/cat 0.jpg'}
+    copies = {f'cat/copy {i}.jpg': f'cat/cat {i}.jpg' for i in range(1, 13)} | {
+        'dog/stray.jpg': 'cat/cat 0.jpg'
+    }
     for copy, file in copies.items():
         shutil.copy(job.data / file, job.data / copy)
     rng = np.random.default_rng(0)
-    for path in sorted(job.data.rglob('*.jpg'), key=lambda path: f'{path.parent.name}/{path.name}' in copies):
+    for path in sorted(
+        job.data.rglob('*.jpg'), key=lambda path: f'{path.parent.name}/{path.name}' in copies
+    ):
         file = f'{path.parent.name}/{path.name}'
         cached = job.folder / 'bottlenecks' / f'{file}.txt'
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +129,8 @@ def test_near_copies_are_reported_before_the_training(doubled):
     start = next(i for i, line in enumerate(lines) if 'near copies' in line)
     assert lines[start].startswith('WARNING: pairs of near copies with different labels: 1. ')
     assert re.fullmatch(
-        r'WARNING: validation or test images with near copies in the training set: \d+\. .*', lines[start + 1]
+        r'WARNING: validation or test images with near copies in the training set: \d+\. .*',
+        lines[start + 1],
     )
     named = [line for line in lines if re.match(r'  data/', line)]
     assert len(named) == 10
@@ -163,7 +173,11 @@ def swapped(tmp_path_factory, model):
 def test_images_in_the_wrong_folder_are_the_first_suspects(swapped):
     found = suspects(swapped.process.stdout)
     assert len(found) == 5
-    assert {path for path, *_ in found[:3]} == {'data/dog/wrong 0.jpg', 'data/dog/wrong 1.jpg', 'data/cat/wrong.jpg'}
+    assert {path for path, *_ in found[:3]} == {
+        'data/dog/wrong 0.jpg',
+        'data/dog/wrong 1.jpg',
+        'data/cat/wrong.jpg',
+    }
     for path, own, score, best, best_score in found[:3]:
         assert own == path.split('/')[1]
         assert {own, best} == {'cat', 'dog'}
@@ -172,7 +186,11 @@ def test_images_in_the_wrong_folder_are_the_first_suspects(swapped):
 
 
 def test_suspects_in_tensorboard(swapped):
-    values = [value for event in read_events(swapped.folder / 'logs/suspects') for value in event.summary.value]
+    values = [
+        value
+        for event in read_events(swapped.folder / 'logs/suspects')
+        for value in event.summary.value
+    ]
     found = suspects(swapped.process.stdout)
     for value, (path, own, score, best, best_score) in zip(values, found, strict=True):
         assert value.tag == f'{own} {score}  {best} {best_score}/{path.removeprefix("data/")}'
@@ -208,14 +226,22 @@ def test_each_image_is_scored_by_a_layer_that_never_saw_it(swapped, monkeypatch)
     images = make([TRAINING] * 50, [0, 1] * 25)
     bottlenecks = np.random.default_rng(0).uniform(size=[50, 8]).astype(np.float32)
     bottlenecks[:, 0] = np.arange(50)
-    scores = tf_retrain.cross_validate(images, bottlenecks, parse('--image_dir=x', '--how_many_training_steps=30'))
+    scores = tf_retrain.cross_validate(
+        images, bottlenecks, parse('--image_dir=x', '--how_many_training_steps=30')
+    )
     np.testing.assert_allclose(scores.sum(axis=1), 1, atol=1e-5)
-    tests = [(trained, rows) for trained, rows in seen if rows and not rows & trained and len(rows) == 10 and trained]
+    tests = [
+        (trained, rows)
+        for trained, rows in seen
+        if rows and not rows & trained and len(rows) == 10 and trained
+    ]
     assert len(tests) == tf_retrain.FOLDS
     assert set().union(*(rows for _, rows in tests)) == set(range(50))
 
 
-@pytest.mark.parametrize('counts', [{'cat': 1, 'dog': 1}, {'cat': 1, 'dog': 40}, {'cat': 3, 'dog': 3, 'fox': 3}])
+@pytest.mark.parametrize(
+    'counts', [{'cat': 1, 'dog': 1}, {'cat': 1, 'dog': 40}, {'cat': 3, 'dog': 3, 'fox': 3}]
+)
 def test_few_images(job, monkeypatch, capsys, counts):
     flags = {'testing_percentage': '0', 'validation_percentage': '0'}
     job.photographs(**counts).main(monkeypatch, '--find_suspects=2', **flags)
@@ -225,10 +251,16 @@ def test_few_images(job, monkeypatch, capsys, counts):
 
 @pytest.mark.parametrize(
     ('name', 'search'),
-    [('find_near_copies', 'duplicates'), ('cross_validate', 'suspects'), ('report_suspects', 'suspects')],
+    [
+        ('find_near_copies', 'duplicates'),
+        ('cross_validate', 'suspects'),
+        ('report_suspects', 'suspects'),
+    ],
 )
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), MemoryError('too much')])
-def test_the_training_goes_on_without_a_search_that_is_stopped(job, monkeypatch, capsys, name, search, error):
+def test_the_training_goes_on_without_a_search_that_is_stopped(
+    job, monkeypatch, capsys, name, search, error
+):
     def fail(*arguments):
         raise error
 

@@ -13,7 +13,9 @@ SEED = np.array([0, 1], np.int32)
 
 
 def test_distortions():
-    ramp = np.tile(np.linspace(0, 255, 400, dtype=np.uint8)[:, None], [300, 1, 3]).reshape(300, 400, 3)
+    ramp = np.tile(np.linspace(0, 255, 400, dtype=np.uint8)[:, None], [300, 1, 3]).reshape(
+        300, 400, 3
+    )
     plain = tf_retrain.resize_bilinear(ramp[np.newaxis], SIZE)[0].numpy()
 
     def distorted(flip_left_right=False, random_crop=0, random_scale=0, random_brightness=0):
@@ -43,7 +45,8 @@ def test_distortions():
 
 
 @pytest.mark.parametrize(
-    'distortion', ['--flip_left_right', '--random_crop=10', '--random_scale=10', '--random_brightness=10']
+    'distortion',
+    ['--flip_left_right', '--random_crop=10', '--random_scale=10', '--random_brightness=10'],
 )
 def test_training_with_distortions(job, monkeypatch, distortion):
     job.photographs(cat=25, dog=25)
@@ -56,12 +59,19 @@ def test_training_with_distortions(job, monkeypatch, distortion):
     scores = run_v1(distorted, (job.data / 'cat/cat 0.jpg').read_bytes(), 'final_result:0')[0]
     assert scores.argmax() == 0
     written = read_events(job.folder / 'logs/train')
-    assert [e.step for e in written if any(v.tag == 'accuracy_1' for v in e.summary.value)] == list(range(12))
+    assert [e.step for e in written if any(v.tag == 'accuracy_1' for v in e.summary.value)] == list(
+        range(12)
+    )
 
 
 def test_distortions_of_a_mobilenet(job, monkeypatch, capsys):
     write_mobilenet(job.folder / 'inception', '0.25_128')
-    flags = '--architecture=mobilenet_0.25_128', '--flip_left_right', '--random_crop=10', '--random_brightness=5'
+    flags = (
+        '--architecture=mobilenet_0.25_128',
+        '--flip_left_right',
+        '--random_crop=10',
+        '--random_brightness=5',
+    )
     job.photographs(cat=20, dog=20).main(monkeypatch, *flags, how_many_training_steps='3')
     assert 'Final test accuracy = ' in capsys.readouterr().out
 
@@ -78,7 +88,9 @@ def lose(job, monkeypatch, paths):
 
 
 def training_images(job):
-    return [path for path in sorted(job.data.rglob('*.jpg')) if get_set(job.folder, path) == 'training']
+    return [
+        path for path in sorted(job.data.rglob('*.jpg')) if get_set(job.folder, path) == 'training'
+    ]
 
 
 def test_images_that_vanish_are_missing_from_their_steps(job, monkeypatch, capsys):

@@ -65,7 +65,9 @@ def resume(handler, contents, end=None):
 
 
 def fetch(folder):
-    return tf_retrain.maybe_download_and_extract(str(folder), tf_retrain.DATA_URL, tf_retrain.MODEL_GRAPH_NAME)
+    return tf_retrain.maybe_download_and_extract(
+        str(folder), tf_retrain.DATA_URL, tf_retrain.MODEL_GRAPH_NAME
+    )
 
 
 def names(folder):
@@ -96,14 +98,20 @@ def test_download(tmp_path, monkeypatch, capsys, whole):
 
 def test_a_broken_connection_is_resumed(tmp_path, monkeypatch, whole):
     third = len(whole) // 3
-    with server(monkeypatch, lambda h, n: resume(h, whole, end=n * third if n < 3 else None)) as ranges:
+    with server(
+        monkeypatch, lambda h, n: resume(h, whole, end=n * third if n < 3 else None)
+    ) as ranges:
         load_backbone(tmp_path)
     assert ranges == [None, f'bytes={third}-', f'bytes={2 * third}-']
 
 
-def test_a_connection_that_breaks_often_is_resumed_as_long_as_something_comes(tmp_path, monkeypatch, whole):
+def test_a_connection_that_breaks_often_is_resumed_as_long_as_something_comes(
+    tmp_path, monkeypatch, whole
+):
     part = len(whole) // 9
-    with server(monkeypatch, lambda h, n: resume(h, whole, end=n * part if n < 9 else None)) as ranges:
+    with server(
+        monkeypatch, lambda h, n: resume(h, whole, end=n * part if n < 9 else None)
+    ) as ranges:
         load_backbone(tmp_path)
     assert len(ranges) == 9 > tf_retrain.DOWNLOAD_ATTEMPTS
 
@@ -135,7 +143,9 @@ def test_a_server_that_cannot_resume_is_asked_for_all(tmp_path, monkeypatch, who
         load_backbone(tmp_path)
 
 
-@pytest.mark.parametrize('part', [b'x' * 1000, b'x' * 100_000_000], ids=['wrong start', 'longer than the file'])
+@pytest.mark.parametrize(
+    'part', [b'x' * 1000, b'x' * 100_000_000], ids=['wrong start', 'longer than the file']
+)
 def test_a_part_that_does_not_fit_is_dropped(tmp_path, monkeypatch, whole, part):
     (tmp_path / f'{ARCHIVE}.part').write_bytes(part)
     with server(monkeypatch, lambda handler, _: resume(handler, whole)):
@@ -165,9 +175,15 @@ def test_an_archive_that_unpacks_to_too_much(tmp_path, monkeypatch, whole):
     [
         (lambda h, n, body: send(h, b'', status=500), 'HTTPError: HTTP Error 500'),
         (lambda h, n, body: send(h, b'', status=404), 'HTTPError: HTTP Error 404'),
-        (lambda h, n, body: send(h, b'<html>Sign in</html>'), f'20 of 20 bytes came, and are not a .tgz with {GRAPH}'),
+        (
+            lambda h, n, body: send(h, b'<html>Sign in</html>'),
+            f'20 of 20 bytes came, and are not a .tgz with {GRAPH}',
+        ),
         (lambda h, n, body: send(h, body[:-9]), f'bytes came, and are not a .tgz with {GRAPH}'),
-        (lambda h, n, body: send(h, body + b'more'), f'bytes came, and are not a .tgz with {GRAPH}'),
+        (
+            lambda h, n, body: send(h, body + b'more'),
+            f'bytes came, and are not a .tgz with {GRAPH}',
+        ),
         (lambda h, n, body: send(h, b'', length=50), '0 of 50 bytes came'),
         (lambda h, n, body: h.wfile.write(b'hello\n'), 'BadStatusLine'),
         (lambda h, n, body: None, 'RemoteDisconnected'),
@@ -233,11 +249,15 @@ def test_nothing_but_the_graph_leaves_an_archive(tmp_path, member):
     assert names(tmp_path) == ['model']
 
 
-@pytest.mark.parametrize('contents', [gzip.compress(b'x' * 5000), archive(LICENSE=b'free')], ids=['no tar', 'no graph'])
+@pytest.mark.parametrize(
+    'contents', [gzip.compress(b'x' * 5000), archive(LICENSE=b'free')], ids=['no tar', 'no graph']
+)
 def test_an_archive_without_the_graph(tmp_path, monkeypatch, capsys, whole, contents):
     (tmp_path / ARCHIVE).write_bytes(contents)
     with server(monkeypatch, lambda handler, _: send(handler, contents)):
-        with pytest.raises(tf_retrain.UserError, match=f'bytes came, and are not a .tgz with {GRAPH}'):
+        with pytest.raises(
+            tf_retrain.UserError, match=f'bytes came, and are not a .tgz with {GRAPH}'
+        ):
             fetch(tmp_path)
     assert f'{ARCHIVE} is damaged, or has no {GRAPH} in it: renamed to' in capsys.readouterr().out
     assert names(tmp_path) == [f'{ARCHIVE}.broken']
@@ -249,7 +269,10 @@ def test_an_archive_without_the_graph(tmp_path, monkeypatch, capsys, whole, cont
 def test_a_model_of_another_kind(tmp_path):
     path = tmp_path / GRAPH
     path.write_bytes(b'<html>')
-    with pytest.raises(tf_retrain.UserError, match=rf'{GRAPH} is damaged or another graph \(.+\)\. Delete it and run'):
+    with pytest.raises(
+        tf_retrain.UserError,
+        match=rf'{GRAPH} is damaged or another graph \(.+\)\. Delete it and run',
+    ):
         load_backbone(tmp_path)
     graph_def = build_model()
     del graph_def.node[-6:]

@@ -32,7 +32,10 @@ USAGE_ERRORS = [
     ('--no_such_flag=1', 'unrecognized arguments: --no_such_flag=1'),
     ('extra', 'unrecognized arguments: extra'),
     ('--architecture=inception_v4', 'mobilenet_0.25_128'),
-    ('--architecture=mobilenet_1.0_224 --tfhub_module=m', 'not allowed with argument --architecture'),
+    (
+        '--architecture=mobilenet_1.0_224 --tfhub_module=m',
+        'not allowed with argument --architecture',
+    ),
 ]
 
 
@@ -51,7 +54,15 @@ def test_image_dir_is_required(capsys):
 
 
 def test_defaults_are_those_of_the_original():
-    new = {'random_seed', 'strict', 'data_service', 'architecture', 'tfhub_module', 'optimized_graph', 'precision'}
+    new = {
+        'random_seed',
+        'strict',
+        'data_service',
+        'architecture',
+        'tfhub_module',
+        'optimized_graph',
+        'precision',
+    }
     new |= {'print_duplicates', 'find_suspects'}
     flags = vars(parse('--image_dir', 'data/'))
     assert new < set(flags)
@@ -78,19 +89,25 @@ def test_defaults_are_those_of_the_original():
         'random_brightness': 0,
     }
     assert flags['architecture'] == 'inception_v3'
-    assert retrain_serving.parse_flags(retrain_serving.create_serving_parser(), ['--image_dir=x']).saved_model_dir == (
-        '/tmp/saved_models/1/'
-    )
+    assert retrain_serving.parse_flags(
+        retrain_serving.create_serving_parser(), ['--image_dir=x']
+    ).saved_model_dir == ('/tmp/saved_models/1/')
 
 
 @pytest.mark.parametrize('script', ['tf_retrain', 'retrain_serving'])
 def test_help_names_every_flag_and_default(script):
     text = run_new(f'{script}.py', '--help').stdout
     module = {'tf_retrain': tf_retrain, 'retrain_serving': retrain_serving}[script]
-    parser = tf_retrain.create_parser() if script == 'tf_retrain' else module.create_serving_parser()
+    parser = (
+        tf_retrain.create_parser() if script == 'tf_retrain' else module.create_serving_parser()
+    )
     for flag, default in vars(parser.parse_args(['--image_dir=x'])).items():
         assert f'--{flag}' in text
-        assert default in ('x', None) or default is False or f'(default: {default})' in re.sub(r'\s+', ' ', text)
+        assert (
+            default in ('x', None)
+            or default is False
+            or f'(default: {default})' in re.sub(r'\s+', ' ', text)
+        )
     assert max(map(len, text.split('the usual command')[0].splitlines())) <= 80
     assert len(text.splitlines()) <= 110
 
@@ -98,7 +115,10 @@ def test_help_names_every_flag_and_default(script):
 def test_usage_errors_are_exit_code_2():
     process = run_new('tf_retrain.py', '--image_dir', 'data/', '--no_such_flag', '1', check=False)
     assert process.returncode == 2
-    assert process.stderr.splitlines()[-1] == 'tf_retrain.py: error: unrecognized arguments: --no_such_flag 1'
+    assert (
+        process.stderr.splitlines()[-1]
+        == 'tf_retrain.py: error: unrecognized arguments: --no_such_flag 1'
+    )
 
 
 @pytest.mark.parametrize('script', ['tf_retrain.py', 'retrain_serving.py', 'tf_test.py'])

@@ -26,7 +26,9 @@ def test_folded_network_equals_the_graph(tmp_path, model):
     assert folded.isdisjoint({'BatchNormWithGlobalNormalization', 'CheckNumerics', 'DecodeJpeg'})
     ((tags, bottlenecks),) = tf_retrain.compute_bottlenecks(paths, backbone, None, None)
     assert list(tags[:, 0]) == [0, 1, 2, 3, 4]
-    assert list(tags[:, 1]) == [tf_retrain.fingerprint(pathlib.Path(path).read_bytes()) for path in paths]
+    assert list(tags[:, 1]) == [
+        tf_retrain.fingerprint(pathlib.Path(path).read_bytes()) for path in paths
+    ]
     for path, bottleneck in zip(paths, bottlenecks, strict=True):
         expected = run_v1(build_model(), pathlib.Path(path).read_bytes(), 'pool_3/_reshape:0')[0]
         np.testing.assert_allclose(bottleneck, expected, atol=1e-5 * np.abs(expected).max())
@@ -39,7 +41,9 @@ def test_several_devices_share_the_batches():
     networks = [lambda x: x * 1.0, lambda x: x * 1.0]
     batches = tf.data.Dataset.range(103).map(lambda i: (i, tf.cast(i, tf.float32))).batch(4)
     found = [
-        pair for tags, values in tf_retrain.run_networks(networks, batches) for pair in zip(tags, values, strict=True)
+        pair
+        for tags, values in tf_retrain.run_networks(networks, batches)
+        for pair in zip(tags, values, strict=True)
     ]
     assert found == [(i, float(i)) for i in range(103)]
 
@@ -53,16 +57,27 @@ def test_frozen_graph(trained):
     assert names[: len(kept)] == kept
     for node in graph_def.node[: len(kept)]:
         assert node == model[node.name]
-    added = {node.name: (node.op, list(node.input), sorted(node.attr)) for node in graph_def.node[len(kept) :]}
+    added = {
+        node.name: (node.op, list(node.input), sorted(node.attr))
+        for node in graph_def.node[len(kept) :]
+    }
     scope = 'final_training_ops'
     weights, biases = f'{scope}/weights/final_weights', f'{scope}/biases/final_biases'
     assert added == {
-        'input/BottleneckInputPlaceholder': ('PlaceholderWithDefault', ['pool_3/_reshape'], ['dtype', 'shape']),
+        'input/BottleneckInputPlaceholder': (
+            'PlaceholderWithDefault',
+            ['pool_3/_reshape'],
+            ['dtype', 'shape'],
+        ),
         weights: ('Const', [], ['dtype', 'value']),
         f'{weights}/read': ('Identity', [weights], ['T']),
         biases: ('Const', [], ['dtype', 'value']),
         f'{biases}/read': ('Identity', [biases], ['T']),
-        f'{scope}/Wx_plus_b/MatMul': ('MatMul', ['input/BottleneckInputPlaceholder', f'{weights}/read'], ['T']),
+        f'{scope}/Wx_plus_b/MatMul': (
+            'MatMul',
+            ['input/BottleneckInputPlaceholder', f'{weights}/read'],
+            ['T'],
+        ),
         f'{scope}/Wx_plus_b/add': ('AddV2', [f'{scope}/Wx_plus_b/MatMul', f'{biases}/read'], ['T']),
         'final_result': ('Softmax', [f'{scope}/Wx_plus_b/add'], ['T']),
     }
@@ -82,11 +97,18 @@ def scaled(networks):
         'module': ([96, 128], 0, 255),
     }[networks.folder.name.rstrip('0123456789')]
     resize = tf.compat.v1.image.resize_bilinear
-    images = [resize(tf.io.decode_jpeg(tf.io.read_file(str(path)), 3)[tf.newaxis], size)[0] for path in paths]
+    images = [
+        resize(tf.io.decode_jpeg(tf.io.read_file(str(path)), 3)[tf.newaxis], size)[0]
+        for path in paths
+    ]
     scores = np.array([get_scores(networks.graph(), path.read_bytes()) for path in paths])
     assert len(paths) == 20
     assert np.ptp(scores, axis=0).max() > 0.01  # they are not all alike
-    return str(networks.folder / networks.flags['optimized_graph']), (np.array(images) - mean) / deviation, scores
+    return (
+        str(networks.folder / networks.flags['optimized_graph']),
+        (np.array(images) - mean) / deviation,
+        scores,
+    )
 
 
 def test_tensorflow(scaled):
@@ -149,7 +171,13 @@ def tensorflow_1(tmp_path_factory):
     environment = tmp_path_factory.mktemp('tensorflow_1')
     subprocess.run([python, '-m', 'venv', str(environment)], check=True)
     packages = ['tensorflow==1.15.5', 'protobuf<3.21', 'numpy<1.19']
-    pip = [str(environment / 'bin/pip'), 'install', '--quiet', '--disable-pip-version-check', *packages]
+    pip = [
+        str(environment / 'bin/pip'),
+        'install',
+        '--quiet',
+        '--disable-pip-version-check',
+        *packages,
+    ]
     if subprocess.run(pip).returncode:
         pytest.skip('TensorFlow 1.15 cannot be installed here')
     return environment / 'bin/python'

@@ -50,7 +50,11 @@ def test_split(path, name):
 
 def original_set(path, testing_percentage, validation_percentage):
     """The formula of the reference, written out again in other words."""
-    share = int.from_bytes(hashlib.sha1(path.split('_nohash_')[0].encode()).digest(), 'big') % 2**27 / (2**27 - 1)
+    share = (
+        int.from_bytes(hashlib.sha1(path.split('_nohash_')[0].encode()).digest(), 'big')
+        % 2**27
+        / (2**27 - 1)
+    )
     if share * 100 < validation_percentage:
         return 'validation'
     return 'testing' if share * 100 < validation_percentage + testing_percentage else 'training'
@@ -63,7 +67,10 @@ def test_split_follows_the_formula_and_ignores_nohash():
     assert abs(found.count('testing') / len(found) - 0.15) < 0.03
     assert abs(found.count('validation') / len(found) - 0.25) < 0.03
     for i in range(100):
-        assert len({tf_retrain.get_set(f'd/{i}_nohash_{suffix}.jpg', 30, 30) for suffix in 'abcdef'}) == 1
+        assert (
+            len({tf_retrain.get_set(f'd/{i}_nohash_{suffix}.jpg', 30, 30) for suffix in 'abcdef'})
+            == 1
+        )
 
 
 def touch(root, *paths):
@@ -78,15 +85,34 @@ def list_images(image_dir, testing=10, validation=10):
 
 
 def test_the_table_is_sorted_and_complete(tmp_path, monkeypatch, capsys):
-    touch(tmp_path, *(f'd/{folder}/{i}.jpg' for folder in ('zebra', 'Ant', 'bee') for i in range(40)))
-    touch(tmp_path, 'd/bee/x.JPG', 'd/bee/y.Jpeg', 'd/bee/z.png', 'd/bee/._0.jpg', 'd/bee/a.webp', 'd/bee/b.webp')
-    touch(tmp_path, 'd/bee/sub/deep.jpg', 'd/.hidden/1.jpg', 'd/empty/notes.txt', 'd/loose.jpg', 'd/bee/README')
+    touch(
+        tmp_path, *(f'd/{folder}/{i}.jpg' for folder in ('zebra', 'Ant', 'bee') for i in range(40))
+    )
+    touch(
+        tmp_path,
+        'd/bee/x.JPG',
+        'd/bee/y.Jpeg',
+        'd/bee/z.png',
+        'd/bee/._0.jpg',
+        'd/bee/a.webp',
+        'd/bee/b.webp',
+    )
+    touch(
+        tmp_path,
+        'd/bee/sub/deep.jpg',
+        'd/.hidden/1.jpg',
+        'd/empty/notes.txt',
+        'd/loose.jpg',
+        'd/bee/README',
+    )
     monkeypatch.chdir(tmp_path)
     images = list_images('d/')
     assert images.labels == ['ant', 'bee', 'zebra']
     assert list(images.files) == sorted(images.files)
     assert list(np.bincount(images.classes)) == [40, 43, 40]
-    for file, index, name, path in zip(images.files, images.classes, images.sets, images.paths, strict=True):
+    for file, index, name, path in zip(
+        images.files, images.classes, images.sets, images.paths, strict=True
+    ):
         assert path == f'd/{file}'
         assert file.split('/')[0].lower() == images.labels[index]
         assert name == original_set(path, 10, 10)
@@ -110,7 +136,10 @@ def test_the_path_is_hashed_as_typed(tmp_path, monkeypatch, typed):
     ('files', 'message'),
     [
         ([], "--image_dir: 'd' has no class folder with images"),
-        (['d/1.jpg', 'd/2.jpg'], "--image_dir: 'd' has no class folder with images. Two or more are needed: put "),
+        (
+            ['d/1.jpg', 'd/2.jpg'],
+            "--image_dir: 'd' has no class folder with images. Two or more are needed: put ",
+        ),
         (['d/cat/1.jpg'], "--image_dir: 'd' has 1 class folder with images"),
         (['d/Cat/1.jpg', 'd/cat/1.jpg'], "d/Cat and d/cat have the same label 'cat'"),
         (['d/a-b/1.jpg', 'd/a b/1.jpg'], "d/a b and d/a-b have the same label 'a b'"),
@@ -138,14 +167,18 @@ def make_table(**sets):
 
 
 TABLE = make_table(
-    a={'training': 3, 'validation': 1}, b={'testing': 2, 'training': 1}, c={'testing': 1, 'validation': 0}
+    a={'training': 3, 'validation': 1},
+    b={'testing': 2, 'training': 1},
+    c={'testing': 1, 'validation': 0},
 )
 
 
 def test_draws_are_uniform_over_classes_then_images():
     rows = TABLE.draw('training', 6000, np.random.default_rng(0))
     assert set(TABLE.sets[rows]) == {'training'}
-    np.testing.assert_allclose(np.bincount(TABLE.classes[rows]) / 6000, [0.5, 0.5], atol=0.03)  # c has none
+    np.testing.assert_allclose(
+        np.bincount(TABLE.classes[rows]) / 6000, [0.5, 0.5], atol=0.03
+    )  # c has none
     of_a = np.bincount(rows[TABLE.classes[rows] == 0])
     np.testing.assert_allclose(of_a / of_a.sum(), 1 / 3, atol=0.03)
 
@@ -157,7 +190,13 @@ def test_minus_one_draws_every_image_of_the_set_once():
 
 def test_images_that_are_left_out_are_missing_from_all_of_a_new_table():
     kept = TABLE.keep(TABLE.sets != 'testing')
-    assert list(kept.files) == ['a/training0', 'a/training1', 'a/training2', 'a/validation0', 'b/training0']
+    assert list(kept.files) == [
+        'a/training0',
+        'a/training1',
+        'a/training2',
+        'a/validation0',
+        'b/training0',
+    ]
     assert list(kept.classes) == [0, 0, 0, 0, 1]
     assert kept.paths[-1] == 'data/b/training0'
     assert kept.labels == ['a', 'b', 'c']
@@ -174,7 +213,9 @@ def test_empty_sets_are_named_in_one_line_per_set(capsys):
     assert 'no training image in 1 of 3 classes' in lines[1]
     assert ': c. ' in lines[1]
     with pytest.raises(UserError, match='no image fell into the training set'):
-        tf_retrain.check_sets(make_table(a={'testing': 1}, b={'testing': 1}), parse('--image_dir=data'))
+        tf_retrain.check_sets(
+            make_table(a={'testing': 1}, b={'testing': 1}), parse('--image_dir=data')
+        )
 
 
 def test_tiny_classes_never_crash(job, monkeypatch, capsys):
@@ -227,13 +268,25 @@ GOOD = {
 }
 BAD = {
     'empty.jpg': (lambda p: p.touch(), 'Input is empty'),
-    'truncated.jpg': (lambda p: (save(p, 'JPEG'), p.write_bytes(p.read_bytes()[:600])), 'Invalid JPEG data'),
+    'truncated.jpg': (
+        lambda p: (save(p, 'JPEG'), p.write_bytes(p.read_bytes()[:600])),
+        'Invalid JPEG data',
+    ),
     'bmp.jpg': (lambda p: save(p, 'BMP'), "it is not JPEG, PNG or still GIF: it starts with b'BM"),
-    'webp.jpg': (lambda p: save(p, 'WEBP'), "it is not JPEG, PNG or still GIF: it starts with b'RIFF"),
-    'tiff.jpg': (lambda p: save(p, 'TIFF'), "it is not JPEG, PNG or still GIF: it starts with b'II*"),
+    'webp.jpg': (
+        lambda p: save(p, 'WEBP'),
+        "it is not JPEG, PNG or still GIF: it starts with b'RIFF",
+    ),
+    'tiff.jpg': (
+        lambda p: save(p, 'TIFF'),
+        "it is not JPEG, PNG or still GIF: it starts with b'II*",
+    ),
     'heic.jpg': (lambda p: p.write_bytes(b'\0\0\0\x24ftypheic' + b'\0' * 50), 'ftypheic'),
     'html.jpg': (lambda p: p.write_text('<!doctype html><title>404</title>'), "b'<!doctype"),
-    'resource.jpg': (lambda p: p.write_bytes(b'\0\5\x16\7' + b'\0' * 50), 'it is not JPEG, PNG or still GIF'),
+    'resource.jpg': (
+        lambda p: p.write_bytes(b'\0\5\x16\7' + b'\0' * 50),
+        'it is not JPEG, PNG or still GIF',
+    ),
     'text.png': (lambda p: p.write_text('hello'), "it starts with b'hello'"),
     'moving.gif': (
         lambda p: save(p, 'GIF', save_all=True, append_images=[Image.new('RGB', (40, 30))]),
@@ -252,8 +305,12 @@ def test_what_the_graph_decodes_is_used(job, monkeypatch, capsys):
     out = job.cache(monkeypatch, capsys)
     assert 'is left out' not in out
     for name in GOOD:
-        numbers = np.array((job.folder / 'bottlenecks/cat' / f'{name}.txt').read_text().split(','), float)
-        expected = run_v1(build_model(), (job.data / 'cat' / name).read_bytes(), 'pool_3/_reshape:0')[0]
+        numbers = np.array(
+            (job.folder / 'bottlenecks/cat' / f'{name}.txt').read_text().split(','), float
+        )
+        expected = run_v1(
+            build_model(), (job.data / 'cat' / name).read_bytes(), 'pool_3/_reshape:0'
+        )[0]
         np.testing.assert_allclose(numbers, expected, atol=1e-5 * np.abs(expected).max())
     assert 'Creating' not in job.cache(monkeypatch, capsys)
 
@@ -268,7 +325,10 @@ def test_what_it_cannot_decode_is_named_and_left_out(job, monkeypatch, capsys):
         (line,) = [line for line in out.splitlines() if name in line]
         assert line.startswith(f"WARNING: 'data/cat/{name}' is left out: ")
         assert reason in line
-    assert f'WARNING: {len(BAD)} of {40 + len(BAD)} images are left out. Replace or delete them.' in out
+    assert (
+        f'WARNING: {len(BAD)} of {40 + len(BAD)} images are left out. Replace or delete them.'
+        in out
+    )
     assert len(created(out)) == 40
 
     # They are named again in each run, as they still need to be replaced.
@@ -283,13 +343,18 @@ def test_what_it_cannot_decode_is_named_and_left_out(job, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('image_format', ['PNG', 'GIF', 'JPEG'])
-def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(job, monkeypatch, capsys, image_format):
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
+    job, monkeypatch, capsys, image_format
+):
     job.photographs(cat=20, dog=20)
     save(job.data / 'cat/large.jpg', 'JPEG', Image.new('RGB', (4_000, 3_000), (200, 60, 60)))
     save(job.data / 'cat/huge.jpg', image_format, Image.new('L', (4_000, 3_001)))
     monkeypatch.setattr(tf_retrain, 'MAX_PIXELS', 12_000_000)
     out = job.cache(monkeypatch, capsys)
-    assert "WARNING: 'data/cat/huge.jpg' is left out: it has 12,004,000 pixels, more than 12,000,000" in out
+    assert (
+        "WARNING: 'data/cat/huge.jpg' is left out: it has 12,004,000 pixels, more than 12,000,000"
+        in out
+    )
     assert 'cat/large.jpg' in created(out)
     assert len(created(out)) == 41
 
@@ -302,10 +367,18 @@ def test_photographs_that_lie_on_their_side_are_counted(job, monkeypatch, capsys
         save(job.data / f'cat/phone {i}.jpg', 'JPEG', exif=exif)
     out = job.cache(monkeypatch, capsys)
     (line,) = [line for line in out.splitlines() if 'data/README.md' in line]
-    assert line.startswith('WARNING: images that the camera stored sideways, and that are used as stored: 3. ')
-    expected = run_v1(build_model(), (job.data / 'cat/phone 2.jpg').read_bytes(), 'pool_3/_reshape:0')[0]
-    numbers = np.array((job.folder / 'bottlenecks/cat/phone 2.jpg.txt').read_text().split(','), float)
-    np.testing.assert_allclose(numbers, expected, atol=1e-5 * np.abs(expected).max())  # no pixel was changed
+    assert line.startswith(
+        'WARNING: images that the camera stored sideways, and that are used as stored: 3. '
+    )
+    expected = run_v1(
+        build_model(), (job.data / 'cat/phone 2.jpg').read_bytes(), 'pool_3/_reshape:0'
+    )[0]
+    numbers = np.array(
+        (job.folder / 'bottlenecks/cat/phone 2.jpg.txt').read_text().split(','), float
+    )
+    np.testing.assert_allclose(
+        numbers, expected, atol=1e-5 * np.abs(expected).max()
+    )  # no pixel was changed
 
 
 @pytest.fixture
@@ -364,13 +437,18 @@ def test_names_that_are_not_unicode(job):
         pass
     process = job.run(check=False)
     assert process.returncode == 1
-    assert process.stderr == "ERROR: 'data/cat' has a file whose name is not UTF-8, b'\\xe9t\\xe9.jpg'. Rename it.\n"
+    assert (
+        process.stderr
+        == "ERROR: 'data/cat' has a file whose name is not UTF-8, b'\\xe9t\\xe9.jpg'. Rename it.\n"
+    )
 
 
 def test_strict_makes_the_first_unreadable_image_an_error(job, monkeypatch):
     job.photographs(cat=20, dog=20)
     (job.data / 'dog/bad.jpg').write_text('<html>')
-    with pytest.raises(UserError, match=r"^--strict: 'data/dog/bad\.jpg' is left out: it is not JPEG"):
+    with pytest.raises(
+        UserError, match=r"^--strict: 'data/dog/bad\.jpg' is left out: it is not JPEG"
+    ):
         job.main(monkeypatch, '--strict')
     assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 40
 
@@ -382,5 +460,8 @@ def test_a_class_without_readable_images(job):
     process = job.run(check=False)
     assert process.returncode == 1
     last = process.stderr.splitlines()[-1]
-    assert last == "ERROR: No image in the class folder 'fox' can be read. Add some, or remove the folder."
+    assert (
+        last
+        == "ERROR: No image in the class folder 'fox' can be read. Add some, or remove the folder."
+    )
     assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 40  # what was computed is kept

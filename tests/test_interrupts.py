@@ -67,7 +67,9 @@ def test_a_second_ctrl_c_quits(job):
     command = [sys.executable, '-u', '-c', SLOW_TEST, *job.arguments(**ENDLESS)]
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
     environment = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    process = subprocess.Popen(command, cwd=job.folder, env=environment, **pipes, preexec_fn=default_ctrl_c)
+    process = subprocess.Popen(
+        command, cwd=job.folder, env=environment, **pipes, preexec_fn=default_ctrl_c
+    )
     stop_at(process, 'Step 1000: Validation')
     stop_at(process, 'Ctrl-C: what was learned')
     check_stopped(process)
@@ -115,7 +117,14 @@ def test_ctrl_c_while_downloading_keeps_what_came(job):
         release.wait(60)
 
     with serve(stall) as url:
-        command = [sys.executable, '-c', PROGRAM, f'{url}/', str(ROOT / 'tf_retrain.py'), *job.arguments()]
+        command = [
+            sys.executable,
+            '-c',
+            PROGRAM,
+            f'{url}/',
+            str(ROOT / 'tf_retrain.py'),
+            *job.arguments(),
+        ]
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
         process = subprocess.Popen(command, cwd=job.folder, **pipes, preexec_fn=default_ctrl_c)
         shown = ''
@@ -128,7 +137,9 @@ def test_ctrl_c_while_downloading_keeps_what_came(job):
     assert (job.folder / 'inception' / 'inception-2015-12-05.tgz.part').exists()
 
 
-@pytest.mark.parametrize('library', ['_multiarray_umath', '_imaging', '_pywrap_tensorflow', 'tensorflow_cc'])
+@pytest.mark.parametrize(
+    'library', ['_multiarray_umath', '_imaging', '_pywrap_tensorflow', 'tensorflow_cc']
+)
 def test_ctrl_c_while_the_program_starts(job, library):
     """As soon as a library is mapped into the process, to the middle of TensorFlow's own start."""
     process = job.photographs(cat=30, dog=30).start(**ENDLESS)
@@ -147,7 +158,9 @@ def test_in_a_terminal_of_20_columns(job):
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 20, 0, 0))
     command = [sys.executable, str(ROOT / 'tf_retrain.py'), *job.arguments()]
-    process = subprocess.Popen(command, cwd=job.folder, stdin=terminal, stdout=terminal, stderr=terminal)
+    process = subprocess.Popen(
+        command, cwd=job.folder, stdin=terminal, stdout=terminal, stderr=terminal
+    )
     os.close(terminal)
     out = b''
     with contextlib.suppress(OSError):  # what Linux raises when the other side has closed
@@ -176,7 +189,12 @@ def test_names_that_the_terminal_cannot_show(job, settings, shown):
     assert (job.folder / 'trained_model/labels.txt').read_text(encoding='utf-8') == 'cat\n猫\n'
     image = next((job.data / '猫').iterdir())
     labelled = run_new(
-        'tf_test.py', image, job.flags['output_graph'], job.flags['output_labels'], env=environment, cwd=job.folder
+        'tf_test.py',
+        image,
+        job.flags['output_graph'],
+        job.flags['output_labels'],
+        env=environment,
+        cwd=job.folder,
     )
     assert f'{shown} (score = ' in labelled.stdout
 
@@ -187,7 +205,10 @@ def test_nobody_reads_the_output(job, streams):
     job.photographs(cat=100, dog=100)
     command = ' '.join([sys.executable, '-u', str(ROOT / 'tf_retrain.py'), *job.arguments()])
     process = subprocess.run(
-        ['bash', '-c', f'set -o pipefail; {command} {streams}'], cwd=job.folder, capture_output=True, text=True
+        ['bash', '-c', f'set -o pipefail; {command} {streams}'],
+        cwd=job.folder,
+        capture_output=True,
+        text=True,
     )
     assert process.returncode == 0, process.stderr
     assert 'rror' not in process.stderr
@@ -221,7 +242,9 @@ def test_kills_at_any_moment(job, model, tmp_path_factory):
             out, _ = process.communicate()
             kills += 1
         else:
-            duration = time.monotonic() - began  # it was faster than the run that had everything to compute
+            duration = (
+                time.monotonic() - began
+            )  # it was faster than the run that had everything to compute
         computed += out.count('Creating bottleneck at ')
         for path in sorted((job.folder / 'bottlenecks').rglob('*.txt')):
             if rng.random() < 0.2:

@@ -32,7 +32,10 @@ def label(trained, *arguments, check=True):
 
 def expect(trained, paths):
     """Returns label and score of images, by the graph that runs one at a time."""
-    scores = [run_v1(trained.graph(), (trained.folder / path).read_bytes(), 'final_result:0')[0] for path in paths]
+    scores = [
+        run_v1(trained.graph(), (trained.folder / path).read_bytes(), 'final_result:0')[0]
+        for path in paths
+    ]
     return [(NAMES[row.argmax()], row.max()) for row in scores]
 
 
@@ -40,10 +43,14 @@ def test_every_class_with_its_score_the_best_first(trained):
     image = trained.test_image()
     process = label(trained, image)
     assert process.stderr == ''
-    lines = [re.fullmatch(r'(.+) \(score = (\d\.\d{5})\)', line) for line in process.stdout.splitlines()]
+    lines = [
+        re.fullmatch(r'(.+) \(score = (\d\.\d{5})\)', line) for line in process.stdout.splitlines()
+    ]
     scores = run_v1(trained.graph(), image.read_bytes(), 'final_result:0')[0]
     assert [line[1] for line in lines] == [NAMES[i] for i in np.argsort(-scores)]
-    np.testing.assert_allclose([float(line[2]) for line in lines], sorted(scores, reverse=True), atol=1e-5)
+    np.testing.assert_allclose(
+        [float(line[2]) for line in lines], sorted(scores, reverse=True), atol=1e-5
+    )
     assert label(trained, image, '--top=2').stdout.splitlines() == process.stdout.splitlines()[:2]
 
 
@@ -51,7 +58,11 @@ def test_every_class_with_its_score_the_best_first(trained):
 def mixed(trained, tmp_path_factory):
     """A folder of photographs in folders, with files that are no images among them."""
     folder = tmp_path_factory.mktemp('mixed')
-    for name, colour in {'b': (200, 60, 60), 'deep': (60, 60, 200), '.hidden': (60, 200, 60)}.items():
+    for name, colour in {
+        'b': (200, 60, 60),
+        'deep': (60, 60, 200),
+        '.hidden': (60, 200, 60),
+    }.items():
         write_photographs(folder / 'a' if name == 'deep' else folder, name, 40, colour)
     (folder / 'a/deep/0.jpg').write_text('not an image')
     (folder / 'b/notes.txt').write_text('not tried')
@@ -74,11 +85,16 @@ def test_a_folder_gives_a_line_per_image_in_order(trained, mixed):
     assert [line[0] for line in lines] == list(map(str, paths))
     expected = expect(trained, paths)
     assert [line[1] for line in lines] == [name for name, _ in expected]
-    np.testing.assert_allclose([float(line[2]) for line in lines], [score for _, score in expected], atol=2e-5)
+    np.testing.assert_allclose(
+        [float(line[2]) for line in lines], [score for _, score in expected], atol=2e-5
+    )
 
 
 def test_paths_from_standard_input_beside_arguments(trained):
-    names = [str(path.relative_to(trained.folder)) for path in sorted(trained.data.rglob('*.jpg'))[:70:10]]
+    names = [
+        str(path.relative_to(trained.folder))
+        for path in sorted(trained.data.rglob('*.jpg'))[:70:10]
+    ]
     text = '\n'.join(names[1:-1]) + '\n\n'
     arguments = names[0], '-', names[-1], GRAPH, LABELS, '--top', '3'
     process = run_new('tf_test.py', *arguments, cwd=trained.folder, input=text)
@@ -97,7 +113,10 @@ def test_json_lines(trained, tmp_path):
     for image, result in zip(images, found, strict=False):
         scores = get_scores(trained.graph(), open(image, 'rb').read())
         assert list(result) == ['image', 'labels', 'scores']
-        assert (result['image'], result['labels']) == (image, [NAMES[i] for i in np.argsort(-scores)])
+        assert (result['image'], result['labels']) == (
+            image,
+            [NAMES[i] for i in np.argsort(-scores)],
+        )
         np.testing.assert_allclose(result['scores'], sorted(scores, reverse=True), atol=1e-5)
         (alone,) = map(json.loads, label(trained, '--json', '--top=1', image).stdout.splitlines())
         assert alone['labels'] == result['labels'][:1]
@@ -124,7 +143,9 @@ def test_sorting_links_and_never_overwrites(trained, tmp_path):
     assert {path.stat().st_ino for path in before} == inodes
 
 
-def test_unsure_images_and_copies_where_links_are_impossible(trained, tmp_path, monkeypatch, capsys):
+def test_unsure_images_and_copies_where_links_are_impossible(
+    trained, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(trained.folder)
     image = str(trained.test_image())
     (wanted, score) = expect(trained, [image])[0]
@@ -139,7 +160,10 @@ def test_unsure_images_and_copies_where_links_are_impossible(trained, tmp_path, 
         tf_test.label_images(parser.parse_args(arguments[1:]))
         assert capsys.readouterr().out.startswith(f'{name} (score = ')
         tf_test.label_images(parser.parse_args(arguments))
-        assert [line.split('\t')[1] for line in capsys.readouterr().out.splitlines()] == [name, name]
+        assert [line.split('\t')[1] for line in capsys.readouterr().out.splitlines()] == [
+            name,
+            name,
+        ]
         tf_test.label_images(parser.parse_args([*arguments[1:], '--json']))
         assert json.loads(capsys.readouterr().out)['labels'][0] == wanted
         copies = list((tmp_path / name).iterdir())
@@ -176,7 +200,9 @@ def test_a_bar_where_only_the_output_goes_elsewhere(trained):
 @pytest.mark.parametrize('images', ['data', 'data/cat/*0.jpg', '"data/cat/cat 0.jpg"'])
 def test_a_reader_that_has_enough_ends_it_quietly(trained, reader, images):
     command = f'{sys.executable} {ROOT / "tf_test.py"} {images} {GRAPH} {LABELS} | {reader}'
-    process = subprocess.run(command, shell=True, cwd=trained.folder, capture_output=True, text=True, timeout=60)
+    process = subprocess.run(
+        command, shell=True, cwd=trained.folder, capture_output=True, text=True, timeout=60
+    )
     assert process.stderr == ''
     assert len(process.stdout.splitlines()) == (reader != 'true')
 
@@ -189,7 +215,12 @@ def test_closed_streams(trained):
 ERRORS = [
     ('absent.jpg', GRAPH, LABELS, r"The image 'absent\.jpg' cannot be read: .*"),
     ('folder', GRAPH, LABELS, r'There is no image in folder\. .*'),
-    (LABELS, GRAPH, LABELS, rf"'{LABELS}' is not an image that the graph decodes\. Save it as JPEG, .*"),
+    (
+        LABELS,
+        GRAPH,
+        LABELS,
+        rf"'{LABELS}' is not an image that the graph decodes\. Save it as JPEG, .*",
+    ),
     ('empty', GRAPH, LABELS, r"'empty' is not an image that the graph decodes\. .*"),
     ('pipe', GRAPH, LABELS, r"The image 'pipe' cannot be read: only plain files are\."),
     ('/dev/stdin', GRAPH, LABELS, r"The image '/dev/stdin' cannot be read: only plain files are\."),
@@ -226,11 +257,23 @@ def test_images_that_are_refused_do_not_stop_the_others(trained, tmp_path):
     """A pipe that nobody writes into would be waited for, and a huge image would take all memory."""
     os.mkfifo(tmp_path / 'pipe.jpg')
     Image.new('1', (20_000, 20_000)).save(tmp_path / 'huge.png')
-    images = [tmp_path / 'pipe.jpg', trained.test_image(), tmp_path / 'huge.png', tmp_path / 'absent.jpg']
+    images = [
+        tmp_path / 'pipe.jpg',
+        trained.test_image(),
+        tmp_path / 'huge.png',
+        tmp_path / 'absent.jpg',
+    ]
     process = label(trained, *images, check=False)
     assert process.returncode == 1
-    assert [line.split('\t')[0] for line in process.stdout.splitlines()] == [str(trained.test_image())]
-    reasons = ['only plain files are.', 'has 400,000,000 pixels', 'No such file', '3 of 4 images could not be labeled']
+    assert [line.split('\t')[0] for line in process.stdout.splitlines()] == [
+        str(trained.test_image())
+    ]
+    reasons = [
+        'only plain files are.',
+        'has 400,000,000 pixels',
+        'No such file',
+        '3 of 4 images could not be labeled',
+    ]
     for line, reason in zip(process.stderr.splitlines(), reasons, strict=True):
         assert reason in line
 
@@ -238,7 +281,9 @@ def test_images_that_are_refused_do_not_stop_the_others(trained, tmp_path):
 def test_the_old_model_itself_is_answered_clearly(trained):
     """The graph of --model_dir has a softmax of 10 classes of its own."""
     graph = 'inception/classify_image_graph_def.pb'
-    process = run('tf_test.py', trained.test_image(), graph, LABELS, cwd=trained.folder, check=False)
+    process = run(
+        'tf_test.py', trained.test_image(), graph, LABELS, cwd=trained.folder, check=False
+    )
     assert process.returncode == 1
     message = f"ERROR: '{LABELS}' has 3 labels, but '{graph}' has 10 classes. Name files of one training.\n"
     assert process.stderr == message
@@ -272,14 +317,20 @@ def test_memory_does_not_grow_with_the_number_of_images(trained):
 
     def measure(count):
         code = 'import resource, runpy, sys; del sys.argv[0]\ntry: runpy.run_path(sys.argv[0], run_name="__main__")\n'
-        code += 'finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)'
+        code += (
+            'finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)'
+        )
         command = [sys.executable, '-c', code, str(ROOT / 'tf_test.py'), '-', GRAPH, LABELS]
         text = f'{trained.test_image()}\n' * count
-        process = subprocess.run(command, input=text, cwd=trained.folder, capture_output=True, text=True, check=True)
+        process = subprocess.run(
+            command, input=text, cwd=trained.folder, capture_output=True, text=True, check=True
+        )
         assert len(process.stdout.splitlines()) == count
         return int(process.stderr) * 1024
 
-    assert measure(10_000) - measure(1000) < 100e6  # the images themselves take 9 GB when they are resized
+    assert (
+        measure(10_000) - measure(1000) < 100e6
+    )  # the images themselves take 9 GB when they are resized
 
 
 # Heatmaps
@@ -291,7 +342,12 @@ def halves(tmp_path_factory):
     folder = tmp_path_factory.mktemp('halves')
     graph_def = build_model()
     backbone = tf_retrain.Backbone(
-        'x', tf.compat.v1.graph_util.extract_sub_graph(graph_def, ['pool_3/_reshape']), 0, 'pool_3/_reshape', 2048, None
+        'x',
+        tf.compat.v1.graph_util.extract_sub_graph(graph_def, ['pool_3/_reshape']),
+        0,
+        'pool_3/_reshape',
+        2048,
+        None,
     )
     pixels = np.full([90, 120, 3], 128, np.uint8)
     pixels[:, 60:] = 200, 60, 60
@@ -300,7 +356,9 @@ def halves(tmp_path_factory):
     bottlenecks = []
     for colour in ((200, 60, 60), (128, 128, 128)):
         Image.new('RGB', (50, 50), colour).save(folder / 'x.png')
-        bottlenecks.append(run_v1(graph_def, (folder / 'x.png').read_bytes(), 'pool_3/_reshape:0')[0])
+        bottlenecks.append(
+            run_v1(graph_def, (folder / 'x.png').read_bytes(), 'pool_3/_reshape:0')[0]
+        )
     cat, grey = bottlenecks
     direction = cat - grey * (cat @ grey) / (grey @ grey)  # in which grey counts for nothing
     layer.weights = np.stack([direction, -direction], 1)
@@ -335,7 +393,9 @@ def test_the_mean_of_the_positions_is_the_logit(trained):
 
 def test_heatmaps_of_each_network(networks):
     """All of these end in the mean of a map, and affine ops after it."""
-    process = run('tf_test.py', '--heatmap=h.png', networks.test_image(), GRAPH, LABELS, cwd=networks.folder)
+    process = run(
+        'tf_test.py', '--heatmap=h.png', networks.test_image(), GRAPH, LABELS, cwd=networks.folder
+    )
     assert process.stderr == ''
     with Image.open(networks.folder / 'h.png') as picture:
         assert picture.height == 30 + 24
@@ -348,8 +408,14 @@ def test_a_network_without_a_map_and_other_mistakes(trained, halves, tmp_path):
             node.op = 'MaxPool'
     (tmp_path / 'max.pb').write_bytes(graph_def.SerializeToString())
     for arguments, message in [
-        (['--heatmap=o.png', halves / 'half.png', tmp_path / 'max.pb'], 'this network has no class activation map'),
-        (['--heatmap=no/o.png', halves / 'half.png', halves / 'g.pb'], 'Name a file such as heatmap.png'),
+        (
+            ['--heatmap=o.png', halves / 'half.png', tmp_path / 'max.pb'],
+            'this network has no class activation map',
+        ),
+        (
+            ['--heatmap=no/o.png', halves / 'half.png', halves / 'g.pb'],
+            'Name a file such as heatmap.png',
+        ),
         (['--heatmap=o.png', halves, halves / 'g.pb'], 'name one image'),
     ]:
         process = run('tf_test.py', *arguments, halves / 'l.txt', cwd=tmp_path, check=False)
@@ -363,7 +429,12 @@ def test_a_network_without_a_map_and_other_mistakes(trained, halves, tmp_path):
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(['image', 'graph', 'labels']), st.binary(max_size=200), st.integers(0, 300_000), st.booleans())
+@given(
+    st.sampled_from(['image', 'graph', 'labels']),
+    st.binary(max_size=200),
+    st.integers(0, 300_000),
+    st.booleans(),
+)
 @example('graph', b'', 0, True)
 @example('labels', b'\xff', 0, True)
 @example('graph', bytes(10) + b'}', 19732, False)  # scores that are not finite
@@ -377,7 +448,9 @@ def test_fuzzed_labelling(trained, tmp_path, which, junk, at, cut):
     key = 'images' if which == 'image' else which
     contents = files[key].read_bytes()
     at %= len(contents)
-    (tmp_path / which).write_bytes(contents[:at] + junk + (b'' if cut else contents[at + len(junk) :]))
+    (tmp_path / which).write_bytes(
+        contents[:at] + junk + (b'' if cut else contents[at + len(junk) :])
+    )
     files[key] = tmp_path / which
     flags = tf_test.create_labeling_parser().parse_args(list(map(str, files.values())))
     printed = []
@@ -394,7 +467,12 @@ def test_fuzzed_labelling(trained, tmp_path, which, junk, at, cut):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.text(min_size=1, max_size=40).filter(lambda name: '\0' not in name and '/' not in name), min_size=1))
+@given(
+    st.lists(
+        st.text(min_size=1, max_size=40).filter(lambda name: '\0' not in name and '/' not in name),
+        min_size=1,
+    )
+)
 def test_fuzzed_labels(tmp_path_factory, folders):
     """Labels come back from the labels file as they were, whatever the names of the folders are."""
     labels = [text for name in folders if (text := tf_retrain.get_label(name))]

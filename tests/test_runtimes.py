@@ -40,7 +40,9 @@ def label(reader, photographs):
     names = pathlib.Path('trained_model/labels.txt').read_text().splitlines()
     lines = reader.type(LABEL.format(' '.join(f'"{path}"' for path in photographs))).splitlines()
     answers = [json.loads(line) for line in lines]
-    return np.array([[answer['scores'][answer['labels'].index(name)] for name in names] for answer in answers])
+    return np.array(
+        [[answer['scores'][answer['labels'].index(name)] for name in names] for answer in answers]
+    )
 
 
 @pytest.mark.slow
@@ -51,14 +53,19 @@ def test_twenty_photographs(recipes):
     runs = {text.splitlines()[0]: text for text in recipes.recipes if 'scores' in text}
     assert len(runs) == 4
     litert = runs['from ai_edge_litert.interpreter import Interpreter']
-    for name, text in {**runs, **{name: litert.replace('float.tflite', f'{name}.tflite') for name in LOSSES}}.items():
+    for name, text in {
+        **runs,
+        **{name: litert.replace('float.tflite', f'{name}.tflite') for name in LOSSES},
+    }.items():
         found = []
         for path in photographs:
             recipes.names['image'] = recipes.names['load'](path)
             exec(text, recipes.names)
             found.append(np.ravel(recipes.names.pop('scores')))
         np.testing.assert_allclose(found, expected, atol=LOSSES.get(name, 1e-5), err_msg=name)
-    sizes = [pathlib.Path(f'trained_model/{name}.tflite').stat().st_size for name in ('float', *LOSSES)]
+    sizes = [
+        pathlib.Path(f'trained_model/{name}.tflite').stat().st_size for name in ('float', *LOSSES)
+    ]
     assert max(sizes[1:]) < sizes[0] / 2
 
 
@@ -103,9 +110,17 @@ def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which('chromium')
     quiet = ('gpu', 'quic', 'background-networking', 'component-update', 'sync', 'dev-shm-usage')
-    for argument in ('headless', 'no-sandbox', 'no-first-run', *(f'disable-{name}' for name in quiet)):
+    for argument in (
+        'headless',
+        'no-sandbox',
+        'no-first-run',
+        *(f'disable-{name}' for name in quiet),
+    ):
         options.add_argument(f'--{argument}')
-    for argument in ('use-fake-device-for-media-stream', 'use-fake-ui-for-media-stream'):  # the webcam
+    for argument in (
+        'use-fake-device-for-media-stream',
+        'use-fake-ui-for-media-stream',
+    ):  # the webcam
         options.add_argument(f'--{argument}')
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which('chromedriver')))
     yield driver
@@ -114,7 +129,9 @@ def browser():
 
 def wait_for_status(browser, *starts):
     """Returns the line that tells how the page is, as soon as it starts in one of these ways."""
-    find = lambda driver: next(filter(driver.find_element(By.ID, 'status').text.startswith, starts), None)  # noqa: E731
+    find = lambda driver: next(
+        filter(driver.find_element(By.ID, 'status').text.startswith, starts), None
+    )  # noqa: E731
     WebDriverWait(browser, 60).until(find)
     return browser.find_element(By.ID, 'status').text
 

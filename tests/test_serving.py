@@ -86,11 +86,15 @@ def test_output(served):
     assert logs == 'To look at the training: tensorboard --logdir logs'
     assert 'trained_model/unoptimized_model.pb' in graph
     assert usage.startswith('python3 tf_test.py ')
-    assert wrote == ('Wrote the SavedModel trained_model_serving/1. To serve it at http://localhost:8501 with Docker:')
+    assert wrote == (
+        'Wrote the SavedModel trained_model_serving/1. To serve it at http://localhost:8501 with Docker:'
+    )
     volume = f'-v {served.folder}/trained_model_serving:/models/retrained'
     assert docker == f'docker run -p 8501:8501 {volume} -e MODEL_NAME=retrained tensorflow/serving'
     assert os.listdir(served.folder / 'trained_model_serving') == ['1']
-    assert (served.folder / 'trained_model/labels.txt').read_text() == ''.join(f'{label}\n' for label in LABELS)
+    assert (served.folder / 'trained_model/labels.txt').read_text() == ''.join(
+        f'{label}\n' for label in LABELS
+    )
     files = 'trained_model/unoptimized_model.pb', 'trained_model/labels.txt'
     labelled = run('tf_test.py', served.test_image(), *files, cwd=served.folder).stdout
     assert sorted(line.split()[0] for line in labelled.splitlines()) == sorted(LABELS)
@@ -109,7 +113,9 @@ def test_signature_definitions(served):
 
     def described(infos):
         shapes = {
-            name: None if info.tensor_shape.unknown_rank else [dim.size for dim in info.tensor_shape.dim]
+            name: None
+            if info.tensor_shape.unknown_rank
+            else [dim.size for dim in info.tensor_shape.dim]
             for name, info in infos.items()
         }
         return {name: (tf.as_dtype(infos[name].dtype), shape) for name, shape in shapes.items()}
@@ -117,7 +123,10 @@ def test_signature_definitions(served):
     default, rows = definitions['serving_default'], definitions['predict_rows']
     assert default.method_name == rows.method_name == 'tensorflow/serving/predict'
     assert described(default.inputs) == {'image': (tf.string, None)}
-    assert described(default.outputs) == {'prediction': (tf.float32, [-1, 3]), 'classes': (tf.string, [3])}
+    assert described(default.outputs) == {
+        'prediction': (tf.float32, [-1, 3]),
+        'classes': (tf.string, [3]),
+    }
     assert described(rows.inputs) == {'image': (tf.string, [-1])}
     assert described(rows.outputs) == {
         'label': (tf.string, [-1]),
@@ -167,21 +176,27 @@ def fresh(served, photographs, tmp_path_factory):
 
 
 def call(*command):
-    process = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    process = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=120
+    )
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
 
 def answer(fresh, signature, request):
     start = f'{signature} {request} '
-    return {name.removeprefix(start): value for name, value in fresh.items() if name.startswith(start)}
+    return {
+        name.removeprefix(start): value for name, value in fresh.items() if name.startswith(start)
+    }
 
 
 def test_serving_default(fresh, photographs):
     _, expected = photographs
     assert {'serving_default', 'predict_rows'} <= set(fresh['signatures'])
     requests = [('all', expected)]
-    requests += [(f'{kind}{i}', expected[i : i + 1]) for i in range(len(expected)) for kind in ('', 'scalar')]
+    requests += [
+        (f'{kind}{i}', expected[i : i + 1]) for i in range(len(expected)) for kind in ('', 'scalar')
+    ]
     for request, scores in requests:
         found = answer(fresh, 'serving_default', request)
         assert sorted(found) == ['classes', 'prediction']
@@ -205,7 +220,10 @@ def test_saved_model_cli_shows_it(served):
     for signature in ('serving_default', 'predict_rows'):
         assert f"signature_def['{signature}']:" in shown
     assert shown.count('Method name is: tensorflow/serving/predict') == 2
-    assert "inputs['image'] tensor_info:\n        dtype: DT_STRING\n        shape: unknown_rank" in shown
+    assert (
+        "inputs['image'] tensor_info:\n        dtype: DT_STRING\n        shape: unknown_rank"
+        in shown
+    )
 
 
 def run_saved_model_cli(served, signature, outdir, *inputs):
@@ -217,14 +235,18 @@ def run_saved_model_cli(served, signature, outdir, *inputs):
 
 def test_saved_model_cli_runs_serving_default(served, photographs, tmp_path):
     literal = ''.join(f'\\x{byte:02x}' for byte in photographs[0][0])
-    found = run_saved_model_cli(served, 'serving_default', tmp_path, '--input_exprs', f"image=b'{literal}'")
+    found = run_saved_model_cli(
+        served, 'serving_default', tmp_path, '--input_exprs', f"image=b'{literal}'"
+    )
     assert decoded(found['classes']).tolist() == LABELS
     np.testing.assert_allclose(found['prediction'], photographs[1][:1], atol=1e-5)
 
 
 def test_saved_model_cli_runs_predict_rows(served, photographs, tmp_path):
     np.save(tmp_path / 'images.npy', np.array(photographs[0][:2], object))
-    found = run_saved_model_cli(served, 'predict_rows', tmp_path, '--inputs', f'image={tmp_path}/images.npy')
+    found = run_saved_model_cli(
+        served, 'predict_rows', tmp_path, '--inputs', f'image={tmp_path}/images.npy'
+    )
     check_rows(found, photographs[1][:2])
 
 
@@ -235,7 +257,9 @@ def ask(signatures, request):
     """Answers a request message as TensorFlow Serving does; returns the response message."""
     request = predict_pb2.PredictRequest.FromString(request.SerializeToString())
     signature = signatures[request.model_spec.signature_name or 'serving_default']
-    outputs = signature(**{name: tf.constant(tf.make_ndarray(value)) for name, value in request.inputs.items()})
+    outputs = signature(
+        **{name: tf.constant(tf.make_ndarray(value)) for name, value in request.inputs.items()}
+    )
     response = predict_pb2.PredictResponse(model_spec=request.model_spec)
     for name, value in outputs.items():
         response.outputs[name].CopyFrom(tf.make_tensor_proto(value.numpy()))
@@ -251,7 +275,10 @@ def predict_request(image, signature=''):
 
 def test_messages_for_serving_default(signatures, photographs):
     images, expected = photographs
-    for image, scores in ((images[0], expected[:1]), (images, expected)):  # old clients send a scalar
+    for image, scores in (
+        (images[0], expected[:1]),
+        (images, expected),
+    ):  # old clients send a scalar
         for signature in ('', 'serving_default'):
             response = ask(signatures, predict_request(image, signature))
             assert sorted(response.outputs) == ['classes', 'prediction']
@@ -274,7 +301,9 @@ def test_message_of_the_metadata(served):
     packed.Pack(get_model_metadata_pb2.SignatureDefMap(signature_def=definitions))
     response = get_model_metadata_pb2.GetModelMetadataResponse(metadata={'signature_def': packed})
     response.model_spec.version.value = int(served.saved_model.name)
-    parsed = get_model_metadata_pb2.GetModelMetadataResponse.FromString(response.SerializeToString())
+    parsed = get_model_metadata_pb2.GetModelMetadataResponse.FromString(
+        response.SerializeToString()
+    )
     unpacked = get_model_metadata_pb2.SignatureDefMap()
     assert parsed.metadata['signature_def'].Unpack(unpacked)
     assert dict(unpacked.signature_def) == dict(definitions)
@@ -286,13 +315,24 @@ def rest(signatures, body):
     rows = 'instances' in body
 
     def read(value):
-        return base64.b64decode(value['b64']) if isinstance(value, dict) else [read(item) for item in value]
+        return (
+            base64.b64decode(value['b64'])
+            if isinstance(value, dict)
+            else [read(item) for item in value]
+        )
 
-    image = [read(row['image']) for row in body['instances']] if rows else read(body['inputs']['image'])
+    image = (
+        [read(row['image']) for row in body['instances']] if rows else read(body['inputs']['image'])
+    )
     response = ask(signatures, predict_request(image, body.get('signature_name', '')))
-    assert not any(name.endswith('_bytes') for name in response.outputs)  # these would be sent in base64
+    assert not any(
+        name.endswith('_bytes') for name in response.outputs
+    )  # these would be sent in base64
     arrays = {name: tf.make_ndarray(value) for name, value in response.outputs.items()}
-    outputs = {name: (decoded(value) if value.dtype == object else value).tolist() for name, value in arrays.items()}
+    outputs = {
+        name: (decoded(value) if value.dtype == object else value).tolist()
+        for name, value in arrays.items()
+    }
     if not rows:
         return json.dumps({'outputs': outputs})
     if any(len(value) != len(image) for value in outputs.values()):
@@ -309,13 +349,17 @@ def b64(image):
 def test_rest_in_row_format(signatures, photographs, count):
     images, expected = photographs[0][:count], photographs[1][:count]
     instances = [{'image': b64(image)} for image in images]
-    answer = rest(signatures, json.dumps({'signature_name': 'predict_rows', 'instances': instances}))
+    answer = rest(
+        signatures, json.dumps({'signature_name': 'predict_rows', 'instances': instances})
+    )
     predictions = json.loads(answer)['predictions']
     assert len(predictions) == count
     for prediction, scores in zip(predictions, expected, strict=True):
         assert sorted(prediction) == ROWS
         assert prediction['label'] == prediction['labels'][0] == LABELS[scores.argmax()]
-        assert prediction['score'] == prediction['scores'][0] == pytest.approx(scores.max(), abs=1e-5)
+        assert (
+            prediction['score'] == prediction['scores'][0] == pytest.approx(scores.max(), abs=1e-5)
+        )
         by_label = dict(zip(prediction['labels'], prediction['scores'], strict=True))
         assert [by_label[label] for label in LABELS] == pytest.approx(list(scores), abs=1e-5)
 
@@ -323,7 +367,10 @@ def test_rest_in_row_format(signatures, photographs, count):
 def test_rest_of_serving_default_is_in_column_format(signatures, photographs):
     """The original's `classes` has no row an image, which is why there is predict_rows."""
     images, expected = photographs
-    for image, scores in ((b64(images[0]), expected[:1]), ([b64(image) for image in images], expected)):
+    for image, scores in (
+        (b64(images[0]), expected[:1]),
+        ([b64(image) for image in images], expected),
+    ):
         outputs = json.loads(rest(signatures, json.dumps({'inputs': {'image': image}})))['outputs']
         assert outputs['classes'] == LABELS
         np.testing.assert_allclose(outputs['prediction'], scores, atol=1e-5)
@@ -339,7 +386,9 @@ JPEG = encode(PICTURE, 'JPEG')
     ('contents', 'message'),
     [
         pytest.param(
-            np.random.default_rng(0).bytes(2000), 'Unknown image file format|JPEG, PNG or still GIF', id='random'
+            np.random.default_rng(0).bytes(2000),
+            'Unknown image file format|JPEG, PNG or still GIF',
+            id='random',
         ),
         pytest.param(b'', 'Input is empty|JPEG, PNG or still GIF', id='empty'),
         pytest.param(encode(PICTURE, 'WEBP'), 'JPEG, PNG or still GIF', id='webp'),
@@ -348,7 +397,9 @@ JPEG = encode(PICTURE, 'JPEG')
         pytest.param(JPEG[:20], 'Invalid JPEG data', id='head of a jpeg'),
         pytest.param(encode(PICTURE, 'PNG')[:1000], 'Invalid PNG data', id='png'),
         pytest.param(
-            encode(PICTURE, 'GIF', save_all=True, append_images=[PICTURE.rotate(180)]), 'animated gif', id='animated'
+            encode(PICTURE, 'GIF', save_all=True, append_images=[PICTURE.rotate(180)]),
+            'animated gif',
+            id='animated',
         ),
     ],
 )
@@ -358,7 +409,11 @@ def test_what_is_no_image_is_an_error(signatures, photographs, signature, conten
     for batch in ([contents], [images[0], contents, images[1]]):
         with pytest.raises(tf.errors.InvalidArgumentError) as error:
             signatures[signature](image=tf.constant(batch))
-        lines = [line for line in error.value.message.splitlines() if ' node ' not in line and '{{node' not in line]
+        lines = [
+            line
+            for line in error.value.message.splitlines()
+            if ' node ' not in line and '{{node' not in line
+        ]
         assert re.search(message, '\n'.join(lines)), error.value.message
         output = {'serving_default': 'prediction', 'predict_rows': 'score'}[signature]
         answered = signatures[signature](image=tf.constant(images[:2]))[output]
@@ -371,7 +426,10 @@ def test_an_empty_batch_gets_empty_answers(signatures):
     answer = signatures['serving_default'](image=nothing)
     assert answer['prediction'].shape == (0, 3)
     assert decoded(answer['classes'].numpy()).tolist() == LABELS
-    shapes = {name: tuple(value.shape) for name, value in signatures['predict_rows'](image=nothing).items()}
+    shapes = {
+        name: tuple(value.shape)
+        for name, value in signatures['predict_rows'](image=nothing).items()
+    }
     assert shapes == {'label': (0,), 'score': (0,), 'labels': (0, 3), 'scores': (0, 3)}
 
 
@@ -397,14 +455,19 @@ def test_the_message_is_the_same_each_time(signatures, signature):
     webp = encode(Image.new('RGB', (8, 8)), 'WEBP')
     for _ in range(200):
         with pytest.raises(tf.errors.InvalidArgumentError, match='JPEG, PNG or still GIF'):
-            signatures[signature](image=tf.constant(webp if signature == 'serving_default' else [webp]))
+            signatures[signature](
+                image=tf.constant(webp if signature == 'serving_default' else [webp])
+            )
 
 
 # Where it is written
 
 
 def listing(folder):
-    return {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob('*')}
+    return {
+        path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes())
+        for path in folder.rglob('*')
+    }
 
 
 def test_an_existing_version_is_left_alone(served, tmp_path):
@@ -449,14 +512,20 @@ def test_where_a_version_can_be(tmp_path, monkeypatch, capsys):
     for versions, following in (((), 1), (('009', 'x3', '10.bak'), 10), (('10', '9'), 11)):
         for version in versions:
             pathlib.Path('named', version).mkdir()
-        with pytest.raises(retrain_serving.UserError, match=f'--saved_model_dir=named/{following}$'):
+        with pytest.raises(
+            retrain_serving.UserError, match=f'--saved_model_dir=named/{following}$'
+        ):
             retrain_serving.check_saved_model_dir('named/best/')
 
 
 def serve(served, tmp_path, monkeypatch, during):
     """Does the whole job of retrain_serving.py in this process, and `during` while it trains."""
     monkeypatch.chdir(served.folder)
-    outputs = {'output_graph': tmp_path / 'graph.pb', 'output_labels': tmp_path / 'labels', 'summaries_dir': tmp_path}
+    outputs = {
+        'output_graph': tmp_path / 'graph.pb',
+        'output_labels': tmp_path / 'labels',
+        'summaries_dir': tmp_path,
+    }
     flags = parse(*served.arguments(**outputs))
     flags.saved_model_dir = str(tmp_path / 'versions/7')
     train = retrain_serving.train
@@ -470,7 +539,9 @@ def serve(served, tmp_path, monkeypatch, during):
 
 
 @pytest.mark.parametrize('existing', [False, True])
-def test_a_version_that_came_meanwhile_is_left_alone(served, tmp_path, monkeypatch, capsys, existing):
+def test_a_version_that_came_meanwhile_is_left_alone(
+    served, tmp_path, monkeypatch, capsys, existing
+):
     version = tmp_path / 'versions/7'
     if existing:
         version.mkdir(parents=True)
@@ -513,8 +584,12 @@ def test_ctrl_c_in_the_training_still_writes_a_version(served, tmp_path, monkeyp
 
 @pytest.fixture(scope='module')
 def classifier(model):
-    backbone = retrain_serving.load_backbone(parse('--image_dir=unused', f'--model_dir={model.parent}'))
-    return retrain_serving.Classifier(backbone, retrain_serving.FinalLayer(2048, 2, 0.1, [1, 2]), ['cat', 'dog'])
+    backbone = retrain_serving.load_backbone(
+        parse('--image_dir=unused', f'--model_dir={model.parent}')
+    )
+    return retrain_serving.Classifier(
+        backbone, retrain_serving.FinalLayer(2048, 2, 0.1, [1, 2]), ['cat', 'dog']
+    )
 
 
 @pytest.mark.parametrize('existing', [False, True])
@@ -537,11 +612,17 @@ def test_a_version_appears_whole(tmp_path, classifier, existing):
     assert written == str(version)
     assert seen == [listing(version)]
     names = {str(path.relative_to(version)) for path in seen[0]}
-    assert {'saved_model.pb', 'variables/variables.index', 'variables/variables.data-00000-of-00001'} <= names
+    assert {
+        'saved_model.pb',
+        'variables/variables.index',
+        'variables/variables.data-00000-of-00001',
+    } <= names
     assert os.listdir(tmp_path) == ['1']
 
 
-@pytest.mark.parametrize('error', [tf.errors.ResourceExhaustedError(None, None, 'disk full'), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    'error', [tf.errors.ResourceExhaustedError(None, None, 'disk full'), KeyboardInterrupt()]
+)
 @pytest.mark.parametrize('written', ['nothing', 'half', 'all'])
 def test_a_version_that_fails_does_not_appear(tmp_path, classifier, monkeypatch, written, error):
     save = tf.saved_model.save
@@ -576,10 +657,16 @@ runpy.run_path(sys.argv[0], run_name='__main__')
 
 def test_a_kill_while_it_is_written_leaves_no_version(served, tmp_path):
     """The files are there, under a name that no server takes for a version."""
-    outputs = {'output_graph': tmp_path / 'graph.pb', 'output_labels': tmp_path / 'labels', 'summaries_dir': tmp_path}
+    outputs = {
+        'output_graph': tmp_path / 'graph.pb',
+        'output_labels': tmp_path / 'labels',
+        'summaries_dir': tmp_path,
+    }
     arguments = served.arguments(f'--saved_model_dir={tmp_path}/versions/1', **outputs)
     command = [sys.executable, '-c', KILLED, str(ROOT / 'retrain_serving.py'), *arguments]
-    process = subprocess.run(command, cwd=served.folder, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(
+        command, cwd=served.folder, capture_output=True, text=True, timeout=120
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr
     (name,) = os.listdir(tmp_path / 'versions')
     assert re.fullmatch(r'\.[0-9a-f]{8}\.tmp', name)

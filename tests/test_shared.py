@@ -13,14 +13,18 @@ import tf_retrain
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not (SHARED / 'inception_2015/make_graph.py').exists(), reason='there is no ../shared'),
+    pytest.mark.skipif(
+        not (SHARED / 'inception_2015/make_graph.py').exists(), reason='there is no ../shared'
+    ),
 ]
 
 
 @pytest.fixture(scope='module')
 def stand_in(tmp_path_factory):
     folder = tmp_path_factory.mktemp('inception')
-    subprocess.run([sys.executable, str(SHARED / 'inception_2015/make_graph.py'), str(folder)], check=True)
+    subprocess.run(
+        [sys.executable, str(SHARED / 'inception_2015/make_graph.py'), str(folder)], check=True
+    )
     return folder
 
 
@@ -56,9 +60,20 @@ def test_cats_and_dogs(stand_in, tmp_path):
 
 def test_flowers_reach_the_accuracy_of_the_original(stand_in, tmp_path):
     """The original reaches 91.1 % on the bottlenecks that it wrote itself."""
-    subprocess.run([sys.executable, str(SHARED / 'data/unpack_flowers.py'), '.'], cwd=tmp_path, check=True)
-    arguments = ['--image_dir=flower_photos', '--bottleneck_dir=bottlenecks', f'--model_dir={stand_in}']
-    outputs = ['--output_graph=g.pb', '--output_labels=l.txt', '--summaries_dir=logs', '--random_seed=0']
+    subprocess.run(
+        [sys.executable, str(SHARED / 'data/unpack_flowers.py'), '.'], cwd=tmp_path, check=True
+    )
+    arguments = [
+        '--image_dir=flower_photos',
+        '--bottleneck_dir=bottlenecks',
+        f'--model_dir={stand_in}',
+    ]
+    outputs = [
+        '--output_graph=g.pb',
+        '--output_labels=l.txt',
+        '--summaries_dir=logs',
+        '--random_seed=0',
+    ]
     out = run('tf_retrain.py', *arguments, *outputs, cwd=tmp_path).stdout
     assert 'Creating bottleneck' not in out
     accuracy, number = re.search(r'Final test accuracy = (.+)% \(N=(\d+)\)', out).groups()

@@ -48,21 +48,33 @@ def test_table_of_classes(confused, confusion):
     header = r'\nclass  images   right   wrong  precision  most confused with\n'
     assert re.search(rf'\(N={len(confused.tested)}\)\n95% confidence interval: .*{header}', out)
     for label in ('cat', 'dog', 'wolf'):
-        counts = {predicted: len(paths) for (true, predicted), paths in confusion.items() if true == label}
-        called = sum(len(paths) for (_, predicted), paths in confusion.items() if predicted == label)
+        counts = {
+            predicted: len(paths) for (true, predicted), paths in confusion.items() if true == label
+        }
+        called = sum(
+            len(paths) for (_, predicted), paths in confusion.items() if predicted == label
+        )
         right, total = counts.pop(label, 0), sum(counts.values())
         pattern = rf'^{label} +(\d+) +(\d+) +(\d+) +(?:([\d.]+)%|-)(.*)$'
         images, found_right, wrong, precision, most = re.search(pattern, out, re.MULTILINE).groups()
         assert [int(images), int(found_right), int(wrong)] == [right + total, right, total]
         assert precision == (f'{100 * right / called:.1f}' if called else None)
-        expected = {f'  {other} ({count})' for other, count in counts.items() if count == max(counts.values())}
+        expected = {
+            f'  {other} ({count})'
+            for other, count in counts.items()
+            if count == max(counts.values())
+        }
         assert most in (expected or {''})
 
 
 def test_the_table_is_readable_at_80_columns(capsys):
     labels = ['x' * 30, 'a' * 10, 'cat']
-    images = tf_retrain.Images('d', labels, np.array(['a', 'b', 'c'], object), np.arange(3), np.array(['testing'] * 3))
-    tested = tf_retrain.Tested(np.arange(3), np.array([1, 1, 2]), np.array([[0, 1, 0], [0, 1, 0], [0, 0, 1]]), [])
+    images = tf_retrain.Images(
+        'd', labels, np.array(['a', 'b', 'c'], object), np.arange(3), np.array(['testing'] * 3)
+    )
+    tested = tf_retrain.Tested(
+        np.arange(3), np.array([1, 1, 2]), np.array([[0, 1, 0], [0, 1, 0], [0, 0, 1]]), []
+    )
     tf_retrain.report_test(images, tested, parse('--image_dir=d'))
     _, _, header, *rows = capsys.readouterr().out.splitlines()
     assert header.index('precision') + len('precision') <= 80
@@ -70,7 +82,9 @@ def test_the_table_is_readable_at_80_columns(capsys):
 
 
 SCALARS = [
-    f'final_training_ops/{v}/summaries/{s}_1' for v in ('weights', 'biases') for s in ('mean', 'stddev', 'max', 'min')
+    f'final_training_ops/{v}/summaries/{s}_1'
+    for v in ('weights', 'biases')
+    for s in ('mean', 'stddev', 'max', 'min')
 ]
 HISTOGRAMS = [
     'final_training_ops/weights/summaries/histogram',
@@ -100,12 +114,18 @@ def test_histogram_keeps_the_moments():
     histogram = tf_retrain.create_value('tag', values).histo
     assert histogram.num == sum(histogram.bucket) == 210
     assert (histogram.min, histogram.max) == (values.min(), values.max())
-    np.testing.assert_allclose([histogram.sum, histogram.sum_squares], [values.sum(), (values**2).sum()])
+    np.testing.assert_allclose(
+        [histogram.sum, histogram.sum_squares], [values.sum(), (values**2).sum()]
+    )
     assert len(tf_retrain.create_value('tag', np.zeros(5)).histo.bucket) == 30
 
 
 def test_logged_graph_has_no_weights(trained):
-    (graph,) = [event.graph_def for event in read_events(trained.folder / 'logs' / 'train') if event.graph_def]
+    (graph,) = [
+        event.graph_def
+        for event in read_events(trained.folder / 'logs' / 'train')
+        if event.graph_def
+    ]
     logged = tf.compat.v1.GraphDef.FromString(graph)
     assert [node.name for node in logged.node] == [node.name for node in trained.graph().node]
     assert len(graph) < 20_000 < trained.graph().ByteSize()
@@ -120,7 +140,11 @@ def test_only_event_files_are_removed_from_the_logs(job, monkeypatch):
         'mine/events.out.tfevents.1',
         'events.out.tfevents.2',
     ]
-    for name in (*keep, 'train/events.out.tfevents.123.host', 'validation/events.out.tfevents.123.host.v2'):
+    for name in (
+        *keep,
+        'train/events.out.tfevents.123.host',
+        'validation/events.out.tfevents.123.host.v2',
+    ):
         (job.folder / 'logs' / name).parent.mkdir(parents=True, exist_ok=True)
         (job.folder / 'logs' / name).write_text('x')
     job.main(monkeypatch)
@@ -140,7 +164,9 @@ def read_pictures(folder):
 
 def test_pictures(confused, confusion):
     pictures = read_pictures(confused.folder / 'logs/test')
-    wrong = [(true, predicted, path) for (true, predicted), paths in confusion.items() for path in paths]
+    wrong = [
+        (true, predicted, path) for (true, predicted), paths in confusion.items() for path in paths
+    ]
     expected = {
         f'misclassified/{true} classified as {predicted}/{path.name}': path
         for true, predicted, path in wrong
@@ -172,7 +198,8 @@ def test_thumbnails(tmp_path):
     Image.new('RGB', (300, 100), 'red').save(tmp_path / 'wide.png')
     (tmp_path / 'broken.jpg').write_bytes(b'\xff\xd8\xff\xe0broken')
     wide, broken, missing = (
-        tf_retrain.load_thumbnail(str(tmp_path / name), 64) for name in ('wide.png', 'broken.jpg', 'missing')
+        tf_retrain.load_thumbnail(str(tmp_path / name), 64)
+        for name in ('wide.png', 'broken.jpg', 'missing')
     )
     assert wide.size == (64, 21)
     assert broken.size == missing.size == (64, 64)
@@ -192,7 +219,9 @@ def get_thumbnail(sprite, i):
 def test_test_images_that_can_no_longer_be_read(job, monkeypatch, capsys):
     """Their bottlenecks are known by then; in the pictures they are grey."""
     job.photographs(cat=30, dog=30)
-    broken, gone = [path for path in sorted(job.data.rglob('*.jpg')) if get_set(job.folder, path) == 'testing'][:2]
+    broken, gone = [
+        path for path in sorted(job.data.rglob('*.jpg')) if get_set(job.folder, path) == 'testing'
+    ][:2]
 
     def lose_images(*arguments, train=tf_retrain.train):
         broken.write_bytes(broken.read_bytes()[:300])
@@ -201,11 +230,18 @@ def test_test_images_that_can_no_longer_be_read(job, monkeypatch, capsys):
 
     monkeypatch.setattr(tf_retrain, 'train', lose_images)
     job.main(monkeypatch)
-    names = [line.split('\t')[2] for line in (job.folder / 'logs/test/metadata.tsv').read_text().splitlines()[1:]]
+    names = [
+        line.split('\t')[2]
+        for line in (job.folder / 'logs/test/metadata.tsv').read_text().splitlines()[1:]
+    ]
     assert f'(N={len(names)})' in capsys.readouterr().out
     sprite = Image.open(job.folder / 'logs/test/thumbnails')
     colours = [get_thumbnail(sprite, i).getcolors() for i in range(len(names))]
-    grey = {name for name, found in zip(names, colours, strict=True) if found and found[0][1] == (128, 128, 128)}
+    grey = {
+        name
+        for name, found in zip(names, colours, strict=True)
+        if found and found[0][1] == (128, 128, 128)
+    }
     assert grey == {broken.name, gone.name}
 
 
@@ -225,7 +261,9 @@ def test_odd_file_names(job, monkeypatch):
     for i, path in enumerate(odd):
         (job.data / f'cat/cat {i}.jpg').rename(path)
     job.main(monkeypatch, testing_percentage='80')
-    tested = [path for path in odd if tf_retrain.get_set(f'data/cat/{path.name}', 80, 10) == 'testing']
+    tested = [
+        path for path in odd if tf_retrain.get_set(f'data/cat/{path.name}', 80, 10) == 'testing'
+    ]
     assert tested
     lines = (job.folder / 'logs/test/metadata.tsv').read_text().splitlines()
     assert {line.count('\t') for line in lines} == {2}
@@ -235,10 +273,21 @@ def test_odd_file_names(job, monkeypatch):
 @pytest.mark.slow
 def test_tensorboard_serves_them(confused, confusion):
     """A real TensorBoard finds all of it."""
-    command = [sys.executable, '-m', 'tensorboard.main', '--logdir', str(confused.folder / 'logs'), '--port=0']
+    command = [
+        sys.executable,
+        '-m',
+        'tensorboard.main',
+        '--logdir',
+        str(confused.folder / 'logs'),
+        '--port=0',
+    ]
     server = subprocess.Popen([*command, '--host=localhost'], stderr=subprocess.PIPE, text=True)
     try:
-        address = next(match[0] for line in server.stderr if (match := re.search(r'http://localhost:\d+', line)))
+        address = next(
+            match[0]
+            for line in server.stderr
+            if (match := re.search(r'http://localhost:\d+', line))
+        )
 
         def get(plugin, route, **query):
             url = f'{address}/data/plugin/{plugin}/{route}?{urllib.parse.urlencode(query)}'
@@ -246,7 +295,9 @@ def test_tensorboard_serves_them(confused, confusion):
                 return response.read()
 
         def is_loaded():
-            return 'test' in json.loads(get('images', 'tags')) and b'test' in get('projector', 'runs')
+            return 'test' in json.loads(get('images', 'tags')) and b'test' in get(
+                'projector', 'runs'
+            )
 
         deadline = time.monotonic() + 60
         while not is_loaded() and time.monotonic() < deadline:
@@ -261,20 +312,30 @@ def test_tensorboard_serves_them(confused, confusion):
         (embedding,) = json.loads(get('projector', 'info', run='test'))['embeddings']
         count = len(confused.tested)
         assert embedding['tensorShape'] == [count, 2048]
-        tensor = np.frombuffer(get('projector', 'tensor', run='test', name='bottlenecks'), np.float32)
-        metadata = get('projector', 'metadata', run='test', name='bottlenecks').decode().splitlines()
+        tensor = np.frombuffer(
+            get('projector', 'tensor', run='test', name='bottlenecks'), np.float32
+        )
+        metadata = (
+            get('projector', 'metadata', run='test', name='bottlenecks').decode().splitlines()
+        )
         assert metadata[0] == 'label\tpredicted\timage'
-        sprite = Image.open(io.BytesIO(get('projector', 'sprite_image', run='test', name='bottlenecks')))
+        sprite = Image.open(
+            io.BytesIO(get('projector', 'sprite_image', run='test', name='bottlenecks'))
+        )
         columns = sprite.width // 64
         assert sprite.size == (64 * columns, 64 * columns)
         assert (columns - 1) ** 2 < count <= columns**2
-        for i, (line, row) in enumerate(zip(metadata[1:], tensor.reshape(count, 2048), strict=True)):
+        for i, (line, row) in enumerate(
+            zip(metadata[1:], tensor.reshape(count, 2048), strict=True)
+        ):
             label, predicted, name = line.split('\t')
             path = confused.data / label / name
             assert path in confusion[label, predicted]
             cached = (confused.folder / f'bottlenecks/{label}/{name}.txt').read_text().split(',')
             np.testing.assert_allclose(row, np.array(cached, np.float32), rtol=1e-5)
-            np.testing.assert_array_equal(np.array(get_thumbnail(sprite, i)), np.array(Image.open(path)))
+            np.testing.assert_array_equal(
+                np.array(get_thumbnail(sprite, i)), np.array(Image.open(path))
+            )
     finally:
         server.kill()
         server.wait()
