@@ -35,8 +35,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture
-def job(tmp_path, model):
-    return Job(tmp_path, model)
+def job(tmp_path, model, monkeypatch, capsys):
+    return Job(tmp_path, model, monkeypatch, capsys)
 
 
 @pytest.fixture(scope='session')

@@ -12,10 +12,12 @@ import threading
 
 import forks
 import numpy as np
+import pytest
 from PIL import Image
 
 import tf_retrain
 import tf_test
+from tf_retrain import UserError
 
 tf = tf_retrain.tf
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -269,8 +271,10 @@ def run_new(script, *arguments, check=True, interpreter=(), **options):
 class Job:
     """A folder with photographs and a model, and the flags that train on them there."""
 
-    def __init__(self, folder, model):
+    def __init__(self, folder, model, monkeypatch=None, capsys=None):
         self.folder = folder
+        self.monkeypatch = monkeypatch  # these two only for what runs inside of this process
+        self.capsys = capsys
         self.data = folder / 'data'
         (folder / 'inception').mkdir()
         os.link(model, folder / 'inception' / 'classify_image_graph_def.pb')
@@ -311,15 +315,26 @@ class Job:
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, 'text': True}
         return subprocess.Popen(command, cwd=self.folder, **pipes, preexec_fn=default_ctrl_c)
 
-    def main(self, monkeypatch, *more, **changes):
-        """Does the same job inside of this process, which saves the import of TensorFlow."""
-        monkeypatch.chdir(self.folder)
+    def main(self, *more, **changes):
+        """Does the same job inside of this process, where TensorFlow is; returns what it printed."""
+        self.monkeypatch.chdir(self.folder)
         tf_retrain.main(parse(*self.arguments(*more, **changes)))
+        return self.capsys.readouterr().out
 
-    def cache(self, monkeypatch, capsys, *more, **changes):
-        """Runs the job without training; returns its output."""
-        self.main(monkeypatch, *more, **{'how_many_training_steps': '0', **changes})
-        return capsys.readouterr().out
+    def fails(self, match, *more, **changes):
+        """Does the same job, which must end in an error for the user; returns what it printed."""
+        with pytest.raises(UserError, match=match):
+            self.main(*more, **changes)
+        return self.capsys.readouterr().out
+
+    def cache(self, *more, **changes):
+        """Lists the images and caches their bottlenecks, no more; returns what that printed."""
+        self.monkeypatch.chdir(self.folder)
+        flags = parse(*self.arguments(*more, **changes))
+        images = tf_retrain.list_images(flags)
+        backbone = tf_retrain.load_backbone(flags)
+        self.bottlenecks, self.readable = tf_retrain.cache_bottlenecks(images, backbone, flags)
+        return self.capsys.readouterr().out
 
     def graph(self):
         return tf.compat.v1.GraphDef.FromString(

@@ -94,16 +94,16 @@ def test_write_whole_leaves_nothing_behind(tmp_path):
 
 
 def test_a_cold_and_a_warm_run_train_on_the_same_numbers(job, monkeypatch, capsys):
-    job.photographs(cat=30, dog=30).main(monkeypatch)
+    job.photographs(cat=30, dog=30).main()
     cold = (job.folder / job.flags['output_graph']).read_bytes()
     monkeypatch.setattr(
         tf_retrain.Backbone, 'create_network', None
     )  # it would be called for a single bottleneck
     capsys.readouterr()
-    job.main(monkeypatch)
+    job.main()
     assert 'Creating' not in capsys.readouterr().out
     assert (job.folder / job.flags['output_graph']).read_bytes() == cold
-    job.main(monkeypatch, random_seed='2')
+    job.main(random_seed='2')
     assert (job.folder / job.flags['output_graph']).read_bytes() != cold
 
 
@@ -124,13 +124,11 @@ def count_reads(monkeypatch):
     return paths
 
 
-def test_each_cache_file_and_record_is_read_once_and_an_unchanged_image_never(
-    job, monkeypatch, capsys
-):
+def test_each_cache_file_and_record_is_read_once_and_an_unchanged_image_never(job, monkeypatch):
     job.photographs(cat=20, dog=20)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     read = count_reads(monkeypatch)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     files = [str(path.relative_to(job.data)) for path in job.data.rglob('*.jpg')]
     expected = [f'bottlenecks/{file}.txt' for file in files] + [
         f'bottlenecks/.records/{file}.rec' for file in files
@@ -138,9 +136,9 @@ def test_each_cache_file_and_record_is_read_once_and_an_unchanged_image_never(
     assert sorted(read) == sorted(expected)
 
 
-def test_broken_cache_files_are_made_again(job, monkeypatch, capsys):
+def test_broken_cache_files_are_made_again(job):
     job.photographs(cat=30, dog=30)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     paths = sorted((job.folder / 'bottlenecks').rglob('*.txt'))
     whole = {path: path.read_text() for path in paths}
     paths[3].write_text('')
@@ -148,7 +146,7 @@ def test_broken_cache_files_are_made_again(job, monkeypatch, capsys):
     paths[9].unlink()
     # Cut within its last number, as a power failure may leave it, it has 2,048 numbers all the same.
     paths[11].write_text(whole[paths[11]].rpartition(',')[0] + ',0')
-    out = job.cache(monkeypatch, capsys)
+    out = job.cache()
     assert out.count('Invalid float found, recreating bottleneck') == 2
     assert len(created(out)) == 4
     for path, text in whole.items():
@@ -164,26 +162,26 @@ def write_original_cache(job, numbers=NUMBERS):
         cache.with_name(f'{path.name}.txt').write_text(','.join(map(str, numbers)))
 
 
-def test_a_cache_of_the_original_is_believed(job, monkeypatch, capsys):
+def test_a_cache_of_the_original_is_believed(job):
     job.photographs(cat=20, dog=20)
     write_original_cache(job)
     (job.folder / 'bottlenecks/cat/cat 0.jpg.txt').unlink()
-    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 0.jpg']
+    assert created(job.cache()) == ['cat/cat 0.jpg']
     for path in job.data.rglob('*.jpg'):
         os.utime(path, (1, 1))
-    assert created(job.cache(monkeypatch, capsys)) == []
+    assert created(job.cache()) == []
     # From the first run on, a change is noticed all the same.
     Image.new('RGB', (50, 50)).save(job.data / 'cat/cat 1.jpg')
-    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 1.jpg']
+    assert created(job.cache()) == ['cat/cat 1.jpg']
 
 
-def test_images_with_a_cache_file_of_the_original_are_not_read(job, monkeypatch, capsys):
+def test_images_with_a_cache_file_of_the_original_are_not_read(job, monkeypatch):
     job.photographs(cat=30, dog=30)
     write_original_cache(job)
     for path in job.data.rglob('*.jpg'):
         path.write_bytes(b'')
     monkeypatch.setattr(tf_retrain.Backbone, 'create_network', None)
-    assert 'is left out' not in job.cache(monkeypatch, capsys)
+    assert 'is left out' not in job.cache()
 
 
 # Contents, not times, decide
@@ -196,17 +194,17 @@ def copy_without_times(job, times=1):
         (job.folder / 'copy').rename(job.data)
 
 
-def test_the_same_images_at_new_times_are_not_computed_again(job, monkeypatch, capsys):
+def test_the_same_images_at_new_times_are_not_computed_again(job, monkeypatch):
     """Each change of the times used to make all bottlenecks again, and more than once in a run."""
     job.photographs(cat=20, dog=20)
-    assert len(created(job.cache(monkeypatch, capsys))) == 40
+    assert len(created(job.cache())) == 40
     for _ in range(3):
         copy_without_times(job)
-        out = job.cache(monkeypatch, capsys)
+        out = job.cache()
         assert created(out) == []
         assert 'changed' not in out
     read = count_reads(monkeypatch)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     assert not [name for name in read if name.endswith('.jpg')]  # the new times are recorded
 
 
@@ -214,9 +212,9 @@ def record(job, file):
     return job.folder / f'bottlenecks/.records/{file}.rec'
 
 
-def test_no_image_is_computed_twice_in_a_run_whatever_is_in_the_records(job, monkeypatch, capsys):
+def test_no_image_is_computed_twice_in_a_run_whatever_is_in_the_records(job):
     job.photographs(cat=20, dog=20)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     for path in job.data.rglob('*.jpg'):
         name = record(job, path.relative_to(job.data))
         ((made, size, time, model, contents),) = json.loads(name.read_text())
@@ -228,45 +226,45 @@ def test_no_image_is_computed_twice_in_a_run_whatever_is_in_the_records(job, mon
     changed = sorted(f'cat/{path.name}' for path in job.data.rglob('cat 1*.jpg'))
     for file in changed:
         Image.new('RGB', (50, 50)).save(job.data / file)
-    out = job.cache(monkeypatch, capsys)
+    out = job.cache()
     assert created(out) == changed
-    assert created(job.cache(monkeypatch, capsys)) == []
+    assert created(job.cache()) == []
 
 
-def test_a_replaced_image_gets_a_new_bottleneck(job, monkeypatch, capsys):
+def test_a_replaced_image_gets_a_new_bottleneck(job):
     job.photographs(cat=20, dog=20)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     before = (job.folder / 'bottlenecks/cat/cat 3.jpg.txt').read_text()
     path = job.data / 'cat/cat 3.jpg'
     old = path.read_bytes()
     Image.new('RGB', (50, 50)).save(path)
     os.utime(path, (1, 1))  # as a copy that keeps an older time
-    out = job.cache(monkeypatch, capsys)
+    out = job.cache()
     assert created(out) == ['cat/cat 3.jpg']
     assert (
         'The image or the model changed, recreating bottleneck bottlenecks/cat/cat 3.jpg.txt\n'
         in out
     )
     assert (job.folder / 'bottlenecks/cat/cat 3.jpg.txt').read_text() != before
-    assert created(job.cache(monkeypatch, capsys)) == []
+    assert created(job.cache()) == []
     path.write_bytes(old)
-    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
+    assert created(job.cache()) == ['cat/cat 3.jpg']
     assert (job.folder / 'bottlenecks/cat/cat 3.jpg.txt').read_text() == before
 
 
-def test_an_image_of_another_size_at_the_same_time_is_another(job, monkeypatch, capsys):
+def test_an_image_of_another_size_at_the_same_time_is_another(job):
     job.photographs(cat=20, dog=20)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     path = job.data / 'cat/cat 3.jpg'
     time = path.stat().st_mtime_ns
     Image.new('RGB', (50, 50)).save(path)
     os.utime(path, ns=(time, time))
-    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
+    assert created(job.cache()) == ['cat/cat 3.jpg']
 
 
-def test_another_model_computes_all_anew(job, monkeypatch, capsys):
+def test_another_model_computes_all_anew(job):
     job.photographs(cat=20, dog=20)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     graph_def = build_model()
     weights = (
         next(node for node in graph_def.node if node.name == 'conv/conv2d_params')
@@ -278,47 +276,43 @@ def test_another_model_computes_all_anew(job, monkeypatch, capsys):
     (job.folder / 'inception/classify_image_graph_def.pb').write_bytes(
         graph_def.SerializeToString()
     )
-    assert len(created(job.cache(monkeypatch, capsys))) == 40
-    assert created(job.cache(monkeypatch, capsys)) == []
+    assert len(created(job.cache())) == 40
+    assert created(job.cache()) == []
 
 
-def test_records_without_contents_get_them(job, monkeypatch, capsys):
+def test_records_without_contents_get_them(job):
     """Those of a cache of the original have size and time of the image only. The size is believed at first."""
     job.photographs(cat=20, dog=20)
     path = job.data / 'cat/cat 3.jpg'
     with path.open('ab') as file:
         file.write(b'xx')
     write_original_cache(job)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     (fact,) = json.loads(record(job, 'cat/cat 3.jpg').read_text())
     assert fact[-1] is None
     copy_without_times(job)
-    assert created(job.cache(monkeypatch, capsys)) == []
+    assert created(job.cache()) == []
     path.write_bytes(path.read_bytes()[:-2] + b'yy')  # of the same size
-    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
+    assert created(job.cache()) == ['cat/cat 3.jpg']
 
 
-def test_what_cannot_be_decoded_is_tried_once(job, monkeypatch, capsys):
+def test_what_cannot_be_decoded_is_tried_once(job, monkeypatch):
     job.photographs(cat=20, dog=20)
     path = job.data / 'cat/cut.jpg'
     contents = (job.data / 'cat/cat 3.jpg').read_bytes()
     path.write_bytes(contents[:600])
-    assert "'data/cat/cut.jpg' is left out: jpeg::Uncompress failed." in job.cache(
-        monkeypatch, capsys
-    )
+    assert "'data/cat/cut.jpg' is left out: jpeg::Uncompress failed." in job.cache()
     monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', None)
     for times in ((1, 1), (2, 2), None):
         os.utime(path, times)
-        assert "'data/cat/cut.jpg' is left out: jpeg::Uncompress failed." in job.cache(
-            monkeypatch, capsys
-        )
+        assert "'data/cat/cut.jpg' is left out: jpeg::Uncompress failed." in job.cache()
     monkeypatch.undo()
     path.write_bytes(contents)
-    assert created(job.cache(monkeypatch, capsys)) == ['cat/cut.jpg']
+    assert created(job.cache()) == ['cat/cut.jpg']
     # Cut short again, it is left out, although there is a cache file now.
     path.write_bytes(contents[:600])
     for _ in range(2):
-        assert "'data/cat/cut.jpg' is left out" in job.cache(monkeypatch, capsys)
+        assert "'data/cat/cut.jpg' is left out" in job.cache()
 
 
 # Records
@@ -338,19 +332,19 @@ RECORDS = [
 
 
 @pytest.mark.parametrize('contents', RECORDS)
-def test_a_damaged_record_counts_for_nothing(job, monkeypatch, capsys, contents):
+def test_a_damaged_record_counts_for_nothing(job, contents):
     """The cache file is believed, as without a record."""
     job.photographs(cat=20, dog=20)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     record(job, 'cat/cat 3.jpg').write_bytes(contents)
-    assert created(job.cache(monkeypatch, capsys)) == []
+    assert created(job.cache()) == []
     Image.new('RGB', (50, 50)).save(job.data / 'cat/cat 3.jpg')
-    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
+    assert created(job.cache()) == ['cat/cat 3.jpg']
 
 
-def test_a_record_is_written_before_its_cache_file_and_keeps_what_it_had(job, monkeypatch, capsys):
+def test_a_record_is_written_before_its_cache_file_and_keeps_what_it_had(job, monkeypatch):
     job.photographs(cat=20, dog=20)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     (before,) = json.loads(record(job, 'cat/cat 3.jpg').read_text())
     written, write_whole = [], tf_retrain.write_whole
 
@@ -360,7 +354,7 @@ def test_a_record_is_written_before_its_cache_file_and_keeps_what_it_had(job, mo
 
     monkeypatch.setattr(tf_retrain, 'write_whole', note)
     Image.new('RGB', (50, 50)).save(job.data / 'cat/cat 3.jpg')
-    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 3.jpg']
+    assert created(job.cache()) == ['cat/cat 3.jpg']
     assert [path for path in written if 'cat 3.jpg' in path] == [
         'bottlenecks/.records/cat/cat 3.jpg.rec',
         'bottlenecks/cat/cat 3.jpg.txt',
@@ -379,23 +373,23 @@ def test_a_record_is_written_before_its_cache_file_and_keeps_what_it_had(job, mo
 
 
 @pytest.mark.parametrize('name', ['bn[2]', 'b*?', 'b{a,b}'])
-def test_folder_names_are_not_patterns(job, monkeypatch, capsys, name):
+def test_folder_names_are_not_patterns(job, name):
     job.photographs(cat=20, dog=20)
     folders = {'bottleneck_dir': name, 'summaries_dir': f'logs {name}'}
-    job.cache(monkeypatch, capsys, **folders)
+    job.cache(**folders)
     old_time = (job.data / 'cat/cat 3.jpg').stat().st_mtime
     Image.new('RGB', (50, 50)).save(job.data / 'cat/cat 3.jpg')
     os.utime(job.data / 'cat/cat 3.jpg', (old_time, old_time))
-    out = job.cache(monkeypatch, capsys, **folders)
+    out = job.cache(**folders)
     assert out.count('Creating bottleneck at') == 1
     names = os.listdir(job.folder / f'logs {name}' / 'train')
     assert len([name for name in names if name.startswith('events.')]) == 1
 
 
-def test_a_complete_cache_may_be_read_only(job, monkeypatch, capsys):
+def test_a_complete_cache_may_be_read_only(job, monkeypatch):
     """The probe for a writable folder comes when the first bottleneck is missing, and before any is computed."""
     job.photographs(cat=20, dog=20)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     copy_without_times(job)  # there would be new times to record
 
     def refuse(path, *arguments, original, **options):
@@ -414,23 +408,23 @@ def test_a_complete_cache_may_be_read_only(job, monkeypatch, capsys):
                 else o(path, *a, **k)
             ),
         )
-    assert created(job.cache(monkeypatch, capsys)) == []
+    assert created(job.cache()) == []
     (job.data / 'cat/new.jpg').write_bytes((job.data / 'cat/cat 0.jpg').read_bytes())
     monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', None)
     with pytest.raises(
         UserError, match="^--bottleneck_dir: nothing can be written in 'bottlenecks/'"
     ):
-        job.main(monkeypatch)
+        job.main()
 
 
 @pytest.mark.parametrize('length', [251, 252, 255])
-def test_names_up_to_the_longest_that_there_can_be(job, monkeypatch, capsys, length):
+def test_names_up_to_the_longest_that_there_can_be(job, length):
     """An image whose cache file would have too long a name is computed in each run."""
     job.photographs(cat=20, dog=20)
     name = 'x' * (length - 4) + '.jpg'
     shutil.copy(job.data / 'cat/cat 0.jpg', job.data / 'cat' / name)
     for first in (True, False):
-        out = job.cache(monkeypatch, capsys)
+        out = job.cache()
         assert len(created(out)) == (41 if first else int(length > 251))
         assert out.count('File name too long. Each run computes this bottleneck.') == int(
             length > 251
@@ -438,14 +432,14 @@ def test_names_up_to_the_longest_that_there_can_be(job, monkeypatch, capsys, len
     assert not list((job.folder / 'bottlenecks').rglob('*.tmp'))
 
 
-def test_files_that_are_no_longer_wanted_harm_nothing(job, monkeypatch, capsys):
+def test_files_that_are_no_longer_wanted_harm_nothing(job):
     job.photographs(cat=20, dog=20)
-    job.cache(monkeypatch, capsys)
+    job.cache()
     (job.data / 'cat/cat 0.jpg').unlink()
     (job.folder / 'bottlenecks/cat/.0123.tmp').write_text('half')
     (job.folder / 'bottlenecks/fox').mkdir()
     (job.folder / 'bottlenecks/fox/1.jpg.txt').write_text('1,2')
-    assert created(job.cache(monkeypatch, capsys)) == []
+    assert created(job.cache()) == []
 
 
 def test_two_runs_at_once(job):
@@ -478,7 +472,7 @@ def test_full_disk_while_caching_keeps_what_was_computed(job, monkeypatch, capsy
         with pytest.raises(tf.errors.ResourceExhaustedError):
             job.main(patch)
     capsys.readouterr()
-    assert len(created(job.cache(monkeypatch, capsys))) == 30
+    assert len(created(job.cache())) == 30
 
 
 @pytest.mark.parametrize(
@@ -491,18 +485,18 @@ def test_full_disk_while_caching_keeps_what_was_computed(job, monkeypatch, capsy
         {'output_graph': 'data/cat/graph.pb', 'output_labels': 'data/labels.txt'},
     ],
 )
-def test_folders_inside_one_another(job, monkeypatch, capsys, folders):
+def test_folders_inside_one_another(job, folders):
     job.photographs(cat=20, dog=20)
     photographs = {path: path.read_bytes() for path in job.data.rglob('*.jpg')}
     for _ in range(2):
-        job.cache(monkeypatch, capsys, **folders)
-    assert 'Creating' not in job.cache(monkeypatch, capsys, **folders)
+        job.cache(**folders)
+    assert 'Creating' not in job.cache(**folders)
     assert {path: path.read_bytes() for path in job.data.rglob('*.jpg')} == photographs
     labels = (job.folder / folders.get('output_labels', 'trained_model/labels.txt')).read_text()
     assert labels == 'cat\ndog\n'
 
 
-def test_every_path_may_be_any_that_tensorflow_reads(job, monkeypatch, capsys):
+def test_every_path_may_be_any_that_tensorflow_reads(job, capsys):
     """All folders in TensorFlow's file system in memory, which stands for gs:// and its like."""
     job.photographs(cat=25, dog=25)
     for path in [*job.data.rglob('*.jpg'), *(job.folder / 'inception').iterdir()]:
@@ -514,10 +508,10 @@ def test_every_path_may_be_any_that_tensorflow_reads(job, monkeypatch, capsys):
         for name, value in job.flags.items()
         if '/' in value or value == 'logs'
     }
-    job.main(monkeypatch, **paths)
+    job.main(**paths)
     out = capsys.readouterr().out
     assert out.count('Creating bottleneck at ram://job/bottlenecks/') == 50
-    job.main(monkeypatch, **paths)
+    job.main(**paths)
     out = capsys.readouterr().out
     assert 'Creating' not in out
     assert not re.search('WARNING: .*left out \\(', out)

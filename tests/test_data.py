@@ -139,8 +139,8 @@ def test_near_copies_are_reported_before_the_training(doubled):
     assert lines.index(named[-1]) < next(i for i, line in enumerate(lines) if 'Step 0:' in line)
 
 
-def test_all_near_copies_are_named_on_demand(doubled, monkeypatch, capsys):
-    doubled.main(monkeypatch, '--print_duplicates')
+def test_all_near_copies_are_named_on_demand(doubled, capsys):
+    doubled.main('--print_duplicates')
     lines = capsys.readouterr().out.splitlines()
     named = [line for line in lines if re.match(r'  data/', line)]
     assert len(named) == 13
@@ -197,16 +197,16 @@ def test_suspects_in_tensorboard(swapped):
         assert value.image.width and value.image.encoded_image_string.startswith(b'\x89PNG')
 
 
-def test_the_search_changes_nothing(swapped, monkeypatch):
+def test_the_search_changes_nothing(swapped):
     """Neither the images nor, with the same seed, the graph."""
     graph = swapped.graph()
     assert len(list(swapped.data.rglob('*.jpg'))) == 120
-    swapped.main(monkeypatch, how_many_training_steps='200')
+    swapped.main(how_many_training_steps='200')
     assert swapped.graph() == graph
 
 
-def test_more_suspects_than_images(swapped, monkeypatch, capsys):
-    swapped.main(monkeypatch, '--find_suspects=1000')
+def test_more_suspects_than_images(swapped, capsys):
+    swapped.main('--find_suspects=1000')
     assert len(suspects(capsys.readouterr().out)) == 120
 
 
@@ -242,9 +242,9 @@ def test_each_image_is_scored_by_a_layer_that_never_saw_it(swapped, monkeypatch)
 @pytest.mark.parametrize(
     'counts', [{'cat': 1, 'dog': 1}, {'cat': 1, 'dog': 40}, {'cat': 3, 'dog': 3, 'fox': 3}]
 )
-def test_few_images(job, monkeypatch, capsys, counts):
+def test_few_images(job, capsys, counts):
     flags = {'testing_percentage': '0', 'validation_percentage': '0'}
-    job.photographs(**counts).main(monkeypatch, '--find_suspects=2', **flags)
+    job.photographs(**counts).main('--find_suspects=2', **flags)
     assert len(suspects(capsys.readouterr().out)) == 2
     assert (job.folder / 'trained_model/labels.txt').exists()
 
@@ -265,7 +265,7 @@ def test_the_training_goes_on_without_a_search_that_is_stopped(
         raise error
 
     monkeypatch.setattr(tf_retrain, name, fail)
-    job.photographs(cat=20, dog=20).main(monkeypatch, '--find_suspects=2')
+    job.photographs(cat=20, dog=20).main('--find_suspects=2')
     out = capsys.readouterr().out
     assert f'WARNING: the search for {search} left out ({type(error).__name__}: ' in out
     assert 'Final test accuracy = ' in out

@@ -48,13 +48,13 @@ def test_distortions():
     'distortion',
     ['--flip_left_right', '--random_crop=10', '--random_scale=10', '--random_brightness=10'],
 )
-def test_training_with_distortions(job, monkeypatch, distortion):
+def test_training_with_distortions(job, distortion):
     job.photographs(cat=25, dog=25)
-    job.main(monkeypatch, distortion, how_many_training_steps='12', train_batch_size='40')
+    job.main(distortion, how_many_training_steps='12', train_batch_size='40')
     distorted = job.graph()
-    job.main(monkeypatch, distortion, how_many_training_steps='12', train_batch_size='40')
+    job.main(distortion, how_many_training_steps='12', train_batch_size='40')
     assert job.graph() == distorted  # with the same seed
-    job.main(monkeypatch, how_many_training_steps='12', train_batch_size='40')
+    job.main(how_many_training_steps='12', train_batch_size='40')
     assert job.graph() != distorted
     scores = run_v1(distorted, (job.data / 'cat/cat 0.jpg').read_bytes(), 'final_result:0')[0]
     assert scores.argmax() == 0
@@ -64,7 +64,7 @@ def test_training_with_distortions(job, monkeypatch, distortion):
     )
 
 
-def test_distortions_of_a_mobilenet(job, monkeypatch, capsys):
+def test_distortions_of_a_mobilenet(job, capsys):
     write_mobilenet(job.folder / 'inception', '0.25_128')
     flags = (
         '--architecture=mobilenet_0.25_128',
@@ -72,7 +72,7 @@ def test_distortions_of_a_mobilenet(job, monkeypatch, capsys):
         '--random_crop=10',
         '--random_brightness=5',
     )
-    job.photographs(cat=20, dog=20).main(monkeypatch, *flags, how_many_training_steps='3')
+    job.photographs(cat=20, dog=20).main(*flags, how_many_training_steps='3')
     assert 'Final test accuracy = ' in capsys.readouterr().out
 
 
@@ -98,7 +98,7 @@ def test_images_that_vanish_are_missing_from_their_steps(job, monkeypatch, capsy
     job.photographs(cat=30, dog=30)
     gone = training_images(job)[3:5]
     lose(job, monkeypatch, gone)
-    job.main(monkeypatch, '--flip_left_right', how_many_training_steps='25', train_batch_size='40')
+    job.main('--flip_left_right', how_many_training_steps='25', train_batch_size='40')
     out = capsys.readouterr().out
     assert 'Step 24: Train accuracy' in out
     (line,) = [line for line in out.splitlines() if 'could no longer be read' in line]
@@ -111,7 +111,7 @@ def test_images_that_vanish_are_missing_from_their_steps(job, monkeypatch, capsy
 def test_if_all_images_vanish_what_was_learned_is_tested_and_written(job, monkeypatch, capsys):
     job.photographs(cat=30, dog=30)
     lose(job, monkeypatch, sorted(job.data.rglob('*.jpg')))
-    job.main(monkeypatch, '--flip_left_right', how_many_training_steps='12')
+    job.main('--flip_left_right', how_many_training_steps='12')
     out = capsys.readouterr().out
     assert 'Train accuracy' not in out
     assert re.findall(r'Step (\d+): Validation accuracy', out) == ['0', '10', '11']

@@ -218,9 +218,9 @@ def test_empty_sets_are_named_in_one_line_per_set(capsys):
         )
 
 
-def test_tiny_classes_never_crash(job, monkeypatch, capsys):
+def test_tiny_classes_never_crash(job, capsys):
     """Three images per class leave sets empty, which the original met with a ZeroDivisionError."""
-    job.photographs(cat=3, dog=3, fox=3).main(monkeypatch)
+    job.photographs(cat=3, dog=3, fox=3).main()
     out = capsys.readouterr().out
     assert out.count('WARNING: Folder has less than 20 images, which may cause issues.') == 3
     assert 'WARNING: no testing image in' in out
@@ -297,12 +297,12 @@ BAD = {
 }
 
 
-def test_what_the_graph_decodes_is_used(job, monkeypatch, capsys):
+def test_what_the_graph_decodes_is_used(job):
     job.photographs(cat=20, dog=20)
     for name, write in GOOD.items():
         write(job.data / 'cat' / name)
         assert read_by_the_graph(job.data / 'cat' / name) is None
-    out = job.cache(monkeypatch, capsys)
+    out = job.cache()
     assert 'is left out' not in out
     for name in GOOD:
         numbers = np.array(
@@ -312,15 +312,15 @@ def test_what_the_graph_decodes_is_used(job, monkeypatch, capsys):
             build_model(), (job.data / 'cat' / name).read_bytes(), 'pool_3/_reshape:0'
         )[0]
         np.testing.assert_allclose(numbers, expected, atol=1e-5 * np.abs(expected).max())
-    assert 'Creating' not in job.cache(monkeypatch, capsys)
+    assert 'Creating' not in job.cache()
 
 
-def test_what_it_cannot_decode_is_named_and_left_out(job, monkeypatch, capsys):
+def test_what_it_cannot_decode_is_named_and_left_out(job):
     job.photographs(cat=20, dog=20)
     for name, (write, _) in BAD.items():
         write(job.data / 'cat' / name)
         assert not (job.data / 'cat' / name).is_file() or read_by_the_graph(job.data / 'cat' / name)
-    out = job.cache(monkeypatch, capsys)
+    out = job.cache()
     for name, (_, reason) in BAD.items():
         (line,) = [line for line in out.splitlines() if name in line]
         assert line.startswith(f"WARNING: 'data/cat/{name}' is left out: ")
@@ -332,25 +332,25 @@ def test_what_it_cannot_decode_is_named_and_left_out(job, monkeypatch, capsys):
     assert len(created(out)) == 40
 
     # They are named again in each run, as they still need to be replaced.
-    again = job.cache(monkeypatch, capsys)
+    again = job.cache()
     assert [line for line in again.splitlines() if 'left out' in line] == [
         line for line in out.splitlines() if 'left out' in line
     ]
     save(job.data / 'cat/text.png', 'PNG')
-    out = job.cache(monkeypatch, capsys)
+    out = job.cache()
     assert created(out) == ['cat/text.png']
     assert f'WARNING: {len(BAD) - 1} of' in out
 
 
 @pytest.mark.parametrize('image_format', ['PNG', 'GIF', 'JPEG'])
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
-    job, monkeypatch, capsys, image_format
+    job, monkeypatch, image_format
 ):
     job.photographs(cat=20, dog=20)
     save(job.data / 'cat/large.jpg', 'JPEG', Image.new('RGB', (4_000, 3_000), (200, 60, 60)))
     save(job.data / 'cat/huge.jpg', image_format, Image.new('L', (4_000, 3_001)))
     monkeypatch.setattr(tf_retrain, 'MAX_PIXELS', 12_000_000)
-    out = job.cache(monkeypatch, capsys)
+    out = job.cache()
     assert (
         "WARNING: 'data/cat/huge.jpg' is left out: it has 12,004,000 pixels, more than 12,000,000"
         in out
@@ -359,13 +359,13 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
     assert len(created(out)) == 41
 
 
-def test_photographs_that_lie_on_their_side_are_counted(job, monkeypatch, capsys):
+def test_photographs_that_lie_on_their_side_are_counted(job):
     job.photographs(cat=20, dog=20)
     for i, orientation in enumerate((1, 3, 6, 8)):
         exif = Image.Exif()
         exif[0x0112] = orientation
         save(job.data / f'cat/phone {i}.jpg', 'JPEG', exif=exif)
-    out = job.cache(monkeypatch, capsys)
+    out = job.cache()
     (line,) = [line for line in out.splitlines() if 'data/README.md' in line]
     assert line.startswith(
         'WARNING: images that the camera stored sideways, and that are used as stored: 3. '
@@ -396,7 +396,7 @@ def cache_as_nobody(job, monkeypatch, capsys):
     if user == 0:
         os.seteuid(65534)
     try:
-        return job.cache(monkeypatch, capsys)
+        return job.cache()
     finally:
         monkeypatch.undo()
         os.seteuid(user)
@@ -428,7 +428,7 @@ def test_an_image_that_vanishes_before_it_is_read(job, monkeypatch, capsys):
         out = job.cache(patch, capsys)
     assert re.search(r"WARNING: 'data/cat/cat 0.jpg' is left out: .*No such file", out)
     (job.data / 'cat/cat 0.jpg').write_bytes(contents)
-    assert created(job.cache(monkeypatch, capsys)) == ['cat/cat 0.jpg']
+    assert created(job.cache()) == ['cat/cat 0.jpg']
 
 
 def test_names_that_are_not_unicode(job):
@@ -443,13 +443,13 @@ def test_names_that_are_not_unicode(job):
     )
 
 
-def test_strict_makes_the_first_unreadable_image_an_error(job, monkeypatch):
+def test_strict_makes_the_first_unreadable_image_an_error(job):
     job.photographs(cat=20, dog=20)
     (job.data / 'dog/bad.jpg').write_text('<html>')
     with pytest.raises(
         UserError, match=r"^--strict: 'data/dog/bad\.jpg' is left out: it is not JPEG"
     ):
-        job.main(monkeypatch, '--strict')
+        job.main('--strict')
     assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 40
 
 

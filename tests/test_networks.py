@@ -39,14 +39,14 @@ tf = tf_retrain.tf
 MOBILENET = 'mobilenet_0.25_128'
 
 
-def test_all_agree_on_every_test_image(networks, monkeypatch):
+def test_all_agree_on_every_test_image(networks):
     """Both trainers write graphs with the same scores, and the SavedModel gives these too."""
     job, graph = networks, networks.graph()
     assert 'Warning' not in job.process.stderr
     bottlenecks = {
         path: path.stat().st_mtime_ns for path in (job.folder / 'bottlenecks').rglob('*.txt')
     }
-    job.main(monkeypatch, *job.network, output_graph='again.pb', summaries_dir='again')
+    job.main(*job.network, output_graph='again.pb', summaries_dir='again')
     assert {
         path: path.stat().st_mtime_ns for path in bottlenecks
     } == bottlenecks  # nothing was computed again
@@ -80,10 +80,10 @@ def resize(path, size):
     return tf.compat.v1.image.resize_bilinear(image, size).numpy()
 
 
-def test_mobilenet_bottlenecks_are_those_of_the_published_graph(job, monkeypatch):
+def test_mobilenet_bottlenecks_are_those_of_the_published_graph(job):
     path = write_mobilenet(job.folder / 'inception', '0.25_128')
     published = tf.compat.v1.GraphDef.FromString(path.read_bytes())
-    job.photographs(cat=20, dog=20).main(monkeypatch, f'--architecture={MOBILENET}')
+    job.photographs(cat=20, dog=20).main(f'--architecture={MOBILENET}')
     images = sorted(job.data.rglob('*.jpg'))
     caches = [
         job.folder / 'bottlenecks' / path.parent.name / f'{path.name}_{MOBILENET}.txt'
@@ -100,14 +100,14 @@ def test_mobilenet_bottlenecks_are_those_of_the_published_graph(job, monkeypatch
             )
 
 
-def test_networks_share_a_cache_folder(job, monkeypatch, capsys):
+def test_networks_share_a_cache_folder(job):
     write_mobilenet(job.folder / 'inception', '0.25_128')
     job.photographs(cat=20, dog=20)
     networks = [[], [f'--architecture={MOBILENET}']]
 
     def count_created():
         for network in networks:
-            yield len(created(job.cache(monkeypatch, capsys, *network)))
+            yield len(created(job.cache(*network)))
 
     assert list(count_created()) == [40, 40]
     assert list(count_created()) == [0, 0]
@@ -133,7 +133,7 @@ def test_mobilenet_is_downloaded_to_its_published_layout(tmp_path, monkeypatch):
     assert (tmp_path / f'new/{name}/frozen_graph.pb').read_bytes() == graph.read_bytes()
 
 
-def test_a_graph_that_is_no_mobilenet(job, monkeypatch):
+def test_a_graph_that_is_no_mobilenet(job):
     path = write_mobilenet(job.folder / 'inception', '0.25_128')
     shutil.copy(job.folder / 'inception/classify_image_graph_def.pb', path)
     job.photographs(cat=20, dog=20)
@@ -141,7 +141,7 @@ def test_a_graph_that_is_no_mobilenet(job, monkeypatch):
     problem = 'frozen_graph.pb is damaged or another graph (input is not in graph)'
     message = re.escape(f'{problem}. Delete it and run again to download {url}.') + '$'
     with pytest.raises(tf_retrain.UserError, match=message):
-        job.main(monkeypatch, f'--architecture={MOBILENET}')
+        job.main(f'--architecture={MOBILENET}')
 
 
 def test_the_names_are_those_of_the_later_scripts():
@@ -156,19 +156,19 @@ def test_the_names_are_those_of_the_later_scripts():
         assert name in tf_retrain.ARCHITECTURES
 
 
-def test_module_bottlenecks(job, monkeypatch, capsys):
+def test_module_bottlenecks(job, capsys):
     """Images come resized, from 0 to 1; a module that has changed is noticed."""
     write_module(job.folder / 'module')
-    job.photographs(cat=20, dog=20).main(monkeypatch, '--tfhub_module=module/')
+    job.photographs(cat=20, dog=20).main('--tfhub_module=module/')
     image = job.data / 'cat/cat 0.jpg'
     cache = job.folder / 'bottlenecks/cat/cat 0.jpg_module.txt'
     expected = FeatureVector()(resize(image, [96, 128]) / 255)[0]
     np.testing.assert_allclose(read_cache(cache), expected, atol=1e-5 * np.abs(expected).max())
     capsys.readouterr()
-    job.main(monkeypatch, '--tfhub_module=module/')
+    job.main('--tfhub_module=module/')
     assert 'bottleneck' not in capsys.readouterr().out
     write_module(job.folder / 'module', seed=1)
-    job.main(monkeypatch, '--tfhub_module=module')
+    job.main('--tfhub_module=module')
     assert (
         capsys.readouterr().out.count('The image or the model changed, recreating bottleneck ')
         == 40
@@ -409,7 +409,7 @@ def set_processor(monkeypatch, features):
 def test_bottlenecks_in_bfloat16(job, monkeypatch, capsys, network):
     """They are close to those in float32, and in files of their own; graph and labels stay in float32."""
     write_mobilenet(job.folder / 'inception', '0.25_128')
-    job.photographs(cat=30, dog=30).main(monkeypatch, *network)
+    job.photographs(cat=30, dog=30).main(*network)
     folder = job.folder / 'bottlenecks'
     plain = {path: path.read_bytes() for path in folder.rglob('*.txt')}
     expected = job.graph()
@@ -417,7 +417,7 @@ def test_bottlenecks_in_bfloat16(job, monkeypatch, capsys, network):
     set_processor(monkeypatch, 'avx512_bf16')
     flags = [*network, '--precision=bfloat16', '--optimized_graph=optimized.pb']
     for count in (60, 0):
-        job.main(monkeypatch, *flags)
+        job.main(*flags)
         assert len(created(capsys.readouterr().out)) == count
     assert {path: path.read_bytes() for path in plain} == plain
     # TensorFlow leaves the graph in float32 on a processor without AVX-512, whatever the program was made to find.
@@ -443,30 +443,30 @@ def test_bottlenecks_in_bfloat16(job, monkeypatch, capsys, network):
 def test_distortions_in_bfloat16(job, monkeypatch, capsys):
     set_processor(monkeypatch, 'amx_bf16')
     flags = '--precision=bfloat16', '--flip_left_right', '--how_many_training_steps=3'
-    job.photographs(cat=20, dog=20).main(monkeypatch, *flags)
+    job.photographs(cat=20, dog=20).main(*flags)
     assert 'Final test accuracy = ' in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_data_service_in_bfloat16(job, monkeypatch, capsys):
+def test_a_data_service_in_bfloat16(job, monkeypatch):
     """Workers compute the same numbers, whatever their own settings are."""
     set_processor(monkeypatch, 'bf16')
-    job.photographs(cat=40, dog=40).cache(monkeypatch, capsys, '--precision=bfloat16')
+    job.photographs(cat=40, dog=40).cache('--precision=bfloat16')
     monkeypatch.setattr(tf_retrain, 'run_networks', lambda networks, batches: iter(()))
     with DataService() as service:
         flags = {'bottleneck_dir': 'b', 'data_service': service.dispatcher.target}
-        job.cache(monkeypatch, capsys, '--precision=bfloat16', **flags)
+        job.cache('--precision=bfloat16', **flags)
     check_same_bottlenecks(job.folder / 'bottlenecks', job.folder / 'b')
 
 
 @pytest.mark.parametrize(('features', 'onednn'), [('avx2', '1'), ('avx512_bf16', '0')])
-def test_a_processor_without_bfloat16_uses_float32(job, monkeypatch, capsys, features, onednn):
+def test_a_processor_without_bfloat16_uses_float32(job, monkeypatch, features, onednn):
     set_processor(monkeypatch, features)
     monkeypatch.setenv('TF_ENABLE_ONEDNN_OPTS', onednn)
-    out = job.photographs(cat=20, dog=20).cache(monkeypatch, capsys, '--precision=bfloat16')
+    out = job.photographs(cat=20, dog=20).cache('--precision=bfloat16')
     assert (
         '--precision: this processor has no bfloat16 instructions (or oneDNN is off). float32 is used.'
         in out
     )
     assert not list((job.folder / 'bottlenecks').rglob('*bfloat16*'))
-    assert created(job.cache(monkeypatch, capsys)) == []
+    assert created(job.cache()) == []

@@ -132,7 +132,7 @@ def test_logged_graph_has_no_weights(trained):
     assert not any(event.graph_def for event in read_events(trained.folder / 'logs' / 'validation'))
 
 
-def test_only_event_files_are_removed_from_the_logs(job, monkeypatch):
+def test_only_event_files_are_removed_from_the_logs(job):
     job.photographs(cat=20, dog=20)
     keep = [
         'train/notes.txt',
@@ -147,7 +147,7 @@ def test_only_event_files_are_removed_from_the_logs(job, monkeypatch):
     ):
         (job.folder / 'logs' / name).parent.mkdir(parents=True, exist_ok=True)
         (job.folder / 'logs' / name).write_text('x')
-    job.main(monkeypatch)
+    job.main()
     assert all((job.folder / 'logs' / name).read_text() == 'x' for name in keep)
     assert len(read_events(job.folder / 'logs/train')) > 10
     assert len(read_events(job.folder / 'logs/validation')) == 5
@@ -229,7 +229,7 @@ def test_test_images_that_can_no_longer_be_read(job, monkeypatch, capsys):
         return train(*arguments)
 
     monkeypatch.setattr(tf_retrain, 'train', lose_images)
-    job.main(monkeypatch)
+    job.main()
     names = [
         line.split('\t')[2]
         for line in (job.folder / 'logs/test/metadata.tsv').read_text().splitlines()[1:]
@@ -245,22 +245,22 @@ def test_test_images_that_can_no_longer_be_read(job, monkeypatch, capsys):
     assert grey == {broken.name, gone.name}
 
 
-def test_nothing_is_left_of_the_pictures_of_an_earlier_run(job, monkeypatch, capsys):
-    job.photographs(cat=30, dog=30).main(monkeypatch)
+def test_nothing_is_left_of_the_pictures_of_an_earlier_run(job, capsys):
+    job.photographs(cat=30, dog=30).main()
     assert (job.folder / 'logs/test/projector_config.pbtxt').exists()
-    job.main(monkeypatch, testing_percentage='0')
+    job.main(testing_percentage='0')
     assert 'Final test accuracy: unknown' in capsys.readouterr().out
     assert not (job.folder / 'logs/test/projector_config.pbtxt').exists()
     assert read_pictures(job.folder / 'logs/test') == {}
 
 
-def test_odd_file_names(job, monkeypatch):
+def test_odd_file_names(job):
     """A tab or a line break in a file name does not shift the projector's table."""
     job.photographs(cat=30, dog=30)
     odd = [job.data / f'cat/tab\t{i} new\nline.jpg' for i in range(5)]
     for i, path in enumerate(odd):
         (job.data / f'cat/cat {i}.jpg').rename(path)
-    job.main(monkeypatch, testing_percentage='80')
+    job.main(testing_percentage='80')
     tested = [
         path for path in odd if tf_retrain.get_set(f'data/cat/{path.name}', 80, 10) == 'testing'
     ]

@@ -102,13 +102,13 @@ def test_labels_file(trained):
     assert (trained.folder / 'trained_model/labels.txt').read_bytes() == b'red fox\ncat\ndog\n'
 
 
-def test_a_hundred_classes_and_odd_labels(job, monkeypatch):
+def test_a_hundred_classes_and_odd_labels(job):
     names = [f'class {i}' for i in range(98)] + ['two\nlines', '猫']
     for i, name in enumerate(names):
         (job.data / name).mkdir(parents=True)
         for j in range(3):
             Image.new('RGB', (8, 8), (i, 2 * i, 255 - i)).save(job.data / name / f'{j}.jpg')
-    job.main(monkeypatch)
+    job.main()
     labels = (job.folder / 'trained_model/labels.txt').read_text().split('\n')
     assert len(labels) == 101
     assert labels[-1] == ''
@@ -176,8 +176,8 @@ def test_a_training_that_diverges_ends_at_once(job):
     assert graph.read_bytes() == b'earlier'
 
 
-def test_zero_steps_evaluate_the_untrained_layer(job, monkeypatch, capsys):
-    job.photographs(cat=30, dog=30).main(monkeypatch, how_many_training_steps='0')
+def test_zero_steps_evaluate_the_untrained_layer(job, capsys):
+    job.photographs(cat=30, dog=30).main(how_many_training_steps='0')
     out = capsys.readouterr().out
     assert 'Step' not in out
     assert 'Final test accuracy = ' in out
@@ -185,10 +185,8 @@ def test_zero_steps_evaluate_the_untrained_layer(job, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('interval', ['7', '250'])
-def test_evaluations_come_at_the_interval_and_at_the_end(job, monkeypatch, capsys, interval):
-    job.photographs(cat=25, dog=25).main(
-        monkeypatch, how_many_training_steps='230', eval_step_interval=interval
-    )
+def test_evaluations_come_at_the_interval_and_at_the_end(job, capsys, interval):
+    job.photographs(cat=25, dog=25).main(how_many_training_steps='230', eval_step_interval=interval)
     steps = re.findall(r'Step (\d+): Train', capsys.readouterr().out)
     assert [int(step) for step in steps] == sorted({*range(0, 230, int(interval)), 229})
     written = read_events(job.folder / 'logs/train')
@@ -197,19 +195,17 @@ def test_evaluations_come_at_the_interval_and_at_the_end(job, monkeypatch, capsy
     )
 
 
-def test_without_validation_and_test_images(job, monkeypatch, capsys):
+def test_without_validation_and_test_images(job, capsys):
     flags = {'testing_percentage': '0', 'validation_percentage': '0'}
-    job.photographs(cat=20, dog=20).main(monkeypatch, '--print_misclassified_test_images', **flags)
+    job.photographs(cat=20, dog=20).main('--print_misclassified_test_images', **flags)
     out = capsys.readouterr().out
     assert 'Validation accuracy' not in out
     assert 'Final test accuracy: unknown' in out
     assert 'WARNING' not in out
 
 
-def test_whole_sets_and_samples(job, monkeypatch, capsys):
-    job.photographs(cat=60, dog=60).main(
-        monkeypatch, validation_batch_size='-1', test_batch_size='7'
-    )
+def test_whole_sets_and_samples(job, capsys):
+    job.photographs(cat=60, dog=60).main(validation_batch_size='-1', test_batch_size='7')
     out = capsys.readouterr().out
     images = [path for path in job.data.rglob('*.jpg') if get_set(job.folder, path) == 'validation']
     assert 'Step 0: Validation accuracy = ' in out
@@ -274,7 +270,7 @@ def test_outputs_are_tried_before_any_work(job):
     assert not list((job.folder / 'bottlenecks').rglob('*.txt'))
 
 
-def test_outputs_must_not_overwrite_each_other_or_the_model(job, monkeypatch):
+def test_outputs_must_not_overwrite_each_other_or_the_model(job):
     job.photographs(cat=20, dog=20)
     model = 'inception/classify_image_graph_def.pb'
     for changes in (
@@ -293,13 +289,12 @@ def test_outputs_must_not_overwrite_each_other_or_the_model(job, monkeypatch):
             else 'must be different files'
         )
         with pytest.raises(UserError, match=re.escape(named)):
-            job.main(monkeypatch, **changes)
+            job.main(**changes)
 
 
-def test_output_folders_are_created(job, monkeypatch):
+def test_output_folders_are_created(job):
     job.photographs(cat=20, dog=20)
     job.main(
-        monkeypatch,
         output_graph='new/a/g.pb',
         output_labels='new/b/l.txt',
         summaries_dir='new/logs',
@@ -330,7 +325,7 @@ def test_an_output_that_cannot_be_written_is_named(job, monkeypatch, failing):
         UserError,
         match=f'^{failing} cannot be written .*No space left on device.*run the same command',
     ):
-        job.main(monkeypatch, **outputs)
+        job.main(**outputs)
 
 
 def test_errors_are_one_line_and_exit_code_1(job):
@@ -343,8 +338,8 @@ def test_errors_are_one_line_and_exit_code_1(job):
     assert process.stderr == message
 
 
-def test_final_tensor_name(job, monkeypatch):
-    job.photographs(cat=20, dog=20).main(monkeypatch, final_tensor_name='scores')
+def test_final_tensor_name(job):
+    job.photographs(cat=20, dog=20).main(final_tensor_name='scores')
     assert job.graph().node[-1].name == 'scores'
     files = 'trained_model/unoptimized_model.pb', 'trained_model/labels.txt'
     assert len(run('tf_test.py', job.test_image(), *files, cwd=job.folder).stdout.splitlines()) == 2
@@ -372,7 +367,7 @@ def test_an_extra_that_fails_is_a_warning(job, monkeypatch, capsys):
     monkeypatch.setattr(tf_retrain, 'train', lose_the_cache)
     monkeypatch.setattr(tf_retrain, 'find_near_copies', None)
     monkeypatch.setattr(tf_retrain, 'write_whole', refuse)
-    job.main(monkeypatch)
+    job.main()
     out = capsys.readouterr().out
     for name in (
         'the search for duplicates',
@@ -400,7 +395,7 @@ def test_logs_that_cannot_be_written_are_a_warning(job, monkeypatch, capsys):
             super().write(record)
 
     monkeypatch.setattr(tf_retrain.tf.io, 'TFRecordWriter', FullDisk)
-    job.main(monkeypatch)
+    job.main()
     out = capsys.readouterr().out
     assert 1 <= out.count('No space left on device. The training goes on without logs.') <= 3
     assert 'Step 29: Validation accuracy' in out
@@ -462,24 +457,22 @@ def test_the_command_in_a_record_gives_the_same_graph(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_data_service_computes_every_bottleneck_once(job, monkeypatch, capsys):
+def test_data_service_computes_every_bottleneck_once(job, monkeypatch):
     job.photographs(cat=600, dog=600)
-    job.cache(monkeypatch, capsys, bottleneck_dir='alone')
+    job.cache(bottleneck_dir='alone')
     monkeypatch.setattr(
         tf_retrain, 'run_networks', lambda networks, batches: iter(())
     )  # the workers compute it all
     with DataService() as service:
-        out = job.cache(
-            monkeypatch, capsys, bottleneck_dir='b', data_service=service.dispatcher.target
-        )
+        out = job.cache(bottleneck_dir='b', data_service=service.dispatcher.target)
     assert out.count('Creating bottleneck at') == 1200
     check_same_bottlenecks(job.folder / 'alone', job.folder / 'b')
 
 
 @pytest.mark.slow
-def test_data_service_that_loses_a_worker(job, monkeypatch, capsys):
+def test_data_service_that_loses_a_worker(job, monkeypatch):
     job.photographs(cat=600, dog=600)
-    job.cache(monkeypatch, capsys, bottleneck_dir='alone')
+    job.cache(bottleneck_dir='alone')
     monkeypatch.setattr(tf_retrain, 'DATA_SERVICE_TIMEOUT', 10)
     here = []
     run_networks = tf_retrain.run_networks
@@ -497,9 +490,7 @@ def test_data_service_that_loses_a_worker(job, monkeypatch, capsys):
 
         monkeypatch.setattr(tf_retrain, 'write_whole', kill_after_some)
         monkeypatch.setattr(tf_retrain, 'run_networks', count)
-        out = job.cache(
-            monkeypatch, capsys, bottleneck_dir='b', data_service=service.dispatcher.target
-        )
+        out = job.cache(bottleneck_dir='b', data_service=service.dispatcher.target)
     assert out.count('Creating bottleneck at') == 1200
     # A worker has a few batches in its hands: those that it is making, and those that wait to be sent.
     assert 0 < len(here) <= 16 * tf_retrain.NETWORK_BATCH_SIZE
@@ -545,7 +536,7 @@ def test_a_dispatcher_that_hangs_does_not_hold_up_the_run(job):
         check_computed_here(job, f'grpc://localhost:{dispatcher.getsockname()[1]}')
 
 
-def test_a_data_service_that_fails_says_why_at_once(job, monkeypatch, capsys):
+def test_a_data_service_that_fails_says_why_at_once(job, monkeypatch):
     """The rest is computed here, without the wait for what does not come."""
     job.photographs(cat=30, dog=30)
     monkeypatch.setattr(
@@ -559,18 +550,18 @@ def test_a_data_service_that_fails_says_why_at_once(job, monkeypatch, capsys):
 
     monkeypatch.setattr(tf.data.experimental.service, 'distribute', fail)
     dispatcher = tf.data.experimental.service.DispatchServer()
-    out = job.cache(monkeypatch, capsys, data_service=dispatcher.target)
+    out = job.cache(data_service=dispatcher.target)
     assert re.search(r'WARNING: grpc://\S+ failed \(.*reason.*\)\.', out, re.DOTALL)
     assert re.search(r'WARNING: grpc://\S+ left out 60 of 60 images\. They are tried here\.', out)
     assert len(created(out)) == 60
 
 
-def test_data_service_that_is_not_there(job, monkeypatch):
+def test_data_service_that_is_not_there(job):
     job.photographs(cat=20, dog=20)
     with pytest.raises(
         UserError, match='--data_service: grpc://localhost:1 does not answer .*Start it, or leave'
     ):
-        job.main(monkeypatch, data_service='grpc://localhost:1')
+        job.main(data_service='grpc://localhost:1')
 
 
 @pytest.mark.slow
