@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train an image classifier on your own photographs, and write a SavedModel.
 
-    python3 retrain_serving.py --image_dir=data/ --model_dir=inception/ --bottleneck_dir=bottlenecks/ \\
-        --output_graph=trained_model/unoptimized_model.pb --output_labels=trained_model/labels.txt \\
-        --saved_model_dir=trained_model_serving/1
+    python3 retrain_serving.py --image_dir=data/ --model_dir=inception/ \\
+        --bottleneck_dir=bottlenecks/ --output_graph=trained_model/unoptimized_model.pb \\
+        --output_labels=trained_model/labels.txt --saved_model_dir=trained_model_serving/1
 
 This is tf_retrain.py, function by function, with one more flag, and one more section: SavedModel.
 """
@@ -268,7 +268,8 @@ def parse_flags(
     flags = parser.parse_args(arguments)
     if flags.testing_percentage + flags.validation_percentage >= 100:
         parser.error(
-            '--testing_percentage and --validation_percentage must leave images to train on: below 100 in sum'
+            '--testing_percentage and --validation_percentage must leave images to train on: below '
+            '100 in sum'
         )
     return flags
 
@@ -285,7 +286,8 @@ def create_serving_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == '__main__':
-    # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once, and so is Ctrl-C.
+    # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once,
+    # and so is Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.argv = [
         os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv
@@ -364,7 +366,9 @@ class UserError(Exception):
 
 
 def write_whole(path: str, contents: bytes) -> None:
-    """Writes a file so that `path` holds all of `contents` or is left as it was, whenever the program is stopped."""
+    """Writes a file so that `path` holds all of `contents` or is left as it was, whenever the
+    program is stopped.
+    """
     temporary = os.path.join(os.path.dirname(path), f'.{uuid.uuid4().hex[:8]}.tmp')
     gfile.makedirs(os.path.dirname(path) or '.')
     try:
@@ -384,7 +388,8 @@ def ensure_writable_dir(path: str, flag: str) -> None:
         gfile.remove(probe)
     except tf.errors.OpError as error:
         raise UserError(
-            f"{flag}: nothing can be written in '{path or '.'}' ({error.message}). Name another folder."
+            f"{flag}: nothing can be written in '{path or '.'}' ({error.message}). Name another "
+            'folder.'
         )
 
 
@@ -405,7 +410,9 @@ def extra(name: str) -> Iterator[None]:
 
 
 def check_outputs(flags: argparse.Namespace) -> None:
-    """Tries out what the end of the run needs, before anything is computed; raises UserError if something is wrong."""
+    """Tries out what the end of the run needs, before anything is computed; raises UserError if
+    something is wrong.
+    """
     names = 'output_graph', 'output_labels', 'optimized_graph'
     outputs = {f'--{name}': path for name in names if (path := getattr(flags, name))}
     models = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
@@ -428,7 +435,7 @@ def check_outputs(flags: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """The images: one row per image, sorted by class and file. All other arrays share these rows."""
+    """The images: a row each, sorted by class and file. All other arrays share these rows."""
 
     folder: str  # --image_dir as typed
     labels: list[str]  # of the classes
@@ -459,7 +466,9 @@ class Images:
         )
 
     def draw(self, name: str, how_many: int, rng: np.random.Generator) -> np.ndarray:
-        """Returns rows of a set, int [how_many]: a class is drawn uniformly, then one of its images; all for -1."""
+        """Returns rows of a set, int [how_many]: a class is drawn uniformly, then one of its
+        images; all for -1.
+        """
         rows, counts = self.members[name]
         if how_many == -1 or not rows.size:
             return rows
@@ -468,7 +477,9 @@ class Images:
 
 
 def get_label(folder: str) -> str:
-    """Returns the label of a class folder: lower case, every run of characters other than a-z and 0-9 one space."""
+    """Returns the label of a class folder: lower case, every run of characters other than a-z and
+    0-9 one space.
+    """
     label = re.sub(r'[^a-z0-9]+', ' ', folder.lower())
     return (
         label if label.strip() else ' '.join(folder.split())
@@ -476,7 +487,9 @@ def get_label(folder: str) -> str:
 
 
 def get_set(path: str, testing_percentage: int, validation_percentage: int) -> str:
-    """Returns the set of an image: a hash of its path decides, so that it never moves to another set."""
+    """Returns the set of an image: a hash of its path decides, so that it never moves to another
+    set.
+    """
     hash_name = re.sub(r'_nohash_.*$', '', path)  # variants of one photograph stay in one set
     hashed = int(hashlib.sha1(hash_name.encode()).hexdigest(), 16) % (MAX_NUM_IMAGES_PER_CLASS + 1)
     percentage_hash = hashed * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
@@ -486,7 +499,9 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
 
 
 def list_dir(path: str) -> list[str]:
-    """Returns the names in a folder, sorted, if there is one; raises UserError if a name is not Unicode."""
+    """Returns the names in a folder, sorted, if there is one; raises UserError if a name is not
+    Unicode.
+    """
     try:
         return sorted(name.rstrip('/') for name in gfile.listdir(path)) if gfile.isdir(path) else []
     except UnicodeDecodeError as error:
@@ -496,10 +511,13 @@ def list_dir(path: str) -> list[str]:
 
 
 def list_images(flags: argparse.Namespace) -> Images:
-    """Returns the images of the class folders, and names what is passed over; UserError for fewer than two classes."""
+    """Returns the images of the class folders, and names what is passed over; UserError for fewer
+    than two classes.
+    """
     if not gfile.isdir(flags.image_dir):
         raise UserError(
-            f"--image_dir: there is no folder '{flags.image_dir}'. Name the one with your class folders."
+            f"--image_dir: there is no folder '{flags.image_dir}'. Name the one with your class "
+            'folders.'
         )
     labels: dict[str, str] = {}
     rows, loose_images = [], 0
@@ -519,7 +537,8 @@ def list_images(flags: argparse.Namespace) -> Images:
             continue
         if len(images) < 20:
             print(
-                f'WARNING: Folder has less than 20 images, which may cause issues. ({path}: {len(images)})'
+                f'WARNING: Folder has less than 20 images, which may cause issues. ({path}: '
+                f'{len(images)})'
             )
         if not (label := get_label(folder)):
             raise UserError(
@@ -537,14 +556,16 @@ def list_images(flags: argparse.Namespace) -> Images:
         labels[label] = path
     if loose_images:
         print(
-            f'WARNING: {flags.image_dir} has {loose_images} images outside of class folders. They are not used.'
+            f'WARNING: {flags.image_dir} has {loose_images} images outside of class folders. They '
+            'are not used.'
         )
     if len(labels) < 2:
         found = (
             f"--image_dir: '{flags.image_dir}' has {len(labels) or 'no'} class folder with images"
         )
         raise UserError(
-            f'{found}. Two or more are needed: put the images of each class into a folder of its own.'
+            f'{found}. Two or more are needed: put the images of each class into a folder of its '
+            'own.'
         )
     files, classes, sets = zip(*rows, strict=True)
     return Images(
@@ -553,7 +574,7 @@ def list_images(flags: argparse.Namespace) -> Images:
 
 
 def check_sets(images: Images, flags: argparse.Namespace) -> None:
-    """Warns of classes without an image in a set; raises UserError if there is nothing to train on."""
+    """Warns of classes that a set has no image of; raises UserError without training images."""
     for name in ('testing', 'validation', 'training'):
         empty = [
             label
@@ -561,18 +582,23 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
             if not count
         ]
         if getattr(flags, f'{name}_percentage', 100) and empty:
-            missing = f'no {name} image in {len(empty)} of {len(images.labels)} classes: {name_some(empty)}'
+            share = f'{len(empty)} of {len(images.labels)} classes'
+            missing = f'no {name} image in {share}: {name_some(empty)}'
             print(
-                f'WARNING: {missing}. Add images, or change --testing_percentage or --validation_percentage.'
+                f'WARNING: {missing}. Add images, or change --testing_percentage or '
+                '--validation_percentage.'
             )
     if not images.members['training'][0].size:
         raise UserError(
-            '--image_dir: no image fell into the training set. Add images, or lower --testing_percentage.'
+            '--image_dir: no image fell into the training set. Add images, or lower '
+            '--testing_percentage.'
         )
 
 
 def extract(archive: str, name: str) -> bytes:
-    """Returns a file in a .tgz; nothing if it is not there, or if a checksum finds that a byte is wrong or missing."""
+    """Returns a file in a .tgz; nothing if it is not there, or if a checksum finds that a byte is
+    wrong or missing.
+    """
     errors = OSError, EOFError, zlib.error, tarfile.TarError, tf.errors.NotFoundError
     with contextlib.suppress(*errors), gfile.GFile(archive, 'rb') as file:
         contents = gzip.open(file).read(MAX_ARCHIVE_SIZE)
@@ -588,7 +614,9 @@ def extract(archive: str, name: str) -> bytes:
 
 
 def download(url: str, path: str, name: str) -> bytes:
-    """Downloads a .tgz by way of `path`.part, where it goes on after a break; returns the named file in it."""
+    """Downloads a .tgz by way of `path`.part, where it goes on after a break; returns the named
+    file in it.
+    """
     partial, failures = path + '.part', 0
     while failures < DOWNLOAD_ATTEMPTS:
         time.sleep(failures)
@@ -632,12 +660,15 @@ def download(url: str, path: str, name: str) -> bytes:
             gfile.remove(partial)
         failures = failures + 1 if is_useless or done == start else 0
     raise UserError(
-        f'{url} could not be downloaded ({reason}). Run the same command again, or save it as {path}.'
+        f'{url} could not be downloaded ({reason}). Run the same command again, or save it as '
+        f'{path}.'
     )
 
 
 def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str:
-    """Returns the path of `graph_name` in `model_dir`, after taking it out of the archive at `url` if need be."""
+    """Returns the path of `graph_name` in `model_dir`, after taking it out of the archive at `url`
+    if need be.
+    """
     graph_path, archive = (
         os.path.join(model_dir, graph_name),
         os.path.join(model_dir, os.path.basename(url)),
@@ -656,7 +687,9 @@ def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str
 def load_graph_def(
     model_dir: str, url: str, graph_name: str, needed: list[str]
 ) -> tuple[str, GraphDef, int]:
-    """Returns path, graph up to the needed nodes, and CRC-32 of a model's file; raises UserError if it is damaged."""
+    """Returns path, graph up to the needed nodes, and CRC-32 of a model's file; raises UserError if
+    it is damaged.
+    """
     path = maybe_download_and_extract(model_dir, url, graph_name)
     contents = gfile.GFile(path, 'rb').read()
     try:
@@ -667,12 +700,13 @@ def load_graph_def(
         KeyError,
     ) as error:  # the last two for a node that is not there
         raise UserError(
-            f'{path} is damaged or another graph ({error}). Delete it and run again to download {url}.'
+            f'{path} is damaged or another graph ({error}). Delete it and run again to download '
+            f'{url}.'
         )
 
 
 class Pixels(NamedTuple):
-    """How a network wants its images: height and width, and values of (pixel - mean) / deviation."""
+    """How a network wants its images: their size, and values of (pixel - mean) / deviation."""
 
     size: tuple[int, int]
     mean: float
@@ -681,7 +715,9 @@ class Pixels(NamedTuple):
 
 @dataclasses.dataclass
 class Backbone:
-    """A pretrained network up to its bottleneck: the one thing here that depends on the kind of network."""
+    """A pretrained network up to its bottleneck: the one thing here that depends on the kind of
+    network.
+    """
 
     source: str  # path or handle of the model
     graph_def: GraphDef  # from DecodeJpeg/contents to the bottleneck, for TensorFlow 1 too
@@ -695,7 +731,9 @@ class Backbone:
     def create_network(
         self, structure: GraphDef, weights: dict, device: str | None = None
     ) -> Callable:
-        """Returns a tf.function from images in 0..255, float [N, *size, 3], to bottlenecks; weights are on a device."""
+        """Returns a tf.function from images in 0..255, float [N, *size, 3], to bottlenecks; weights
+        are on a device.
+        """
 
         @tf.function(input_signature=[tf.TensorSpec([None, *self.pixels.size, 3])])
         def network(images: tf.Tensor) -> tf.Tensor:
@@ -713,7 +751,9 @@ class Backbone:
 
     @functools.cached_property
     def networks(self) -> list[Callable]:
-        """The network on each device that computes bottlenecks; raises UserError if the graph is damaged."""
+        """The network on each device that computes bottlenecks; raises UserError if the graph is
+        damaged.
+        """
         networks = []
         try:
             folded = fold(
@@ -734,7 +774,9 @@ class Backbone:
 
 
 def load_backbone(flags: argparse.Namespace) -> Backbone:
-    """Returns the network that the flags ask for, after downloading it if need be; UserError if it cannot be used."""
+    """Returns the network that the flags ask for, after downloading it if need be; UserError if it
+    cannot be used.
+    """
     if flags.data_service:
         tf.config.set_visible_devices([], 'GPU')  # the network runs on the CPUs of the workers
     size = flags.architecture.removeprefix('mobilenet_')
@@ -769,7 +811,8 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
             features = file.read() if os.getenv('TF_ENABLE_ONEDNN_OPTS') != '0' else ''
         if not HAS_GPU and not re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', features):
             print(
-                '--precision: this processor has no bfloat16 instructions (or oneDNN is off). float32 is used.'
+                '--precision: this processor has no bfloat16 instructions (or oneDNN is off). '
+                'float32 is used.'
             )
             return backbone
         backbone.optimizer = (
@@ -781,7 +824,9 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
 
 
 def export_graph(graph: tf.Graph) -> GraphDef:
-    """Returns a graph without attributes that have their default value: TensorFlow 1 does not know the newer ones."""
+    """Returns a graph without attributes that have their default value: TensorFlow 1 does not know
+    the newer ones.
+    """
     with graph.as_default():
         graph_def = tf.compat.v1.train.export_meta_graph(strip_default_attrs=True).graph_def
     for node in graph_def.node:
@@ -792,7 +837,9 @@ def export_graph(graph: tf.Graph) -> GraphDef:
 def prepend_decoding(
     graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: str = ''
 ) -> GraphDef:
-    """Returns a graph, under a prefix, that gets a tensor from the nodes that decode images in the graph of 2015."""
+    """Returns a graph, under a prefix, that gets a tensor from the nodes that decode images in the
+    graph of 2015.
+    """
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
         image = tf.cast(tf.io.decode_jpeg(contents, 3, name='DecodeJpeg'), tf.float32, name='Cast')
@@ -806,7 +853,9 @@ def prepend_decoding(
 
 
 def find_feature_vector(module: Any, handle: str) -> tuple[Callable, Pixels, int]:
-    """Finds the function of a module from images in 0..1, float [N, height, width, 3], to features, float [N, size]."""
+    """Finds the function of a module from images in 0..1, float [N, height, width, 3], to features,
+    float [N, size].
+    """
     # The common signature of https://www.tensorflow.org/hub/common_signatures/images.
     functions = (
         module.__call__.concrete_functions if callable(module) else module.signatures.values()
@@ -823,16 +872,20 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, Pixels, int
             height, width = (side or 224 for side in inputs[0][1:3])
             if None in inputs[0][1:3]:
                 print(
-                    f'--tfhub_module: it takes images of any size, and gets {height} x {width} pixels.'
+                    f'--tfhub_module: it takes images of any size, and gets {height} x {width} '
+                    'pixels.'
                 )
             return function, Pixels((height, width), 0, 255), outputs[0][1]
     raise UserError(
-        f"--tfhub_module: '{handle}' does not compute feature vectors of images. Name one that does."
+        f"--tfhub_module: '{handle}' does not compute feature vectors of images. Name one that "
+        'does.'
     )
 
 
 def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
-    """Returns a graph up to a node after an optimizer of TensorFlow (tensorflow/core/grappler/optimizers)."""
+    """Returns a graph up to a node after an optimizer of TensorFlow
+    (tensorflow/core/grappler/optimizers).
+    """
     meta_graph = tf.compat.v1.MetaGraphDef(graph_def=graph_def)
     meta_graph.collection_def['train_op'].node_list.value.append(output)  # what it must keep
     functions = meta_graph.graph_def.library.function
@@ -893,12 +946,14 @@ def load_tfhub_module(handle: str) -> Backbone:
 
 
 def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
-    """Returns a graph from a node, which becomes a placeholder, to another: for batches, without ops of 2015.
+    """Returns a graph from a node, which becomes a placeholder, to another: for batches, without
+    ops of 2015.
 
-    BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts
-    only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights w, that is a
-    convolution with w * s and a bias of beta - mean * s. CheckNumerics goes too: it is of use only in training. A
-    reshape to a single row becomes one to any number of rows.
+    BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon),
+    where gamma counts only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a
+    convolution with weights w, that is a convolution with w * s and a bias of beta - mean * s.
+    CheckNumerics goes too: it is of use only in training. A reshape to a single row becomes one to
+    any number of rows.
     """
     folded = GraphDef()
     folded.CopyFrom(graph_def)
@@ -941,8 +996,9 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
 
 
 def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]:
-    """Returns a graph with placeholders for its large constants, and these, as {node name: array}."""
-    # TensorFlow takes five seconds longer, and twice the memory, to optimize a graph with 87 MB of constants in it.
+    """Returns a graph with placeholders for its large constants, and these by node name."""
+    # TensorFlow takes five seconds longer, and twice the memory, to optimize a graph with 87 MB of
+    # constants in it.
     structure, weights = GraphDef(versions=graph_def.versions, library=graph_def.library), {}
     for node in graph_def.node:
         if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
@@ -959,7 +1015,9 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
 
 
 def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator:
-    """Yields (tags, bottlenecks) of each (tags, images): the devices work at once, while the next batches are made."""
+    """Yields (tags, bottlenecks) of each (tags, images): the devices work at once, while the next
+    batches are made.
+    """
     iterator = iter(batches.prefetch(2 * len(networks)))
     while group := list(itertools.islice(iterator, len(networks))):
         results = [
@@ -970,7 +1028,9 @@ def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator
 
 
 def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Iterator:
-    """Yields (tags, bottlenecks) of each (tags, images), both made by a tf.data service, until it is done or fails."""
+    """Yields (tags, bottlenecks) of each (tags, images), both made by a tf.data service, until it
+    is done or fails.
+    """
     host, port = address.removeprefix('grpc://').rsplit(':', 1)
     try:
         socket.create_connection((host, int(port)), timeout=DATA_SERVICE_TIMEOUT).close()
@@ -994,7 +1054,7 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
 
 
 def load_files(paths: list[str], load: Callable) -> tf.data.Dataset:
-    """Returns a dataset of load(index, contents) of each file, without the files where that fails."""
+    """Returns a dataset of load(index, contents) of each file, without those where it fails."""
     files = tf.data.Dataset.from_tensor_slices((np.arange(len(paths)), np.array(paths, object)))
     files = files.map(lambda index, path: load(index, tf.io.read_file(path)), tf.data.AUTOTUNE)
     return files.ignore_errors()
@@ -1005,8 +1065,9 @@ def compute_bottlenecks(
 ) -> Iterator:
     """Yields (tags, bottlenecks) in batches, without the images that cannot be decoded.
 
-    Tags are int64 [N, 2]: the index of a path, and the fingerprint of the file's contents. Images are resized, or are
-    what distort(image, index) makes of them. With a tf.data service, its workers do all this.
+    Tags are int64 [N, 2]: the index of a path, and the fingerprint of the file's contents. Images
+    are resized, or are what distort(image, index) makes of them. With a tf.data service, its
+    workers do all this.
     """
 
     def load(index: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -1025,7 +1086,9 @@ def compute_bottlenecks(
 
 
 def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bottlenecks in cache files, float32 [N, size], and fingerprints, int64 [N]: -1 if missing or damaged."""
+    """Returns bottlenecks in cache files, float32 [N, size], and fingerprints, int64 [N]: -1 if
+    missing or damaged.
+    """
 
     def parse(row: tf.Tensor, text: tf.Tensor) -> tuple[tf.Tensor, ...]:
         numbers = tf.ensure_shape(tf.strings.to_number(tf.strings.split(text, ',')), [size])
@@ -1051,7 +1114,9 @@ def get_status(path: str) -> tuple[int, int]:
 
 
 def read_header(path: str) -> tuple[int, bool]:
-    """Returns how many pixels an image has, and whether its EXIF orientation asks viewers to turn it."""
+    """Returns how many pixels an image has, and whether its EXIF orientation asks viewers to turn
+    it.
+    """
     # Pillow has many kinds of errors.
     with contextlib.suppress(Exception), gfile.GFile(path, 'rb') as file, Image.open(file) as image:
         return image.width * image.height, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
@@ -1059,7 +1124,9 @@ def read_header(path: str) -> tuple[int, bool]:
 
 
 def explain_unreadable(path: str) -> tuple[str, int | None]:
-    """Returns why an image could not be used, and, if that is due to its contents, their fingerprint."""
+    """Returns why an image could not be used, and, if that is due to its contents, their
+    fingerprint.
+    """
     mark = None
     try:
         contents = tf.io.read_file(path)
@@ -1075,12 +1142,14 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
 
 
 class BottleneckCache:
-    """The cache files of some images and one network, and their bottlenecks, float32 [images, bottleneck size].
+    """The cache files of some images and one network, and their bottlenecks, float32 [images,
+    bottleneck size].
 
-    Each cache file has a record, .records/<folder>/<file>.rec: a JSON list of facts [outcome, size, time, model,
-    contents]. The outcome is the fingerprint of the cache file, or the reason why the image cannot be decoded; contents
-    is the fingerprint of the image, if it was read. A record is written before its cache file, and keeps what it had:
-    whenever a run is killed, the cache file that is there is in its record.
+    Each cache file has a record, .records/<folder>/<file>.rec: a JSON list of facts [outcome, size,
+    time, model, contents]. The outcome is the fingerprint of the cache file, or the reason why the
+    image cannot be decoded; contents is the fingerprint of the image, if it was read. A record is
+    written before its cache file, and keeps what it had: whenever a run is killed, the cache file
+    that is there is in its record.
     """
 
     def __init__(self, images: Images, backbone: Backbone, folder: str) -> None:
@@ -1088,7 +1157,8 @@ class BottleneckCache:
         names = [f'{file}{backbone.cache_suffix}' for file in images.files]
         self.paths = [os.path.join(folder, f'{name}.txt') for name in names]
         self.bottlenecks, self.fingerprints = read_bottlenecks(self.paths, backbone.bottleneck_size)
-        # After the cache files: another run first records what a cache file is made of, and then writes it.
+        # After the cache files: another run first records what a cache file is made of, and then
+        # writes it.
         self.records = [os.path.join(folder, '.records', f'{name}.rec') for name in names]
         self.facts: list[list] = [[] for _ in names]
         for rows, texts in (
@@ -1103,7 +1173,9 @@ class BottleneckCache:
         self.statuses = list(map(get_status, images.paths))
 
     def record(self, row: int, outcome: int | str, contents: int | None) -> None:
-        """Adds to a record what an image is now. If it cannot be written, the next run may have to compute again."""
+        """Adds to a record what an image is now. If it cannot be written, the next run may have to
+        compute again.
+        """
         others = [fact for fact in self.facts[row] if fact[0] != outcome]
         self.facts[row] = [
             *others,
@@ -1113,7 +1185,9 @@ class BottleneckCache:
             write_whole(self.records[row], json.dumps(self.facts[row]).encode())
 
     def find(self, row: int, contents: int | None = None) -> int | str | None:
-        """Returns the fingerprint of a cache file that is current, or why its image cannot be decoded; else None."""
+        """Returns the fingerprint of a cache file that is current, or why its image cannot be
+        decoded; else None.
+        """
         for outcome, size, changed, model, found in self.facts[row]:
             if isinstance(outcome, str) or (outcome, model) == (
                 self.fingerprints[row],
@@ -1130,7 +1204,9 @@ class BottleneckCache:
         return None
 
     def compare(self) -> np.ndarray:
-        """Returns the rows to compute, and keeps the known reasons of others; reads images only if need be."""
+        """Returns the rows to compute, and keeps the known reasons of others; reads images only if
+        need be.
+        """
         for row, cached in enumerate(self.fingerprints.tolist()):
             if cached >= 0 and not self.facts[row]:  # a cache file of the original is trusted
                 self.record(row, cached, None)
@@ -1150,10 +1226,13 @@ class BottleneckCache:
         return np.flatnonzero([outcome is None for outcome in known])
 
     def write(self, rows: np.ndarray, bottlenecks: np.ndarray, contents: np.ndarray) -> None:
-        """Writes bottlenecks, and records of the file contents (fingerprints) that they are made of."""
+        """Writes bottlenecks, and records of the file contents (fingerprints) that they are made
+        of.
+        """
         if not np.isfinite(bottlenecks).all():
             raise UserError(
-                f'{self.backbone.source} gives numbers that are not finite. Download the model again.'
+                f'{self.backbone.source} gives numbers that are not finite. Download the model '
+                'again.'
             )
         self.bottlenecks[rows] = bottlenecks
         texts = [','.join(map(str, values)) for values in bottlenecks]
@@ -1171,7 +1250,9 @@ class BottleneckCache:
                 tqdm.write(f'{self.written} bottleneck files created.')
 
     def compute(self, rows: np.ndarray, data_service: str | None) -> None:
-        """Computes and writes the bottlenecks of some rows; keeps the reasons why others cannot be used."""
+        """Computes and writes the bottlenecks of some rows; keeps the reasons why others cannot be
+        used.
+        """
         paths, left = self.images.paths, set(rows)
         headers = {row: read_header(paths[row]) for row in rows}
         with tqdm(total=len(left), desc='Bottlenecks', unit='image', disable=None) as bar:
@@ -1187,12 +1268,14 @@ class BottleneckCache:
                     bar.update(len(found))
                 if service and left:
                     tqdm.write(
-                        f'WARNING: {service} left out {len(left)} of {len(rows)} images. They are tried here.'
+                        f'WARNING: {service} left out {len(left)} of {len(rows)} images. They are '
+                        'tried here.'
                     )
         if turned := sum(is_turned for _, is_turned in headers.values()):
             advice = 'See data/README.md on how to rotate them.'
             print(
-                f'WARNING: images that the camera stored sideways, and that are used as stored: {turned}. {advice}'
+                'WARNING: images that the camera stored sideways, and that are used as stored: '
+                f'{turned}. {advice}'
             )
         for row in sorted(left):
             self.reasons[row], contents = explain_unreadable(paths[row])
@@ -1203,8 +1286,11 @@ class BottleneckCache:
 def cache_bottlenecks(
     images: Images, backbone: Backbone, flags: argparse.Namespace
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bottlenecks, float32 [images, size], and which exist, bool [images]; UserError if a class has none."""
-    # What is computed stays in memory while it is written: float32 written as text and read again is the same number.
+    """Returns bottlenecks, float32 [images, size], and which exist, bool [images]; UserError if a
+    class has none.
+    """
+    # What is computed stays in memory while it is written: float32 written as text and read again
+    # is the same number.
     cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
     missing = cache.compare()
     if missing.size:
@@ -1223,7 +1309,8 @@ def cache_bottlenecks(
         print(f'WARNING: {line}')
     if cache.reasons:
         print(
-            f'WARNING: {len(cache.reasons)} of {len(images.files)} images are left out. Replace or delete them.'
+            f'WARNING: {len(cache.reasons)} of {len(images.files)} images are left out. Replace or '
+            'delete them.'
         )
     for index in np.setdiff1d(images.classes, images.classes[readable]):
         folder = os.path.dirname(images.files[images.classes == index][0])
@@ -1234,16 +1321,19 @@ def cache_bottlenecks(
 
 
 def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tuple[int, int]], int]:
-    """Pairs images whose bottlenecks have a cosine similarity of DUPLICATE_SIMILARITY, each with at most one.
+    """Pairs images whose bottlenecks have a cosine similarity of DUPLICATE_SIMILARITY, each with at
+    most one.
 
-    That is one of another label, if there is any, then a training image for one that is none, then one of the same set,
-    unless the two are variants by `_nohash_`. Of more than MAX_COMPARED images, those for training are not compared.
-    Returns pairs of rows, the worst first, and how many images for validation or test are like a training image.
+    That is one of another label, if there is any, then a training image for one that is none, then
+    one of the same set, unless the two are variants by `_nohash_`. Of more than MAX_COMPARED
+    images, those for training are not compared. Returns pairs of rows, the worst first, and how
+    many images for validation or test are like a training image.
     """
     classes, is_training, leaked = images.classes, images.sets == 'training', 0
     stems = np.array([file.split('_nohash_')[0] for file in images.files], object)
-    # The product of two vectors is at most that of the norms of their groups of eight numbers (Cauchy-Schwarz), so that
-    # few pairs need the former. A bottleneck of equal numbers is like no other: its scale is 0.
+    # The product of two vectors is at most that of the norms of their groups of eight numbers
+    # (Cauchy-Schwarz), so that few pairs need the former. A bottleneck of equal numbers is like no
+    # other: its scale is 0.
     groups, blocks = (
         np.arange(0, bottlenecks.shape[1], 8),
         np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024),
@@ -1292,16 +1382,19 @@ def report_near_copies(
     """Prints how many near copies of images there are, and names ten pairs or all of them."""
     if mislabeled := sum(images.classes[row] != images.classes[other] for row, other in pairs):
         print(
-            f'WARNING: pairs of near copies with different labels: {mislabeled}. Delete what is in the wrong folder.'
+            f'WARNING: pairs of near copies with different labels: {mislabeled}. Delete what is in '
+            'the wrong folder.'
         )
     if leaked:
         advice = 'They make the accuracy look better than it is: delete one of each pair.'
         print(
-            f'WARNING: validation or test images with near copies in the training set: {leaked}. {advice}'
+            f'WARNING: validation or test images with near copies in the training set: {leaked}. '
+            f'{advice}'
         )
     for row, other in pairs if print_all else pairs[:10]:
         print(
-            f'  {images.paths[row]} ({images.sets[row]}), {images.paths[other]} ({images.sets[other]})'
+            f'  {images.paths[row]} ({images.sets[row]}), {images.paths[other]} '
+            f'({images.sets[other]})'
         )
     if len(pairs) > 10 and not print_all:
         print(f'  and {len(pairs) - 10} more pairs of near copies, which --print_duplicates names')
@@ -1321,11 +1414,13 @@ class Evaluation(NamedTuple):
 
 
 class FinalLayer:
-    """The new last layer: softmax(bottlenecks @ weights + biases), with weights [bottleneck size, classes].
+    """The new last layer: softmax(bottlenecks @ weights + biases), with weights [bottleneck size,
+    classes].
 
-    Weights start from a truncated normal of stddev 0.001, biases from 0. The loss is the softmax cross entropy, mean
-    over the batch; every step is one of plain gradient descent. In NumPy, as a step is two small products of matrices,
-    which take a third of the time of a call into TensorFlow.
+    Weights start from a truncated normal of stddev 0.001, biases from 0. The loss is the softmax
+    cross entropy, mean over the batch; every step is one of plain gradient descent. In NumPy, as a
+    step is two small products of matrices, which take a third of the time of a call into
+    TensorFlow.
     """
 
     def __init__(
@@ -1338,7 +1433,9 @@ class FinalLayer:
         self.learning_rate, self.steps = np.float32(learning_rate), 0
 
     def evaluate(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
-        """Evaluates bottlenecks, float [N, size], of classes, int [N]; raises UserError if training has diverged."""
+        """Evaluates bottlenecks, float [N, size], of classes, int [N]; raises UserError if training
+        has diverged.
+        """
         logits = bottlenecks @ self.weights + self.biases
         shifted = logits - logits.max(
             axis=1, keepdims=True
@@ -1348,7 +1445,8 @@ class FinalLayer:
         cross_entropy = (np.log(sums[:, 0]) - shifted[np.arange(len(classes)), classes]).mean()
         if not np.isfinite(cross_entropy):
             raise UserError(
-                f'--learning_rate: the cross entropy is not finite after {self.steps} steps. Lower it.'
+                f'--learning_rate: the cross entropy is not finite after {self.steps} steps. Lower '
+                'it.'
             )
         return Evaluation(
             logits, exponentials / sums, cross_entropy, (logits.argmax(axis=1) == classes).mean()
@@ -1369,7 +1467,9 @@ class FinalLayer:
 
 
 def summarize(evaluation: Evaluation, layer: FinalLayer | None = None) -> dict[str, Any]:
-    """Returns the original's summaries of a batch, and of the layer if it is given: {tag: number or array}."""
+    """Returns the original's summaries of a batch, and of the layer if it is given: {tag: number or
+    array}.
+    """
     tags: dict[str, Any] = {
         'cross_entropy_1': evaluation.cross_entropy,
         'accuracy_1': evaluation.accuracy,
@@ -1391,7 +1491,9 @@ def summarize(evaluation: Evaluation, layer: FinalLayer | None = None) -> dict[s
 
 
 def create_value(tag: str, value: Any) -> Summary.Value:
-    """Returns a summary of a number, of a picture, or of an array, whose distribution is shown in 30 buckets."""
+    """Returns a summary of a number, of a picture, or of an array, whose distribution is shown in
+    30 buckets.
+    """
     if isinstance(value, Image.Image):
         value.save(png := io.BytesIO(), 'PNG')
         image = {
@@ -1410,7 +1512,9 @@ def create_value(tag: str, value: Any) -> Summary.Value:
 
 
 class SummaryWriter:
-    """Writes what TensorBoard reads: a TFRecord file of Event protos (tensorflow/core/util/events_writer.cc)."""
+    """Writes what TensorBoard reads: a TFRecord file of Event protos
+    (tensorflow/core/util/events_writer.cc).
+    """
 
     # Not by tf.summary, which takes 0.3 to 5 ms for each tag.
     def __init__(self, folder: str) -> None:
@@ -1443,7 +1547,9 @@ class SummaryWriter:
 
 
 def load_thumbnail(path: str, side: int) -> Image.Image:
-    """Returns an image, at most `side` pixels wide and high; a gray square if Pillow cannot read it."""
+    """Returns an image, at most `side` pixels wide and high; a gray square if Pillow cannot read
+    it.
+    """
     with contextlib.suppress(Exception), gfile.GFile(path, 'rb') as file, Image.open(file) as image:
         image.draft('RGB', (side, side))  # decodes a JPEG no larger than needed
         thumbnail = image.convert('RGB')
@@ -1455,7 +1561,9 @@ def load_thumbnail(path: str, side: int) -> Image.Image:
 def cross_validate(
     images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace
 ) -> np.ndarray:
-    """Returns the scores of each image from a layer trained on the other folds, float [images, classes]."""
+    """Returns the scores of each image from a layer trained on the other folds, float [images,
+    classes].
+    """
     count, steps = len(images.files), flags.how_many_training_steps
     rng = np.random.default_rng(
         np.random.SeedSequence(flags.random_seed).spawn(4)[3]
@@ -1484,23 +1592,28 @@ def cross_validate(
 
 def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespace) -> None:
     """Names the images whose own label has the lowest score, and shows them in TensorBoard."""
-    # Of wrong labels put on 2 % of the 3,670 tutorial flowers, 76 % are among as many suspects. By the off-diagonal of
-    # confident learning (Northcutt et al. 2021, https://arxiv.org/abs/1911.00068), it is 70 % (tests/benchmark.py).
+    # Of wrong labels put on 2 % of the 3,670 tutorial flowers, 76 % are among as many suspects. By
+    # the off-diagonal of confident learning (Northcutt et al. 2021,
+    # https://arxiv.org/abs/1911.00068), it is 70 % (tests/benchmark.py).
     print('=== SUSPECT IMAGES ===')
     own, pictures = scores[np.arange(len(scores)), images.classes], {}
     for row in np.argsort(own, kind='stable')[: flags.find_suspects]:
         best = scores[row].argmax()
-        words = f'{images.labels[images.classes[row]]} {own[row]:.2f}  {images.labels[best]} {scores[row, best]:.2f}'
+        label = images.labels[images.classes[row]]
+        words = f'{label} {own[row]:.2f}  {images.labels[best]} {scores[row, best]:.2f}'
         print(f'{images.paths[row]:>70}  {words}')
         pictures[f'{words}/{images.files[row]}'] = load_thumbnail(images.paths[row], 299)
     print(
-        'Look at these images, here or in TensorBoard. Move those in a wrong folder, and run the same command again.'
+        'Look at these images, here or in TensorBoard. Move those in a wrong folder, and run the '
+        'same command again.'
     )
     SummaryWriter(os.path.join(flags.summaries_dir, 'suspects')).write(pictures)
 
 
 def create_distortion(strengths: tuple, size: tuple[int, int], seed: np.ndarray) -> Callable:
-    """Returns a function that distorts image number `first` + `index` as the original does, to float [*size, 3]."""
+    """Returns a function that distorts image number `first` + `index` as the original does, to
+    float [*size, 3].
+    """
     flip_left_right, random_crop, random_scale, random_brightness = strengths
 
     def distort(image: tf.Tensor, index: tf.Tensor, first: int) -> tf.Tensor:
@@ -1520,7 +1633,9 @@ def create_distortion(strengths: tuple, size: tuple[int, int], seed: np.ndarray)
 def compute_distorted(
     draws: Iterator, images: Images, backbone: Backbone, distort: Callable
 ) -> Iterator:
-    """Yields (rows, bottlenecks) of distorted images for each draw of rows, without those that became unreadable."""
+    """Yields (rows, bottlenecks) of distorted images for each draw of rows, without those that
+    became unreadable.
+    """
     vanished: set[str] = set()
     try:
         for step, drawn in enumerate(draws):
@@ -1535,7 +1650,8 @@ def compute_distorted(
         if vanished:
             names = name_some(sorted(vanished))
             print(
-                f'WARNING: {len(vanished)} images could no longer be read, and were not trained on: {names}'
+                f'WARNING: {len(vanished)} images could no longer be read, and were not trained '
+                f'on: {names}'
             )
 
 
@@ -1568,7 +1684,9 @@ def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name
 def train(
     images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace
 ) -> FinalLayer:
-    """Trains the final layer; logs accuracy and cross entropy every --eval_step_interval steps and at the last one."""
+    """Trains the final layer; logs accuracy and cross entropy every --eval_step_interval steps and
+    at the last one.
+    """
     root = np.random.SeedSequence(flags.random_seed)
     layer = FinalLayer(
         backbone.bottleneck_size, len(images.labels), flags.learning_rate, root.generate_state(2)
@@ -1658,10 +1776,13 @@ def get_interval(right: int, count: int) -> tuple[float, float]:
 
 
 def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace) -> None:
-    """Prints the accuracy on the test set, as a whole and per class, and on demand the misclassified images."""
+    """Prints the accuracy on the test set, as a whole and per class, and on demand the
+    misclassified images.
+    """
     if not tested:
         print(
-            'Final test accuracy: unknown, as the test set is empty. Add images, or raise --testing_percentage.'
+            'Final test accuracy: unknown, as the test set is empty. Add images, or raise '
+            '--testing_percentage.'
         )
         return
     right, count = np.trace(tested.confusion), len(tested.rows)
@@ -1679,7 +1800,8 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
         precision = f'{100 * counts[i] / called:8.1f}%' if called else f'{"-":>9}'
         worst = f'  {images.labels[others.argmax()]} ({others.max()})' if others.any() else ''
         print(
-            f'{label:{width}}  {counts.sum():6}  {counts[i]:6}  {others.sum():6}  {precision}{worst}'
+            f'{label:{width}}  {counts.sum():6}  {counts[i]:6}  {others.sum():6}  '
+            f'{precision}{worst}'
         )
     if flags.print_misclassified_test_images:
         print('=== MISCLASSIFIED TEST IMAGES ===')
@@ -1704,7 +1826,8 @@ def write_outputs(
             write_whole(path, contents)
         except tf.errors.OpError as error:
             raise UserError(
-                f'{path} cannot be written ({error.message}). Fix this, and run the same command again.'
+                f'{path} cannot be written ({error.message}). Fix this, and run the same command '
+                'again.'
             )
 
 
@@ -1744,7 +1867,9 @@ def create_record(
 
 
 def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Image:
-    """Draws counts, int [true class, predicted class]: the darker a cell, the larger its share of the true class."""
+    """Draws counts, int [true class, predicted class]: the darker a cell, the larger its share of
+    the true class.
+    """
     count, cell = len(labels), max(4, min(48, 1200 // len(labels)))
     font = ImageFont.load_default(height := min(16, cell))
     upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
@@ -1776,7 +1901,9 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Ima
 def write_pictures(
     images: Images, bottlenecks: np.ndarray, tested: Tested | None, folder: str
 ) -> None:
-    """Writes pictures of the tested images, and points for the projector, in place of those of an earlier run."""
+    """Writes pictures of the tested images, and points for the projector, in place of those of an
+    earlier run.
+    """
     writer = SummaryWriter(folder)
     if not tested:
         return
@@ -1815,14 +1942,17 @@ def write_pictures(
 
 
 def main(flags: argparse.Namespace, export: Callable = lambda *trained: None) -> None:
-    """Does the whole job. export(backbone, layer, labels) writes what is worth most, and so comes first."""
+    """Does the whole job. export(backbone, layer, labels) writes what is worth most, and so comes
+    first.
+    """
     started = datetime.datetime.now()
     check_outputs(flags)
     images = list_images(flags)
     backbone = load_backbone(flags)
     devices = ', '.join(device.name for device in tf.config.list_logical_devices('GPU')) or 'CPU'
     print(
-        f'TensorFlow {tf.__version__}, Python {sys.version.split()[0]}, {devices}, network {backbone.source}'
+        f'TensorFlow {tf.__version__}, Python {sys.version.split()[0]}, {devices}, network '
+        f'{backbone.source}'
     )
     counts = ', '.join(f'{len(rows)} {name}' for name, (rows, _) in images.members.items())
     print(f'{len(images.labels)} classes, {len(images.files)} images: {counts}')
@@ -1862,7 +1992,9 @@ def main(flags: argparse.Namespace, export: Callable = lambda *trained: None) ->
 
 
 class Screen(io.TextIOWrapper):
-    """A standard stream that nobody needs to read: if it cannot be written, what is printed is lost without a word."""
+    """A standard stream that nobody needs to read: if it cannot be written, what is printed is lost
+    without a word.
+    """
 
     def write(self, text: str) -> int:
         """Writes a text as print() does."""
@@ -1887,7 +2019,8 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
     except (tf.errors.OpError, OSError, UnicodeError) as error:
         reason = getattr(error, 'message', str(error)).replace('\n', ' ')
         sys.exit(
-            f'ERROR: {reason}. What was computed so far is kept: fix this, and run the same command again.'
+            f'ERROR: {reason}. What was computed so far is kept: fix this, and run the same '
+            'command again.'
         )
     except KeyboardInterrupt:
         print(
@@ -1901,37 +2034,43 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
 
 
 def find_free_version(saved_model_dir: str) -> str:
-    """Returns the folder beside `saved_model_dir` that has the next free version number for a name."""
+    """Returns the folder beside `saved_model_dir` whose name is the next free version."""
     parent = os.path.dirname(saved_model_dir.rstrip('/'))
     versions = [int(name) for name in list_dir(parent or '.') if name.isdecimal()]
     return os.path.join(parent, str(max(versions, default=0) + 1))
 
 
 def check_saved_model_dir(saved_model_dir: str) -> None:
-    """Raises UserError if the SavedModel could not be written there, or would take the place of another."""
+    """Raises UserError if the SavedModel could not be written there, or would take the place of
+    another.
+    """
     flag = '--saved_model_dir'
     if not saved_model_dir.strip('/'):
         raise UserError(f'{flag}: name a folder, such as trained_model_serving/1.')
     if gfile.exists(saved_model_dir) and not gfile.isdir(saved_model_dir):
         raise UserError(
-            f"{flag}: '{saved_model_dir}' is a file. Name a folder, such as trained_model_serving/1."
+            f"{flag}: '{saved_model_dir}' is a file. Name a folder, such as "
+            'trained_model_serving/1.'
         )
     if list_dir(saved_model_dir):
         advice = f'The next free version is {flag}={find_free_version(saved_model_dir)}'
         raise UserError(
-            f"{flag}: '{saved_model_dir}' is not empty, and may be a model that is being served. {advice}"
+            f"{flag}: '{saved_model_dir}' is not empty, and may be a model that is being served. "
+            f'{advice}'
         )
     ensure_writable_dir(os.path.dirname(saved_model_dir.rstrip('/')), flag)
     if not os.path.basename(saved_model_dir.rstrip('/')).isdecimal():
         print(
-            f'WARNING: TensorFlow Serving only serves folders with a number as name, unlike {saved_model_dir}'
+            'WARNING: TensorFlow Serving only serves folders with a number as name, unlike '
+            f'{saved_model_dir}'
         )
 
 
 def decode_request(contents: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
     """Decodes the contents of an image file, and resizes the image: float [*size, 3].
 
-    Fails before decoding if they are not JPEG, PNG or GIF, or if the header says more than MAX_PIXELS.
+    Fails before decoding if they are not JPEG, PNG or GIF, or if the header says more than
+    MAX_PIXELS.
     """
     header = (
         tf.strings.substr(contents, 0, 24) + 24 * b'\0'
@@ -1966,7 +2105,9 @@ def decode_request(contents: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
 
 
 class Classifier(tf.Module):
-    """What the SavedModel has: the folded network, the variables of the final layer, and the labels."""
+    """What the SavedModel has: the folded network, the variables of the final layer, and the
+    labels.
+    """
 
     def __init__(self, backbone: Backbone, layer: FinalLayer, labels: list[str]) -> None:
         super().__init__()
@@ -1991,7 +2132,8 @@ class Classifier(tf.Module):
             contents,
             fn_output_signature=spec,
         )
-        # A convolution refuses an empty batch, so it gets one gray image more than there is, if there is none.
+        # A convolution refuses an empty batch, so it gets one gray image more than there is, if
+        # there is none.
         padded = tf.cond(
             tf.size(contents) > 0, lambda: images, lambda: tf.zeros([1, *self.image_size, 3])
         )
@@ -2000,12 +2142,16 @@ class Classifier(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec(None, tf.string, name='image')])
     def predict(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
-        """The original's signature, for an encoded image, string [], and for a batch of them, string [N]."""
+        """The original's signature, for an encoded image, string [], and for a batch of them,
+        string [N].
+        """
         return {'prediction': self.score(tf.reshape(image, [-1])), 'classes': self.labels}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name='image')])
     def predict_rows(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
-        """For REST in row format, where each output has one row per image: its best label, and all, best first."""
+        """For REST in row format, where each output has one row per image: its best label, and all,
+        best first.
+        """
         scores = self.score(image)
         order = tf.argsort(scores, direction='DESCENDING')
         labels, scores = tf.gather(self.labels, order), tf.gather(scores, order, batch_dims=1)
@@ -2013,7 +2159,8 @@ class Classifier(tf.Module):
 
 
 def write_saved_model(classifier: Classifier, saved_model_dir: str) -> str:
-    """Writes a SavedModel that appears whole or not at all, as a server may be watching; returns its folder.
+    """Writes a SavedModel that appears whole or not at all, as a server may be watching; returns
+    its folder.
 
     That is another free version if `saved_model_dir` is no longer empty.
     """
@@ -2048,10 +2195,12 @@ def main_serving(flags: argparse.Namespace) -> None:
     main(flags, export)
     folder = shlex.quote(os.path.abspath(os.path.dirname(written[0])))
     print(
-        f'Wrote the SavedModel {shlex.quote(written[0])}. To serve it at http://localhost:8501 with Docker:'
+        f'Wrote the SavedModel {shlex.quote(written[0])}. To serve it at http://localhost:8501 '
+        'with Docker:'
     )
     print(
-        f'docker run -p 8501:8501 -v {folder}:/models/retrained -e MODEL_NAME=retrained tensorflow/serving'
+        f'docker run -p 8501:8501 -v {folder}:/models/retrained -e MODEL_NAME=retrained '
+        'tensorflow/serving'
     )
 
 

@@ -3,8 +3,8 @@
 
     python3 tf_test.py <path to image> trained_model/unoptimized_model.pb trained_model/labels.txt
 
-prints every label of an image with its score, the best first. Several images, or a folder of them, give one line each:
-path, best label and its score.
+prints every label of an image with its score, the best first. Several images, or a folder of them,
+give one line each: path, best label and its score.
 """
 
 import signal
@@ -148,7 +148,8 @@ def load_graph(path: str) -> GraphDef:
         graph_def.Clear()
     if JPEG_DATA_NODE not in {node.name for node in graph_def.node}:
         raise UserError(
-            f"'{path}' is not a graph with a node {JPEG_DATA_NODE}. Name the --output_graph of the training."
+            f"'{path}' is not a graph with a node {JPEG_DATA_NODE}. Name the --output_graph of the "
+            'training.'
         )
     if not (softmaxes := [node.name for node in graph_def.node if node.op == 'Softmax']):
         raise UserError(
@@ -161,7 +162,9 @@ def load_graph(path: str) -> GraphDef:
 
 
 def list_dir(path: str) -> list[str]:
-    """Returns the names in a folder, sorted, if there is one; raises UserError if a name is not Unicode."""
+    """Returns the names in a folder, sorted, if there is one; raises UserError if a name is not
+    Unicode.
+    """
     try:
         return sorted(name.rstrip('/') for name in gfile.listdir(path)) if gfile.isdir(path) else []
     except UnicodeDecodeError as error:
@@ -171,7 +174,9 @@ def list_dir(path: str) -> list[str]:
 
 
 def find_images(folder: str, left_out: str | None) -> Iterator[str]:
-    """Yields the paths of the images in a folder and below it, sorted, without hidden ones and another folder."""
+    """Yields the paths of the images in a folder and below it, sorted, without hidden ones and
+    another folder.
+    """
     for name in list_dir(folder):
         path = os.path.join(folder, name)
         if (
@@ -202,7 +207,9 @@ def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
 
 
 def read_header(path: str) -> tuple[int, bool]:
-    """Returns how many pixels an image has, and whether its EXIF orientation asks viewers to turn it."""
+    """Returns how many pixels an image has, and whether its EXIF orientation asks viewers to turn
+    it.
+    """
     # Pillow has many kinds of errors.
     with contextlib.suppress(Exception), gfile.GFile(path, 'rb') as file, Image.open(file) as image:
         return image.width * image.height, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
@@ -210,7 +217,9 @@ def read_header(path: str) -> tuple[int, bool]:
 
 
 def load_image(path: str, decode: bool = False) -> bytes:
-    """Returns the contents of an image file; raises UserError if it cannot be used: found by its header, or decoded."""
+    """Returns the contents of an image file; raises UserError if it cannot be used: found by its
+    header, or decoded.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"The image '{path}' cannot be read: only plain files are.")
     pixels, _ = read_header(path)
@@ -234,7 +243,8 @@ def place(path: str, label: str, folder: str) -> None:
 
     It gets a number if another file has its name; raises UserError if nothing can be written there.
     """
-    # A label is a line of a file that anybody may have written: not every line can be the name of a folder.
+    # A label is a line of a file that anybody may have written: not every line can be the name of a
+    # folder.
     folder = os.path.join(folder, re.sub(r'^\.*$', '_', label.replace('/', '_')))
     stem, extension = os.path.splitext(os.path.basename(path))
     try:
@@ -272,12 +282,14 @@ def run_graph(graph_def: GraphDef, contents: bytes, tensor: str) -> np.ndarray:
 
 
 def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
-    """Returns a graph from a node, which becomes a placeholder, to another: for batches, without ops of 2015.
+    """Returns a graph from a node, which becomes a placeholder, to another: for batches, without
+    ops of 2015.
 
-    BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts
-    only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights w, that is a
-    convolution with w * s and a bias of beta - mean * s. CheckNumerics goes too: it is of use only in training. A
-    reshape to a single row becomes one to any number of rows.
+    BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon),
+    where gamma counts only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a
+    convolution with weights w, that is a convolution with w * s and a bias of beta - mean * s.
+    CheckNumerics goes too: it is of use only in training. A reshape to a single row becomes one to
+    any number of rows.
     """
     folded = GraphDef()
     folded.CopyFrom(graph_def)
@@ -320,8 +332,9 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
 
 
 def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]:
-    """Returns a graph with placeholders for its large constants, and these, as {node name: array}."""
-    # TensorFlow takes five seconds longer, and twice the memory, to optimize a graph with 87 MB of constants in it.
+    """Returns a graph with placeholders for its large constants, and these by node name."""
+    # TensorFlow takes five seconds longer, and twice the memory, to optimize a graph with 87 MB of
+    # constants in it.
     structure, weights = GraphDef(versions=graph_def.versions, library=graph_def.library), {}
     for node in graph_def.node:
         if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
@@ -338,7 +351,9 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
 
 
 def create_classifier(graph_def: GraphDef) -> tuple[Callable, np.ndarray]:
-    """Returns a tf.function from images in 0..255, float [N, height, width, 3], to scores, and (height, width)."""
+    """Returns a tf.function from images in 0..255, float [N, height, width, 3], to scores, and
+    (height, width).
+    """
     scores = graph_def.node[-1].name
     nodes = {node.name: node for node in graph_def.node}
     size = tf.make_ndarray(nodes[nodes[RESIZED_INPUT_NODE].input[1]].attr['value'].tensor)
@@ -360,7 +375,9 @@ def create_classifier(graph_def: GraphDef) -> tuple[Callable, np.ndarray]:
 def score_images(
     graph_def: GraphDef, paths: Iterable[str]
 ) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Yields (path, scores) of images in their order; the scores of those that cannot be decoded are None."""
+    """Yields (path, scores) of images in their order; the scores of those that cannot be decoded
+    are None.
+    """
     classify, size = create_classifier(graph_def)
     failures = []
 
@@ -402,11 +419,12 @@ def score_images(
 
 
 def compute_heatmap(graph_def: GraphDef, contents: bytes, index: int) -> np.ndarray:
-    """Returns what each position of the last map adds to the logit of a class, float [rows, columns].
+    """Returns what each position of the last map adds to the logit of a class, float [rows,
+    columns].
 
-    That is the class activation map (Zhou et al. 2016, https://arxiv.org/abs/1512.04150): as only affine ops follow the
-    mean over the positions, each position has logits of its own, whose mean are the logits of the image. Raises
-    UserError for a network where that is not so.
+    That is the class activation map (Zhou et al. 2016, https://arxiv.org/abs/1512.04150): as only
+    affine ops follow the mean over the positions, each position has logits of its own, whose mean
+    are the logits of the image. Raises UserError for a network where that is not so.
     """
     nodes = {node.name: node for node in graph_def.node}
     logits = graph_def.node[-1].input[0]
@@ -415,7 +433,10 @@ def compute_heatmap(graph_def: GraphDef, contents: bytes, index: int) -> np.ndar
         mean = nodes[mean.input[0]]
     features = run_graph(graph_def, contents, mean.input[0] if mean.input else mean.name)
     shape = run_graph(graph_def, contents, mean.name).shape
-    problem = '--heatmap: this network has no class activation map. Use Inception-v3, or leave the flag out.'
+    problem = (
+        '--heatmap: this network has no class activation map. Use Inception-v3, or leave the '
+        'flag out.'
+    )
     if features.ndim != 4 or shape[-1] != features.shape[-1]:
         raise UserError(problem)
     rest = fold(graph_def, mean.name, [None, *shape[1:]], logits)
@@ -492,12 +513,14 @@ def rank(
     """Returns (label, score), the best first."""
     if len(labels) != len(scores):
         raise UserError(
-            f"'{flags.labels}' has {len(labels)} labels, but '{flags.graph}' has {len(scores)} classes. "
+            f"'{flags.labels}' has {len(labels)} labels, but '{flags.graph}' has {len(scores)} "
+            'classes. '
             'Name files of one training.'
         )
     if not np.isfinite(scores).all():
         raise UserError(
-            f"'{flags.graph}' is damaged: its scores are not finite. Train again, or get another copy."
+            f"'{flags.graph}' is damaged: its scores are not finite. Train again, or get another "
+            'copy.'
         )
     return [(labels[index], round(float(scores[index]), 7)) for index in np.argsort(-scores)]
 
@@ -511,7 +534,9 @@ def save_picture(picture: Image.Image, target: str) -> None:
 
 
 def label_images(flags: argparse.Namespace) -> None:
-    """Labels images; raises UserError for what the user can fix, after all images that can be labeled."""
+    """Labels images; raises UserError for what the user can fix, after all images that can be
+    labeled.
+    """
     is_single = (
         len(flags.images) == 1 and flags.images[0] != '-' and not gfile.isdir(flags.images[0])
     )
@@ -553,7 +578,8 @@ def label_images(flags: argparse.Namespace) -> None:
             )
     if not count:
         raise UserError(
-            f'There is no image in {", ".join(flags.images)}. Name a folder with {" ".join(IMAGE_EXTENSIONS)}'
+            f'There is no image in {", ".join(flags.images)}. Name a folder with '
+            f'{" ".join(IMAGE_EXTENSIONS)}'
         )
     if failed:
         raise UserError(f'{failed} of {count} images could not be labeled.')
@@ -570,5 +596,6 @@ if __name__ == '__main__':
     except (tf.errors.OpError, LookupError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         sys.exit(
-            f"ERROR: '{parsed_flags.graph}' cannot be run: {reason}. Name the --output_graph of the training."
+            f"ERROR: '{parsed_flags.graph}' cannot be run: {reason}. Name the --output_graph of "
+            'the training.'
         )

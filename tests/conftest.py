@@ -41,7 +41,9 @@ def job(tmp_path, model, monkeypatch, capsys):
 
 @pytest.fixture(scope='session')
 def trained(tmp_path_factory, model):
-    """A finished run of tf_retrain.py, for tests that only look at what it left; .process is the finished process."""
+    """A finished run of tf_retrain.py, for tests that only look at what it left; .process is the
+    finished process.
+    """
     job = Job(tmp_path_factory.mktemp('trained'), model).photographs(cat=60, dog=60, Red_Fox=25)
     job.process = job.run('--print_misclassified_test_images')
     return job
@@ -49,7 +51,9 @@ def trained(tmp_path_factory, model):
 
 @pytest.fixture(scope='session', params=['inception', 'mobilenet', 'module'])
 def networks(request, tmp_path_factory, model):
-    """A finished run of retrain_serving.py with each kind of network; .network are the flags that ask for it."""
+    """A finished run of retrain_serving.py with each kind of network; .network are the flags that
+    ask for it.
+    """
     job = Job(tmp_path_factory.mktemp(request.param), model).photographs(cat=60, dog=60, Red_Fox=25)
     write_mobilenet(job.folder / 'inception', '0.25_128')
     write_module(job.folder / 'module')

@@ -1,7 +1,8 @@
-"""Small networks with the ops, names and versions of the published ones; photographs; a way to run the scripts."""
+"""Photographs, feature vectors, servers and a way to run the scripts: what many tests share."""
 
 import contextlib
 import http.server
+import json
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ import threading
 import forks
 import numpy as np
 import pytest
+from networks import build_model, write_mobilenet  # noqa: F401 (for the tests)
 from PIL import Image
 
 import tf_retrain
@@ -22,202 +24,11 @@ from tf_retrain import UserError
 tf = tf_retrain.tf
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / 'shared'
-
-
-class GraphWriter:
-    """Appends nodes to a GraphDef whose producer version stays 0, as that of the 2015 graph is."""
-
-    def __init__(self):
-        self.graph_def = tf.compat.v1.GraphDef()
-        self.rng = np.random.default_rng(0)
-
-    def node(self, name, op, inputs=(), **attrs):
-        node = self.graph_def.node.add(name=name, op=op, input=list(inputs))
-        for key, value in attrs.items():
-            node.attr[key].CopyFrom(value)
-        return name
-
-    def const(self, name, value):
-        tensor = tf.make_tensor_proto(value)
-        return self.node(name, 'Const', dtype=attr(type=tensor.dtype), value=attr(tensor=tensor))
-
-    def conv(
-        self, name, source, size, channels, filters, stride=1, padding=b'SAME', scale_after=False
-    ):
-        """A convolution, its batch norm, the check of its numbers, and a Relu: as in the 2015 graph."""
-        rng = self.rng
-        weights = rng.normal(
-            0, np.sqrt(2 / (size * size * channels)), [size, size, channels, filters]
-        )
-        self.const(f'{name}/conv2d_params', weights.astype(np.float32))
-        strides = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, stride, stride, 1]))
-        conv_inputs = [source, f'{name}/conv2d_params']
-        self.node(
-            f'{name}/Conv2D',
-            'Conv2D',
-            conv_inputs,
-            T=FLOAT,
-            strides=strides,
-            padding=attr(s=padding),
-        )
-        statistics = {
-            'moving_mean': rng.normal(0, 0.1, filters),
-            'moving_variance': rng.uniform(0.5, 1.5, filters),
-            'beta': rng.normal(0, 0.1, filters),
-            'gamma': rng.uniform(0.5, 1.5, filters),
-        }
-        inputs = [
-            self.const(f'{name}/batchnorm/{k}', v.astype(np.float32)) for k, v in statistics.items()
-        ]
-        norm = self.node(
-            f'{name}/batchnorm',
-            'BatchNormWithGlobalNormalization',
-            [f'{name}/Conv2D', *inputs],
-            T=FLOAT,
-            variance_epsilon=attr(f=0.001),
-            scale_after_normalization=attr(b=scale_after),
-        )
-        check = self.node(
-            f'{name}/CheckNumerics', 'CheckNumerics', [norm], T=FLOAT, message=attr(s=b'batchnorm')
-        )
-        self.node(f'{name}/control_dependency', 'Identity', [norm, f'^{check}'], T=FLOAT)
-        return self.node(name, 'Relu', [f'{name}/control_dependency'], T=FLOAT)
-
-    def pool(self, name, op, source, size, stride):
-        window = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, size, size, 1]))
-        strides = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, stride, stride, 1]))
-        return self.node(
-            name, op, [source], T=FLOAT, ksize=window, strides=strides, padding=attr(s=b'VALID')
-        )
-
-
-def attr(**value):
-    return tf.compat.v1.AttrValue(**value)
-
-
-FLOAT = attr(type=tf.float32.as_datatype_enum)
-
-
-def build_model():
-    """Returns the small model: JPEG bytes in, 2,048 numbers and the old softmax out, a millisecond an image."""
-    g = GraphWriter()
-    g.const('DecodeJpeg/contents', b'')
-    g.node(
-        'DecodeJpeg',
-        'DecodeJpeg',
-        ['DecodeJpeg/contents'],
-        channels=attr(i=3),
-        fancy_upscaling=attr(b=True),
-    )
-    g.node('Cast', 'Cast', ['DecodeJpeg'], SrcT=attr(type=tf.uint8.as_datatype_enum), DstT=FLOAT)
-    g.node('ExpandDims', 'ExpandDims', ['Cast', g.const('ExpandDims/dim', np.int32(0))], T=FLOAT)
-    size = g.const('ResizeBilinear/size', np.array([299, 299], np.int32))
-    g.node('ResizeBilinear', 'ResizeBilinear', ['ExpandDims', size], T=FLOAT)
-    g.node('Sub', 'Sub', ['ResizeBilinear', g.const('Sub/y', np.float32(128))], T=FLOAT)
-    g.node('Mul', 'Mul', ['Sub', g.const('Mul/y', np.float32(0.0078125))], T=FLOAT)
-    g.conv('conv', 'Mul', 16, 3, 8, stride=16, padding=b'VALID', scale_after=True)
-    g.pool('pool', 'MaxPool', 'conv', 3, 3)
-    towers = [g.conv('mixed/conv', 'pool', 1, 8, 16), g.conv('mixed/tower/conv', 'pool', 3, 8, 16)]
-    dim = g.const('mixed/concat_dim', np.int32(3))
-    g.node('mixed/join', 'Concat', [dim, *towers], T=FLOAT, N=attr(i=2))
-    g.conv('mixed_10/conv', 'mixed/join', 1, 32, 2048)
-    g.pool('pool_3', 'AvgPool', 'mixed_10/conv', 6, 1)
-    shape = g.const('pool_3/_reshape/shape', np.array([1, 2048], np.int32))
-    g.node('pool_3/_reshape', 'Reshape', ['pool_3', shape], T=FLOAT)
-    weights = g.const('softmax/weights', g.rng.normal(0, 0.03, [2048, 10]).astype(np.float32))
-    g.node('softmax/logits', 'MatMul', ['pool_3/_reshape', weights], T=FLOAT)
-    g.node('softmax', 'Softmax', ['softmax/logits'], T=FLOAT)
-    return g.graph_def
-
-
-def write_mobilenet(model_dir, size):
-    """Writes a small network with names, ops and layout of the published MobileNet v1 <size>, such as '0.25_128'."""
-    side = int(size.split('_')[1])
-    g = GraphWriter()
-    g.node(
-        'input',
-        'Placeholder',
-        dtype=FLOAT,
-        shape=attr(shape=tf.TensorShape([1, side, side, 3]).as_proto()),
-    )
-
-    def read(name, *shape):
-        deviation = np.sqrt(2 / np.prod(shape[:3])) if len(shape) == 4 else 0.1
-        value = g.rng.normal(0 if len(shape) == 4 else 1, deviation, shape)
-        g.const(
-            name, np.abs(value).astype(np.float32) if len(shape) == 1 else value.astype(np.float32)
-        )
-        location = attr(list=tf.compat.v1.AttrValue.ListValue(s=[f'loc:@{name}'.encode()]))
-        return g.node(f'{name}/read', 'Identity', [name], T=FLOAT, _class=location)
-
-    def layer(name, op, source, weights, filters, stride, **attrs):
-        strides = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, stride, stride, 1]))
-        x = g.node(
-            f'{name}/convolution',
-            op,
-            [source, weights],
-            T=FLOAT,
-            strides=strides,
-            padding=attr(s=b'SAME'),
-        )
-        mean, variance, beta, gamma = (
-            read(f'{name}/BatchNorm/{key}', filters)
-            for key in ('moving_mean', 'moving_variance', 'beta', 'gamma')
-        )
-        norm = f'{name}/BatchNorm/batchnorm'
-        x = g.node(f'{norm}/mul_1', 'Mul', [x, f'{norm}/mul'], T=FLOAT)
-        x = g.node(f'{norm}/add_1', 'Add', [x, f'{norm}/sub'], T=FLOAT)
-        g.node(
-            f'{norm}/add', 'Add', [variance, g.const(f'{norm}/add/y', np.float32(0.001))], T=FLOAT
-        )
-        g.node(f'{norm}/Rsqrt', 'Rsqrt', [f'{norm}/add'], T=FLOAT)
-        g.node(f'{norm}/mul', 'Mul', [f'{norm}/Rsqrt', gamma], T=FLOAT)
-        g.node(f'{norm}/mul_2', 'Mul', [mean, f'{norm}/mul'], T=FLOAT)
-        g.node(f'{norm}/sub', 'Sub', [beta, f'{norm}/mul_2'], T=FLOAT)
-        return g.node(f'{name}/Relu6', 'Relu6', [x], T=FLOAT)
-
-    x = layer(
-        'MobilenetV1/Conv2d_0',
-        'Conv2D',
-        'input',
-        read('MobilenetV1/Conv2d_0/weights', 8, 8, 3, 16),
-        16,
-        8,
-    )
-    weights = read('MobilenetV1/Conv2d_1_depthwise/depthwise_weights', 3, 3, 16, 1)
-    x = layer('MobilenetV1/Conv2d_1_depthwise', 'DepthwiseConv2dNative', x, weights, 16, 1)
-    x = g.pool('MobilenetV1/Logits/AvgPool_1a/AvgPool', 'AvgPool', x, side // 8, 2)
-    one = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, 1, 1, 1]))
-    inputs = [x, read('MobilenetV1/Logits/Conv2d_1c_1x1/weights', 1, 1, 16, 1001)]
-    x = g.node(
-        'MobilenetV1/Logits/Conv2d_1c_1x1/convolution',
-        'Conv2D',
-        inputs,
-        T=FLOAT,
-        strides=one,
-        padding=attr(s=b'SAME'),
-    )
-    x = g.node(
-        'MobilenetV1/Logits/Conv2d_1c_1x1/BiasAdd',
-        'BiasAdd',
-        [x, read('MobilenetV1/Logits/biases', 1001)],
-        T=FLOAT,
-    )
-    squeezed = attr(list=tf.compat.v1.AttrValue.ListValue(i=[1, 2]))
-    x = g.node('MobilenetV1/Logits/SpatialSqueeze', 'Squeeze', [x], T=FLOAT, squeeze_dims=squeezed)
-    shape = g.const('MobilenetV1/Predictions/Reshape/shape', np.array([-1, 1001], np.int32))
-    x = g.node('MobilenetV1/Predictions/Reshape', 'Reshape', [x, shape], T=FLOAT)
-    g.node('MobilenetV1/Predictions/Softmax', 'Softmax', [x], T=FLOAT)
-    # The published graphs are not in topological order either.
-    graph_def = tf.compat.v1.GraphDef(node=reversed(g.graph_def.node))
-    path = model_dir / f'mobilenet_v1_{size}' / 'frozen_graph.pb'
-    path.parent.mkdir(parents=True)
-    path.write_bytes(graph_def.SerializeToString())
-    return path
+GRAPH, LABELS = 'trained_model/unoptimized_model.pb', 'trained_model/labels.txt'
 
 
 class FeatureVector(tf.Module):
-    """A small image feature vector, called as those of TensorFlow Hub are: images in 0..1 to [N, 37]."""
+    """A small feature vector, called as those of TensorFlow Hub are: images in 0..1 to [N, 37]."""
 
     def __init__(self, height=96, width=128, seed=0):
         super().__init__()
@@ -242,7 +53,7 @@ COLOURS = [(200, 60, 60), (60, 60, 200), (60, 200, 60), (200, 200, 60)]
 
 
 def write_photographs(folder, label, count, colour, **save):
-    """Writes `count` JPEG files of noise around a colour, which the small model tells apart with ease."""
+    """Writes JPEG files of noise around a colour, which the small model tells apart with ease."""
     rng = np.random.default_rng(len(label))
     target = folder / label
     target.mkdir(parents=True, exist_ok=True)
@@ -316,7 +127,7 @@ class Job:
         return subprocess.Popen(command, cwd=self.folder, **pipes, preexec_fn=default_ctrl_c)
 
     def main(self, *more, **changes):
-        """Does the same job inside of this process, where TensorFlow is; returns what it printed."""
+        """Does the same job in this process, where TensorFlow is; returns what it printed."""
         self.monkeypatch.chdir(self.folder)
         tf_retrain.main(parse(*self.arguments(*more, **changes)))
         return self.capsys.readouterr().out
@@ -335,6 +146,18 @@ class Job:
         backbone = tf_retrain.load_backbone(flags)
         self.bottlenecks, self.readable = tf_retrain.cache_bottlenecks(images, backbone, flags)
         return self.capsys.readouterr().out
+
+    def cache_file(self, file):
+        return self.folder / 'bottlenecks' / f'{file}.txt'
+
+    def check_bottlenecks(self, *files):
+        """The cache files of some images hold what TensorFlow 1 makes of them, as the original."""
+        images = [(self.data / file).read_bytes() for file in files]
+        results = run_v1_on_all(build_model(), images, 'pool_3/_reshape:0')
+        for file, (expected,) in zip(files, results, strict=True):
+            found = np.array(self.cache_file(file).read_text().split(','), float)
+            atol = 1e-5 * np.abs(expected).max()
+            np.testing.assert_allclose(found, expected, atol=atol, err_msg=file)
 
     def graph(self):
         return tf.compat.v1.GraphDef.FromString(
@@ -365,7 +188,7 @@ def get_set(folder, path, testing=10):
 
 
 def created(out):
-    """Returns the images, 'folder/file', whose bottlenecks a run says to have computed, each as often as it says so."""
+    """Returns the images, 'folder/file', whose bottlenecks a run says that it has computed."""
     return sorted(re.findall(r'Creating bottleneck at bottlenecks/(.*)\.txt', out))
 
 
@@ -383,7 +206,7 @@ def default_ctrl_c():
 
 
 def run_v1_on_all(graph_def, images, tensor):
-    """Returns a tensor of a graph for each of some encoded images, by the v1 Session that the original used."""
+    """Returns a tensor of a graph for each encoded image, by a v1 Session as the original."""
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         tf.import_graph_def(graph_def, name='')
         return [session.run(tensor, {'DecodeJpeg/contents:0': image_data}) for image_data in images]
@@ -394,13 +217,33 @@ def run_v1(graph_def, image_data, tensor):
 
 
 def get_scores(graph_def, image_data):
-    """Returns what tf_test.py makes of an encoded image, by the softmax that ends a graph: float [classes]."""
+    """Returns the scores that tf_test.py gives an encoded image: float [classes]."""
     return tf_test.run_graph(graph_def, image_data, graph_def.node[-1].name)[0]
+
+
+def label_images(folder, images, graph=GRAPH, labels=LABELS):
+    """Returns the scores that tf_test.py prints, [images, classes] in the order of the labels."""
+    names = (folder / labels).read_text().splitlines()
+    process = run('tf_test.py', '--json', *images, graph, labels, cwd=folder)
+    answers = [json.loads(line) for line in process.stdout.splitlines()]
+    scores = [dict(zip(answer['labels'], answer['scores'], strict=True)) for answer in answers]
+    return np.array([[row[name] for name in names] for row in scores])
+
+
+def read_cache(path):
+    """Returns the bottleneck in a cache file."""
+    return np.array(path.read_text().split(','), np.float32)
+
+
+def resize(path, size):
+    """Decodes and resizes an image as version 1 of TensorFlow does: float [1, *size, 3]."""
+    image = tf.cast(tf.io.decode_jpeg(path.read_bytes(), 3), tf.float32)[tf.newaxis]
+    return tf.compat.v1.image.resize_bilinear(image, size).numpy()
 
 
 @contextlib.contextmanager
 def serve(answer):
-    """Has answer(handler) answer GET requests at a port of this machine, from which it yields the URL."""
+    """Has answer(handler) answer GET requests at a free port, and yields the URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -421,37 +264,6 @@ def send(handler, body, length=None, status=200):
     handler.send_header('Content-Length', str(len(body) if length is None else length))
     handler.end_headers()
     handler.wfile.write(body)
-
-
-class DataService:
-    """A dispatcher in this process, and two worker processes."""
-
-    WORKER = """
-import sys
-import tensorflow as tf
-service = tf.data.experimental.service
-server = service.WorkerServer(service.WorkerConfig(dispatcher_address=sys.argv[1]))
-print('up', flush=True)
-server.join()
-"""
-
-    def __enter__(self):
-        self.dispatcher = tf.data.experimental.service.DispatchServer()
-        command = [
-            sys.executable,
-            '-c',
-            self.WORKER,
-            self.dispatcher.target.removeprefix('grpc://'),
-        ]
-        pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.DEVNULL}
-        self.workers = [subprocess.Popen(command, **pipes) for _ in range(2)]
-        assert [worker.stdout.readline() for worker in self.workers] == [b'up\n', b'up\n']
-        return self
-
-    def __exit__(self, *exception):
-        for worker in self.workers:
-            worker.kill()
-            worker.wait()
 
 
 def read_all(folder):

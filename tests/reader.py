@@ -1,52 +1,44 @@
 """A reader of a README.md, who does what it says."""
 
+import contextlib
+import http.server
 import os
 import pathlib
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from unittest import mock
 
+import forks
 from helpers import ROOT
 
 CI = ('pipenv run quickstart', 'pipenv run test')  # .ci/run runs these
 IMAGE = 'data/dog/dog 0.jpg'
+BIN = pathlib.Path(sys.executable).parent
+SERVER = 'http.server.ThreadingHTTPServer'
 
 
 def read_blocks(readme, section=None):
-    """Returns the blocks of a README.md, or of a section, in their order as (language, text): those in sh by lines."""
+    """Returns the blocks of a README.md, or of a section, as (language, text): in sh, each line."""
     document = (ROOT / readme).read_text()
     if section:
         document = re.search(rf'^## {section}\n(.*?)(?=^## |\Z)', document, re.M | re.S)[1]
     blocks = []
     for language, text in re.findall(r'^```(\w+)\n(.*?)^```', document, re.M | re.S):
-        is_shell = language == 'sh'
-        blocks += [
-            (language, line)
-            for line in (text.replace('\\\n', '').splitlines() if is_shell else [text])
-        ]
+        lines = text.replace('\\\n', '').splitlines() if language == 'sh' else [text]
+        blocks += [(language, line) for line in lines]
     return blocks
 
 
-def environment():
-    """python3 and tensorboard are those of the environment that runs the tests, as after `. .venv/bin/activate`."""
-    path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ['PATH']])
-    return {**os.environ, 'PATH': path}
-
-
 def shell(command, folder):
-    process = subprocess.run(
-        command,
-        shell=True,
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """Runs a line; python3 is that of the environment that runs the tests, as if it were active."""
+    environment = {**os.environ, 'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}'}
+    options = {'capture_output': True, 'text': True, 'timeout': 300}
+    process = subprocess.run(command, shell=True, cwd=folder, env=environment, **options)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
@@ -54,21 +46,28 @@ def shell(command, folder):
 class Reader:
     """Does what a README.md says, in a folder; .outputs are (command, what it printed).
 
-    Servers are left running, until the reader leaves, on other ports than those of the text: .ports.
+    Python programs run in forks, where TensorFlow is. Only the first line of each script in `new`
+    is typed into a shell. Servers run until the reader leaves. Their ports are those of the
+    operating system: .ports has them by the port in the text.
     """
 
-    def __init__(self, folder, **names):
-        self.folder, self.names = folder, names
-        self.outputs = []
-        self.servers = []
-        self.ports = {port: str(free_port()) for port in ('5000', '5001', '6006', '8000', '8501')}
+    def __init__(self, folder, new=(), **names):
+        self.folder, self.new, self.names = folder, set(new), names
+        self.outputs, self.ports = [], {}
+        self.stack = contextlib.ExitStack()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.stack.close()
 
     def follow(self, readme, section=None):
         for language, text in read_blocks(readme, section):
             if language == 'sh':
                 self.outputs.append((text, self.type(text)))
             elif 'serve_forever' in text:
-                self.serve(shlex.join(['python3', '-c', text]))
+                self.serve_block(text)
             elif language == 'python':
                 exec(text, self.names)
         return self
@@ -77,72 +76,94 @@ class Reader:
         """Runs a line. The environment is there already."""
         if command.endswith(CI) or command == '. .venv/bin/activate' or ' pip install ' in command:
             return ''
-        if command.startswith('tensorboard'):
-            return self.serve(f'{command} --host localhost --port 6006')
-        if re.search('[dD]ispatcher|http.server', command):
-            return self.serve(command)
-        return shell(command.replace('<path to image>', f'"{IMAGE}"'), self.folder)
+        command = command.replace('<path to image>', f'"{IMAGE}"')
+        program, *arguments = shlex.split(command)
+        if 'ispatch' in command:
+            return self.serve_data(arguments)
+        if command.startswith('python3 -m http.server'):
+            return self.serve([*arguments[:-1], 0], arguments[-1], r'port (\d+)')
+        if program == 'tensorboard':
+            arguments = [BIN / program, *arguments, '--host=localhost', '--port=0']
+            return self.serve(arguments, '6006', r'http://localhost:(\d+)')
+        if arguments[0] in self.new:
+            self.new.remove(arguments[0])
+            return shell(command, self.folder)
+        if program == 'saved_model_cli':
+            arguments = [BIN / program, *arguments]
+        elif program != 'python3':
+            return shell(command, self.folder)
+        process = forks.run(arguments, self.folder)
+        assert process.returncode == 0, process.stdout + process.stderr
+        return process.stdout
 
-    def serve(self, command):
-        """Starts a server, and waits until it listens; a worker of the tf.data service also names its dispatcher."""
-        port = max(re.findall('|'.join(self.ports), command))
-        command = re.sub('|'.join(self.ports), lambda match: self.ports[match[0]], command)
-        null = subprocess.DEVNULL
-        options = {
-            'shell': True,
-            'cwd': self.folder,
-            'env': environment(),
-            'stdout': null,
-            'stderr': null,
-        }
-        self.servers.append(subprocess.Popen(command, start_new_session=True, **options))
-        wait_for(int(self.ports[port]))
+    def serve(self, arguments, port, pattern):
+        """Starts a server, which prints the port that it got."""
+        process = self.stack.enter_context(forks.Fork(arguments, self.folder))
+        self.ports[port] = process.wait_for(pattern)
         return ''
 
-    def __enter__(self):
-        return self
+    def serve_data(self, arguments):
+        """Starts the dispatcher or the worker of the README: their ports are kept free for them."""
+        for port in sorted(set(re.findall(r'\d{4}', arguments[-1]))):
+            if port not in self.ports:
+                self.ports[port] = self.reserve()
+                newest = self.ports[port]
+        changed = re.sub(r'\d{4}', lambda match: self.ports[match[0]], arguments[-1])
+        process = self.stack.enter_context(forks.Fork([*arguments[:-1], changed], self.folder))
+        wait_for_listener(newest, process)
+        return ''
 
-    def __exit__(self, *exception):
-        for server in self.servers:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
+    def reserve(self):
+        """Returns a free port which nobody gets but who asks for it with SO_REUSEPORT, as gRPC."""
+        probe = self.stack.enter_context(socket.socket())
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        probe.bind(('', 0))
+        return str(probe.getsockname()[1])
+
+    def serve_block(self, text):
+        """Runs a block that serves forever in a thread, on a port of the operating system."""
+        is_up = threading.Event()
+
+        def create(address, handler, create=http.server.ThreadingHTTPServer):
+            server = create((address[0], 0), handler)
+            self.ports[str(address[1])] = str(server.server_port)
+            self.stack.callback(server.server_close)
+            self.stack.callback(server.shutdown)
+            is_up.set()
+            return server
+
+        with mock.patch(SERVER, create):
+            threading.Thread(target=exec, args=[text, {}], daemon=True).start()
+            assert is_up.wait(120)
 
     def find(self, text):
         """Returns what the commands with a text in them printed."""
         return [output for command, output in self.outputs if text in command]
 
 
-def wait_for(port, seconds=60):
-    """Waits until something listens on a port of this machine."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+def wait_for_listener(port, process):
+    """Waits until the process listens on a port of this machine."""
+    end = time.monotonic() + 120
+    while True:
         with socket.socket() as probe:
-            if not probe.connect_ex(('localhost', port)):
+            if not probe.connect_ex(('localhost', int(port))):
                 return
-        time.sleep(0.2)
-    raise AssertionError(f'nothing listens on port {port}')
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(('localhost', 0))
-        return probe.getsockname()[1]
+        assert process.process.is_alive() and time.monotonic() < end, process.read()
+        time.sleep(0.05)
 
 
 TRAIN = [
-    *(
-        '--bottleneck_dir=bottlenecks/',
-        '--how_many_training_steps=100',
-        '--model_dir=inception/',
-        '--random_seed=1',
-    ),
-    *(
-        '--output_graph=trained_model/unoptimized_model.pb',
-        '--output_labels=trained_model/labels.txt',
-    ),
-    *('--image_dir=data/', '--summaries_dir=logs'),
+    '--bottleneck_dir=bottlenecks/',
+    '--how_many_training_steps=100',
+    '--model_dir=inception/',
+    '--random_seed=1',
+    '--output_graph=trained_model/unoptimized_model.pb',
+    '--output_labels=trained_model/labels.txt',
+    '--image_dir=data/',
+    '--summaries_dir=logs',
 ]
 
 
 def train(script, *flags):
-    subprocess.run([sys.executable, script, *TRAIN, *flags], check=True, capture_output=True)
+    process = forks.run([os.path.abspath(script), *TRAIN, *flags])
+    assert process.returncode == 0, process.stdout + process.stderr

@@ -1,5 +1,7 @@
 """What a run says of its data set: near copies, and images in a wrong folder."""
 
+import contextlib
+import io
 import itertools
 import re
 import shutil
@@ -81,71 +83,81 @@ def test_of_many_images_those_for_training_are_not_compared_with_each_other(monk
 @pytest.mark.parametrize('noise', [0, 0.03, 0.045, 0.06])
 @pytest.mark.parametrize('size', [4, 200])
 def test_short_vectors_miss_no_pair(noise, size):
-    """The pairs are those that a plain comparison of all finds, at every distance from the threshold."""
+    """A plain comparison finds the same pairs, at every distance from the threshold."""
     rng = np.random.default_rng(0)
     half = rng.exponential(1, [600, size])
     bottlenecks = np.float32(
         np.concatenate([half, half * (1 + noise * rng.normal(0, 2.2, half.shape))])
     )
-    images = make(['training', 'testing'] * 600, [0] * 1200)
+    images = make([TRAINING, TESTING] * 600, [0] * 1200)
     units = bottlenecks / np.linalg.norm(bottlenecks, axis=1, keepdims=True)
-    similarity = units @ units.T
-    np.fill_diagonal(similarity, 0)
-    leaks = (images.sets == 'training') & (images.sets == 'testing')[:, None]
-    leaked = ((similarity >= tf_retrain.DUPLICATE_SIMILARITY) & leaks).any(axis=1).sum()
-    pairs, found = find(images, bottlenecks)
-    assert found == leaked
-    assert set(itertools.chain(*pairs)) == set(
-        np.flatnonzero(similarity.max(axis=1) >= tf_retrain.DUPLICATE_SIMILARITY)
-    )
+    is_alike = units @ units.T >= tf_retrain.DUPLICATE_SIMILARITY
+    np.fill_diagonal(is_alike, False)
+    pairs, leaked = find(images, bottlenecks)
+    assert leaked == is_alike[1::2, ::2].any(axis=1).sum()
+    assert set(itertools.chain(*pairs)) == set(np.flatnonzero(is_alike.any(axis=1)))
 
 
 @pytest.fixture(scope='module')
-def doubled(tmp_path_factory, model):
-    """Photographs with a cache of random bottlenecks; thirteen are copies, one of them under another label."""
-    job = Job(tmp_path_factory.mktemp('doubled'), model).photographs(cat=60, dog=60)
-    copies = {f'cat/copy {i}.jpg': f'cat/cat {i}.jpg' for i in range(1, 13)} | {
-        'dog/stray.jpg': 'cat/cat 0.jpg'
-    }
-    for copy, file in copies.items():
-        shutil.copy(job.data / file, job.data / copy)
-    rng = np.random.default_rng(0)
-    for path in sorted(
-        job.data.rglob('*.jpg'), key=lambda path: f'{path.parent.name}/{path.name}' in copies
+def start(tmp_path_factory, model):
+    """Returns a function that starts a job with photographs, for several tests."""
+    return lambda name: Job(tmp_path_factory.mktemp(name), model).photographs(cat=60, dog=60)
+
+
+def run(job, *more, **changes):
+    """Does such a job inside of this process; returns what it printed."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as out,
     ):
-        file = f'{path.parent.name}/{path.name}'
-        cached = job.folder / 'bottlenecks' / f'{file}.txt'
+        patch.chdir(job.folder)
+        tf_retrain.main(parse(*job.arguments(*more, **changes)))
+    return out.getvalue()
+
+
+COPIES = {f'cat/copy {i}.jpg': f'cat/cat {i}.jpg' for i in range(1, 13)}
+COPIES['dog/stray.jpg'] = 'cat/cat 0.jpg'
+
+
+@pytest.fixture(scope='module')
+def doubled(start):
+    """A job with copies, one of them under another label, and a cache of random bottlenecks."""
+    job = start('doubled')
+    rng = np.random.default_rng(0)
+    for path in sorted(job.data.rglob('*.jpg')):
+        cached = job.cache_file(path.relative_to(job.data))
         cached.parent.mkdir(parents=True, exist_ok=True)
-        if file in copies:
-            shutil.copy(job.folder / 'bottlenecks' / f'{copies[file]}.txt', cached)
-        else:
-            cached.write_text(','.join(map(str, rng.exponential(0.5, 2048))))
-    job.process = job.run()
+        cached.write_text(','.join(map(str, rng.exponential(0.5, 2048))))
+    for copy, file in COPIES.items():
+        shutil.copy(job.data / file, job.data / copy)
+        shutil.copy(job.cache_file(file), job.cache_file(copy))
     return job
 
 
+def named(lines):
+    return [line for line in lines if line.startswith('  data/')]
+
+
 def test_near_copies_are_reported_before_the_training(doubled):
-    lines = doubled.process.stdout.splitlines()
-    start = next(i for i, line in enumerate(lines) if 'near copies' in line)
-    assert lines[start].startswith('WARNING: pairs of near copies with different labels: 1. ')
-    assert re.fullmatch(
-        r'WARNING: validation or test images with near copies in the training set: \d+\. .*',
-        lines[start + 1],
-    )
-    named = [line for line in lines if re.match(r'  data/', line)]
-    assert len(named) == 10
-    assert 'data/cat/cat 0.jpg' in named[0] and 'data/dog/stray.jpg' in named[0]
+    lines = run(doubled).splitlines()
+    mislabeled, leaked = (line for line in lines if line.startswith('WARNING: ') and 'near' in line)
+    assert mislabeled.startswith('WARNING: pairs of near copies with different labels: 1. ')
+    warning = 'WARNING: validation or test images with near copies in the training set'
+    assert re.match(rf'{warning}: [1-9]\d*\. ', leaked)
+    first, *others = named(lines)
+    assert len(others) == 9
+    assert 'data/cat/cat 0.jpg' in first
+    assert 'data/dog/stray.jpg' in first
     assert '  and 3 more pairs of near copies, which --print_duplicates names' in lines
-    assert lines.index(named[-1]) < next(i for i, line in enumerate(lines) if 'Step 0:' in line)
+    steps = [i for i, line in enumerate(lines) if 'Step 0:' in line]
+    assert lines.index(others[-1]) < steps[0]
 
 
-def test_all_near_copies_are_named_on_demand(doubled, capsys):
-    doubled.main('--print_duplicates')
-    lines = capsys.readouterr().out.splitlines()
-    named = [line for line in lines if re.match(r'  data/', line)]
-    assert len(named) == 13
-    for i in range(1, 13):
-        assert sum(f'cat {i}.jpg' in line and f'copy {i}.jpg' in line for line in named) == 1
+def test_all_near_copies_are_named_on_demand(doubled):
+    lines = named(run(doubled, '--print_duplicates').splitlines())
+    assert len(lines) == 13
+    for copy, file in COPIES.items():
+        assert sum(f'data/{copy} (' in line and f'data/{file} (' in line for line in lines) == 1
 
 
 SUSPECT = re.compile(r' *(data/.+\.jpg)  (\w+) (\d\.\d\d)  (\w+) (\d\.\d\d)')
@@ -153,99 +165,90 @@ SUSPECT = re.compile(r' *(data/.+\.jpg)  (\w+) (\d\.\d\d)  (\w+) (\d\.\d\d)')
 
 def suspects(out):
     lines = out.splitlines()
-    start = lines.index('=== SUSPECT IMAGES ===')
-    matches = list(itertools.takewhile(bool, map(SUSPECT.fullmatch, lines[start + 1 :])))
-    assert lines[start + 1 + len(matches)].startswith('Look at these images')
+    start = lines.index('=== SUSPECT IMAGES ===') + 1
+    matches = list(itertools.takewhile(bool, map(SUSPECT.fullmatch, lines[start:])))
+    assert lines[start + len(matches)].startswith('Look at these images')
     return [match.groups() for match in matches]
 
 
 @pytest.fixture(scope='module')
-def swapped(tmp_path_factory, model):
-    """Photographs, three of them in the wrong folder; and what a run with --find_suspects prints."""
-    job = Job(tmp_path_factory.mktemp('swapped'), model).photographs(cat=60, dog=60)
+def swapped(start):
+    """A job with three photographs in the wrong folder, and what it prints of suspects."""
+    job = start('swapped')
     for i in range(2):
         (job.data / f'cat/cat {i}.jpg').rename(job.data / f'dog/wrong {i}.jpg')
     (job.data / 'dog/dog 5.jpg').rename(job.data / 'cat/wrong.jpg')
-    job.process = job.run('--find_suspects=5', how_many_training_steps='200')
+    job.flags['how_many_training_steps'] = '200'
+    job.out = run(job, '--find_suspects=5')
     return job
 
 
 def test_images_in_the_wrong_folder_are_the_first_suspects(swapped):
-    found = suspects(swapped.process.stdout)
+    found = suspects(swapped.out)
     assert len(found) == 5
-    assert {path for path, *_ in found[:3]} == {
-        'data/dog/wrong 0.jpg',
-        'data/dog/wrong 1.jpg',
-        'data/cat/wrong.jpg',
-    }
+    paths = {path for path, *_ in found[:3]}
+    assert paths == {'data/dog/wrong 0.jpg', 'data/dog/wrong 1.jpg', 'data/cat/wrong.jpg'}
     for path, own, score, best, best_score in found[:3]:
         assert own == path.split('/')[1]
         assert {own, best} == {'cat', 'dog'}
         assert float(score) < 0.5 < float(best_score)
-    assert [row[2] for row in found] == sorted(row[2] for row in found)
+    scores = [row[2] for row in found]
+    assert scores == sorted(scores)
 
 
 def test_suspects_in_tensorboard(swapped):
-    values = [
-        value
-        for event in read_events(swapped.folder / 'logs/suspects')
-        for value in event.summary.value
-    ]
-    found = suspects(swapped.process.stdout)
-    for value, (path, own, score, best, best_score) in zip(values, found, strict=True):
-        assert value.tag == f'{own} {score}  {best} {best_score}/{path.removeprefix("data/")}'
-        assert value.image.width and value.image.encoded_image_string.startswith(b'\x89PNG')
+    events = read_events(swapped.folder / 'logs/suspects')
+    values = [value for event in events for value in event.summary.value]
+    for value, (path, *words) in zip(values, suspects(swapped.out), strict=True):
+        label = '{} {}  {} {}'.format(*words)
+        assert value.tag == f'{label}/{path.removeprefix("data/")}'
+        assert value.image.width
+        assert value.image.encoded_image_string.startswith(b'\x89PNG')
 
 
 def test_the_search_changes_nothing(swapped):
-    """Neither the images nor, with the same seed, the graph."""
+    """Neither the images nor, with the same seed, the graph. It may be for more than there are."""
     graph = swapped.graph()
-    assert len(list(swapped.data.rglob('*.jpg'))) == 120
-    swapped.main(how_many_training_steps='200')
+    run(swapped)
     assert swapped.graph() == graph
+    assert len(suspects(run(swapped, '--find_suspects=1000', output_graph='other.pb'))) == 120
+    assert len(list(swapped.data.rglob('*.jpg'))) == 120
 
 
-def test_more_suspects_than_images(swapped, capsys):
-    swapped.main('--find_suspects=1000')
-    assert len(suspects(capsys.readouterr().out)) == 120
-
-
-def test_each_image_is_scored_by_a_layer_that_never_saw_it(swapped, monkeypatch):
-    seen = []
+def test_each_image_is_scored_by_a_layer_that_never_saw_it(monkeypatch):
+    tests = []
 
     class Recording(tf_retrain.FinalLayer):
+        trained = frozenset()
+
         def train(self, bottlenecks, classes):
-            self.rows = {*getattr(self, 'rows', ()), *bottlenecks[:, 0]}
+            self.trained |= {*bottlenecks[:, 0]}
             return super().train(bottlenecks, classes)
 
         def evaluate(self, bottlenecks, classes):
-            seen.append((getattr(self, 'rows', set()), set(bottlenecks[:, 0])))
+            if not self.trained & {*bottlenecks[:, 0]}:
+                tests.append((len(self.trained), {*bottlenecks[:, 0]}))
             return super().evaluate(bottlenecks, classes)
 
     monkeypatch.setattr(tf_retrain, 'FinalLayer', Recording)
     images = make([TRAINING] * 50, [0, 1] * 25)
     bottlenecks = np.random.default_rng(0).uniform(size=[50, 8]).astype(np.float32)
-    bottlenecks[:, 0] = np.arange(50)
-    scores = tf_retrain.cross_validate(
-        images, bottlenecks, parse('--image_dir=x', '--how_many_training_steps=30')
-    )
+    bottlenecks[:, 0] = np.arange(50)  # which image it is
+    flags = parse('--image_dir=x', '--how_many_training_steps=30')
+    scores = tf_retrain.cross_validate(images, bottlenecks, flags)
     np.testing.assert_allclose(scores.sum(axis=1), 1, atol=1e-5)
-    tests = [
-        (trained, rows)
-        for trained, rows in seen
-        if rows and not rows & trained and len(rows) == 10 and trained
-    ]
-    assert len(tests) == tf_retrain.FOLDS
-    assert set().union(*(rows for _, rows in tests)) == set(range(50))
+    assert [len(rows) for _, rows in tests] == [10] * tf_retrain.FOLDS
+    assert set().union(*(rows for _, rows in tests)) == {*range(50)}
+    assert min(trained for trained, _ in tests) > 30
 
 
 @pytest.mark.parametrize(
     'counts', [{'cat': 1, 'dog': 1}, {'cat': 1, 'dog': 40}, {'cat': 3, 'dog': 3, 'fox': 3}]
 )
-def test_few_images(job, capsys, counts):
+def test_few_images(job, counts):
     flags = {'testing_percentage': '0', 'validation_percentage': '0'}
-    job.photographs(**counts).main('--find_suspects=2', **flags)
-    assert len(suspects(capsys.readouterr().out)) == 2
+    out = job.photographs(**counts).main('--find_suspects=2', **flags)
+    assert len(suspects(out)) == 2
     assert (job.folder / 'trained_model/labels.txt').exists()
 
 
@@ -259,14 +262,13 @@ def test_few_images(job, capsys, counts):
 )
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), MemoryError('too much')])
 def test_the_training_goes_on_without_a_search_that_is_stopped(
-    job, monkeypatch, capsys, name, search, error
+    job, monkeypatch, name, search, error
 ):
     def fail(*arguments):
         raise error
 
     monkeypatch.setattr(tf_retrain, name, fail)
-    job.photographs(cat=20, dog=20).main('--find_suspects=2')
-    out = capsys.readouterr().out
-    assert f'WARNING: the search for {search} left out ({type(error).__name__}: ' in out
-    assert 'Final test accuracy = ' in out
+    out = job.photographs(cat=12, dog=12).main('--find_suspects=2')
+    assert f'WARNING: the search for {search} left out ({type(error).__name__}: {error})' in out
+    assert 'Step 29: Train accuracy' in out
     assert job.graph().node[-1].name == 'final_result'

@@ -33,7 +33,8 @@ def test_distortions():
     assert 0.7 <= factors.min() < 0.8
     assert 1.2 < factors.max() <= 1.3
 
-    # A margin of 20 % leaves 1 / 1.2 of the ramp to be seen; where it begins differs from image to image.
+    # A margin of 20 % leaves 1 / 1.2 of the ramp to be seen; where it begins differs from image to
+    # image.
     cropped = distorted(random_crop=20)
     seen = cropped[:, 0, -1, 0] - cropped[:, 0, 0, 0]
     np.testing.assert_allclose(seen, 255 / 1.2, rtol=0.02)

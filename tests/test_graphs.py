@@ -1,6 +1,7 @@
-"""The graphs: folded, frozen and optimized, and what TensorFlow 1.15 and other runtimes make of them."""
+"""The graphs: folded, frozen and optimized, and their scores in TensorFlow 1.15 and in others."""
 
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -9,31 +10,26 @@ import cv2
 import numpy as np
 import openvino
 import pytest
-from helpers import build_model, get_scores, load_backbone, run_v1, write_photographs
+from helpers import ROOT, build_model, get_scores, load_backbone
 
 import tf_retrain
 
 tf = tf_retrain.tf
 
 
-def test_folded_network_equals_the_graph(tmp_path, model):
-    write_photographs(tmp_path, 'x', 5, (90, 140, 60))
-    backbone = load_backbone(model.parent)
+def test_folded_network_equals_the_graph(job):
+    """It ran on all images, and has none of the ops that TensorFlow 2 refuses or that cost time."""
+    backbone = load_backbone(job.folder / 'inception')
     before = backbone.graph_def.SerializeToString(deterministic=True)
-    paths = sorted(str(path) for path in (tmp_path / 'x').iterdir())
     graph_def = tf_retrain.fold(backbone.graph_def, 'Mul', [None, 299, 299, 3], backbone.bottleneck)
     folded = {node.op for node in graph_def.node}
     assert folded.isdisjoint({'BatchNormWithGlobalNormalization', 'CheckNumerics', 'DecodeJpeg'})
-    ((tags, bottlenecks),) = tf_retrain.compute_bottlenecks(paths, backbone, None, None)
-    assert list(tags[:, 0]) == [0, 1, 2, 3, 4]
-    assert list(tags[:, 1]) == [
-        tf_retrain.fingerprint(pathlib.Path(path).read_bytes()) for path in paths
-    ]
-    for path, bottleneck in zip(paths, bottlenecks, strict=True):
-        expected = run_v1(build_model(), pathlib.Path(path).read_bytes(), 'pool_3/_reshape:0')[0]
-        np.testing.assert_allclose(bottleneck, expected, atol=1e-5 * np.abs(expected).max())
     # The frozen graph is copied from it, so nothing may have changed it.
     assert backbone.graph_def.SerializeToString(deterministic=True) == before
+    job.photographs(cat=3, dog=3).cache()
+    job.check_bottlenecks(
+        *(f'{label}/{label} {i}.jpg' for label in ('cat', 'dog') for i in range(3))
+    )
 
 
 def test_several_devices_share_the_batches():
@@ -57,94 +53,85 @@ def test_frozen_graph(trained):
     assert names[: len(kept)] == kept
     for node in graph_def.node[: len(kept)]:
         assert node == model[node.name]
-    added = {
-        node.name: (node.op, list(node.input), sorted(node.attr))
-        for node in graph_def.node[len(kept) :]
-    }
-    scope = 'final_training_ops'
+    added = {node.name: (node.op, *node.input) for node in graph_def.node[len(kept) :]}
+    scope, fed = 'final_training_ops', 'input/BottleneckInputPlaceholder'
     weights, biases = f'{scope}/weights/final_weights', f'{scope}/biases/final_biases'
+    product, logits = f'{scope}/Wx_plus_b/MatMul', f'{scope}/Wx_plus_b/add'
     assert added == {
-        'input/BottleneckInputPlaceholder': (
-            'PlaceholderWithDefault',
-            ['pool_3/_reshape'],
-            ['dtype', 'shape'],
-        ),
-        weights: ('Const', [], ['dtype', 'value']),
-        f'{weights}/read': ('Identity', [weights], ['T']),
-        biases: ('Const', [], ['dtype', 'value']),
-        f'{biases}/read': ('Identity', [biases], ['T']),
-        f'{scope}/Wx_plus_b/MatMul': (
-            'MatMul',
-            ['input/BottleneckInputPlaceholder', f'{weights}/read'],
-            ['T'],
-        ),
-        f'{scope}/Wx_plus_b/add': ('AddV2', [f'{scope}/Wx_plus_b/MatMul', f'{biases}/read'], ['T']),
-        'final_result': ('Softmax', [f'{scope}/Wx_plus_b/add'], ['T']),
+        fed: ('PlaceholderWithDefault', 'pool_3/_reshape'),
+        weights: ('Const',),
+        f'{weights}/read': ('Identity', weights),
+        biases: ('Const',),
+        f'{biases}/read': ('Identity', biases),
+        product: ('MatMul', fed, f'{weights}/read'),
+        logits: ('AddV2', product, f'{biases}/read'),
+        'final_result': ('Softmax', logits),
     }
+    # TensorFlow 1 knows no others.
+    known = {'dtype', 'shape', 'value', 'T'}
+    assert {key for node in graph_def.node[len(kept) :] for key in node.attr} == known
     nodes = {node.name: node for node in graph_def.node}
-    shape = nodes['input/BottleneckInputPlaceholder'].attr['shape'].shape
+    shape = nodes[fed].attr['shape'].shape
     assert [dim.size for dim in shape.dim] == [-1, 2048]
     assert tf.make_ndarray(nodes[weights].attr['value'].tensor).shape == (2048, 3)
 
 
 @pytest.fixture(scope='module')
 def scaled(networks):
-    """The optimized graph's path, 20 photographs as it takes them, and their scores by tf_test.py's own function."""
-    paths = sorted(networks.data.rglob('*.jpg'))[::7][:20]
-    size, mean, deviation = {
-        'inception': ([299, 299], 128, 128),
-        'mobilenet': ([128, 128], 127.5, 127.5),
-        'module': ([96, 128], 0, 255),
-    }[networks.folder.name.rstrip('0123456789')]
-    resize = tf.compat.v1.image.resize_bilinear
-    images = [
-        resize(tf.io.decode_jpeg(tf.io.read_file(str(path)), 3)[tf.newaxis], size)[0]
-        for path in paths
-    ]
+    """The path of an optimized graph, 20 photographs as it takes them, and their scores.
+
+    The scores are those by tf_test.py's own function.
+    """
+    paths = sorted(networks.data.rglob('*.jpg'))[:140:7]
+    kind = networks.folder.name.rstrip('0123456789')
+    inputs = {'inception': ([299, 299], 128, 128), 'mobilenet': ([128, 128], 127.5, 127.5)}
+    size, mean, deviation = inputs.get(kind, ([96, 128], 0, 255))
+    decoded = np.stack([tf.io.decode_jpeg(path.read_bytes(), 3) for path in paths])
+    images = tf.compat.v1.image.resize_bilinear(decoded, size).numpy()
     scores = np.array([get_scores(networks.graph(), path.read_bytes()) for path in paths])
     assert len(paths) == 20
     assert np.ptp(scores, axis=0).max() > 0.01  # they are not all alike
-    return (
-        str(networks.folder / networks.flags['optimized_graph']),
-        (np.array(images) - mean) / deviation,
-        scores,
-    )
+    path = networks.folder / networks.flags['optimized_graph']
+    return str(path), (images - mean) / np.float32(deviation), scores
+
+
+def check_scores(classify, images, expected):
+    """Checks the scores of images, as a batch and one at a time."""
+    np.testing.assert_allclose(classify(images), expected, atol=1e-5)
+    for image, scores in zip(images, expected, strict=True):
+        np.testing.assert_allclose(classify(image[np.newaxis]), [scores], atol=1e-5)
 
 
 def test_tensorflow(scaled):
     path, images, expected = scaled
     graph_def = tf.compat.v1.GraphDef.FromString(pathlib.Path(path).read_bytes())
+    assert [node.name for node in graph_def.node if 'Placeholder' in node.op] == ['Mul']
 
-    @tf.function
+    @tf.function(reduce_retracing=True)
     def classify(images):
         return tf.graph_util.import_graph_def(graph_def, {'Mul:0': images}, ['final_result:0'])[0]
 
     wrapped = tf.compat.v1.wrap_function(lambda: tf.import_graph_def(graph_def, name=''), [])
     pruned = wrapped.prune('Mul:0', 'final_result:0')
-    images = tf.constant(images, tf.float32)
     for run in (classify, pruned):
-        np.testing.assert_allclose(run(images), expected, atol=1e-5)
-        for image, scores in zip(images, expected, strict=True):
-            np.testing.assert_allclose(run(image[tf.newaxis]), [scores], atol=1e-5)
+        check_scores(lambda batch, run=run: run(tf.constant(batch)), images, expected)
 
 
 def test_opencv(scaled):
     path, images, expected = scaled
     network = cv2.dnn.readNetFromTensorflow(path)
-    channels_first = images.transpose(0, 3, 1, 2).astype(np.float32)
-    network.setInput(channels_first)
-    np.testing.assert_allclose(network.forward(), expected, atol=1e-5)
-    for image, scores in zip(channels_first, expected, strict=True):
-        network.setInput(image[np.newaxis])
-        np.testing.assert_allclose(network.forward(), [scores], atol=1e-5)
+
+    def classify(batch):
+        network.setInput(batch.transpose(0, 3, 1, 2))
+        return network.forward()
+
+    check_scores(classify, images, expected)
 
 
 def test_openvino(scaled):
     path, images, expected = scaled
     network = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    np.testing.assert_allclose(network(images.astype(np.float32))[0], expected, atol=1e-5)
-    for image, scores in zip(images.astype(np.float32), expected, strict=True):
-        np.testing.assert_allclose(network(image[np.newaxis])[0], [scores], atol=1e-5)
+    check_scores(lambda batch: network(batch)[0], images, expected)
 
 
 @pytest.mark.filterwarnings('ignore:.*tf.lite.Interpreter is deprecated')
@@ -153,53 +140,40 @@ def test_tensorflow_lite(scaled):
     converter = tf.compat.v1.lite.TFLiteConverter.from_frozen_graph(path, ['Mul'], ['final_result'])
     interpreter = tf.lite.Interpreter(model_content=converter.convert())
     (fed,), (fetched,) = interpreter.get_input_details(), interpreter.get_output_details()
-    for batch, scores in [(images, expected), (images[:1], expected[:1])]:
+
+    def classify(batch):
         interpreter.resize_tensor_input(fed['index'], batch.shape)
         interpreter.allocate_tensors()
-        interpreter.set_tensor(fed['index'], batch.astype(np.float32))
+        interpreter.set_tensor(fed['index'], batch)
         interpreter.invoke()
-        np.testing.assert_allclose(interpreter.get_tensor(fetched['index']), scores, atol=1e-5)
+        return interpreter.get_tensor(fetched['index'])
+
+    check_scores(classify, images, expected)
 
 
 @pytest.fixture(scope='session')
 def tensorflow_1(tmp_path_factory):
-    """Returns the Python of an environment with TensorFlow 1.15."""
+    """Returns a Python, and the environment variables with which it has TensorFlow 1.15."""
     pyenv = pathlib.Path.home().glob('.pyenv/versions/3.7*/bin/python')
     python = next(pyenv, None) or shutil.which('python3.7')
     if not python:
         pytest.skip('there is no Python 3.7 here')
-    environment = tmp_path_factory.mktemp('tensorflow_1')
-    subprocess.run([python, '-m', 'venv', str(environment)], check=True)
-    packages = ['tensorflow==1.15.5', 'protobuf<3.21', 'numpy<1.19']
-    pip = [
-        str(environment / 'bin/pip'),
-        'install',
-        '--quiet',
-        '--disable-pip-version-check',
-        *packages,
-    ]
-    if subprocess.run(pip).returncode:
+    folder = str(tmp_path_factory.mktemp('tensorflow_1'))
+    pip = '-m pip install --quiet --disable-pip-version-check --no-compile --target'.split()
+    packages = 'tensorflow==1.15.5', 'protobuf<3.21', 'numpy<1.19'
+    if subprocess.run([python, *pip, folder, *packages], capture_output=True).returncode:
         pytest.skip('TensorFlow 1.15 cannot be installed here')
-    return environment / 'bin/python'
-
-
-PROGRAM = """
-import json, sys
-import tensorflow as tf
-graph_def = tf.compat.v1.GraphDef.FromString(open(sys.argv[1], 'rb').read())
-tf.import_graph_def(graph_def, name='')
-with tf.compat.v1.Session() as session:
-    for path in sys.argv[2:]:
-        print(json.dumps(session.run('final_result:0', {'DecodeJpeg/contents:0': open(path, 'rb').read()})[0].tolist()))
-"""
+    # What the first import compiles is kept for the next.
+    return python, {**os.environ, 'PYTHONPATH': folder, 'PYTHONDONTWRITEBYTECODE': ''}
 
 
 @pytest.mark.slow
 def test_tensorflow_1_runs_the_graph(networks, tensorflow_1):
     """Python 3.7 with TensorFlow 1.15 gives the scores that we get, for every test image."""
+    python, environment = tensorflow_1
     images = networks.test_images()
     graph = networks.folder / networks.flags['output_graph']
-    command = [str(tensorflow_1), '-c', PROGRAM, str(graph), *map(str, images)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = [python, ROOT / 'tests/programs/score_v1.py', graph, *images]
+    out = subprocess.run(command, env=environment, check=True, capture_output=True).stdout
     ours = [get_scores(networks.graph(), path.read_bytes()) for path in images]
     np.testing.assert_allclose([json.loads(line) for line in out.splitlines()], ours, atol=1e-5)

@@ -129,16 +129,19 @@ def browser():
 
 def wait_for_status(browser, *starts):
     """Returns the line that tells how the page is, as soon as it starts in one of these ways."""
-    find = lambda driver: next(
-        filter(driver.find_element(By.ID, 'status').text.startswith, starts), None
-    )  # noqa: E731
+
+    def find(driver):
+        return driver.find_element(By.ID, 'status').text.startswith(starts)
+
     WebDriverWait(browser, 60).until(find)
     return browser.find_element(By.ID, 'status').text
 
 
 @pytest.mark.slow
 def test_the_page(recipes, browser, clone):
-    """Photographs as they come from cameras: a JPEG, one that its camera stored sideways, a PNG; and the webcam."""
+    """Photographs as they come from cameras: a JPEG, one that its camera stored sideways, a PNG;
+    and the webcam.
+    """
     shutil.copy(ROOT / 'trained_model/index.html', 'trained_model')
     if not shutil.which('npm'):
         pytest.skip('there is no npm here')

@@ -29,7 +29,9 @@ ROWS = ['label', 'labels', 'score', 'scores']
 
 @pytest.fixture(scope='module')
 def served(tmp_path_factory, model):
-    """A finished run of retrain_serving.py on three classes, one of them with a name that is not ASCII."""
+    """A finished run of retrain_serving.py on three classes, one of them with a name that is not
+    ASCII.
+    """
     job = Job(tmp_path_factory.mktemp('served'), model).photographs(cat=60, dog=60, 猫=25)
     job.saved_model = job.folder / 'trained_model_serving/1'
     flags = '--saved_model_dir=trained_model_serving/1', '--how_many_training_steps=10'
@@ -87,7 +89,8 @@ def test_output(served):
     assert 'trained_model/unoptimized_model.pb' in graph
     assert usage.startswith('python3 tf_test.py ')
     assert wrote == (
-        'Wrote the SavedModel trained_model_serving/1. To serve it at http://localhost:8501 with Docker:'
+        'Wrote the SavedModel trained_model_serving/1. To serve it at http://localhost:8501 with '
+        'Docker:'
     )
     volume = f'-v {served.folder}/trained_model_serving:/models/retrained'
     assert docker == f'docker run -p 8501:8501 {volume} -e MODEL_NAME=retrained tensorflow/serving'
@@ -154,7 +157,8 @@ for name, signature in signatures.items():
     answers = {'all': signature(image=tf.constant(images))}
     answers |= {i: signature(image=tf.constant(images[i:i + 1])) for i in range(len(images))}
     if name == 'serving_default':
-        answers |= {f'scalar{i}': signature(image=tf.constant(image)) for i, image in enumerate(images)}
+        for i, image in enumerate(images):
+            answers[f'scalar{i}'] = signature(image=tf.constant(image))
     for request, answer in answers.items():
         found |= {f'{name} {request} {output}': value.numpy() for output, value in answer.items()}
 assert not {'retrain_serving', 'tf_retrain', 'tf_test'} & set(sys.modules)
@@ -600,7 +604,7 @@ def test_a_version_appears_whole(tmp_path, classifier, existing):
     seen, path = [], str(version)
 
     def watch(frame, event, argument):
-        """Looks into the folder after each call of what is not Python, as all that writes files is."""
+        """Looks into the folder after each call of a function in C: all that writes files is."""
         if event == 'c_return' and not seen and os.path.isdir(path) and os.listdir(path):
             seen.append(listing(version))
 

@@ -1,0 +1,136 @@
+"""Bottlenecks from a tf.data service: each once and the same, whoever is slow, hangs or dies."""
+
+import contextlib
+import io
+import itertools
+import re
+import signal
+import socket
+
+import pytest
+from forks import Fork
+from helpers import ROOT, check_same_bottlenecks, created
+
+import tf_retrain
+
+tf = tf_retrain.tf
+PROGRAMS = ROOT / 'tests/programs'
+
+
+def set_processor(monkeypatch, features):
+    """Lets the program find these features in /proc/cpuinfo."""
+    monkeypatch.setattr(
+        tf_retrain, 'open', lambda path: io.StringIO(f'flags : fpu {features} sse\n'), raising=False
+    )
+
+
+@contextlib.contextmanager
+def run_service():
+    """Yields the address of a dispatcher in this process, and its two workers."""
+    dispatcher = tf.data.experimental.service.DispatchServer()
+    command = [PROGRAMS / 'worker.py', dispatcher.target.removeprefix('grpc://')]
+    with Fork(command) as first, Fork(command) as second:
+        for worker in (first, second):
+            worker.wait_for('The worker is up')
+        yield dispatcher.target, [first, second]
+
+
+@pytest.fixture(scope='module')
+def address():
+    """A service for the tests that leave its workers alone."""
+    with run_service() as (address, _):
+        yield address
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """A few photographs make many batches."""
+    monkeypatch.setattr(tf_retrain, 'NETWORK_BATCH_SIZE', 4)
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
+def test_workers_compute_every_bottleneck_once(job, monkeypatch, small_batches, address, precision):
+    """All of them, and the same as here, whatever the workers' own settings and folders are."""
+    set_processor(monkeypatch, 'bf16')
+    flags = {'precision': precision, 'image_dir': job.photographs(cat=60, dog=60).data}
+    job.cache(**flags, bottleneck_dir='alone')
+    monkeypatch.setattr(tf_retrain, 'run_networks', lambda networks, batches: iter(()))
+    out = job.cache(**flags, data_service=address)
+    assert out.count('Creating bottleneck at') == 120
+    check_same_bottlenecks(job.folder / 'alone', job.folder / 'bottlenecks')
+
+
+def test_a_worker_that_dies(job, monkeypatch, small_batches):
+    """What it had in its hands is computed here: a few batches that it made or was making."""
+    job.photographs(cat=150, dog=150).cache(bottleneck_dir='alone')
+    compute, here, writes = tf_retrain.run_networks, [], itertools.count(1)
+
+    def count(networks, batches):
+        for tags, bottlenecks in compute(networks, batches):
+            here.extend(tags)
+            yield tags, bottlenecks
+
+    with run_service() as (address, workers):
+
+        def write(path, contents, write_whole=tf_retrain.write_whole):
+            write_whole(path, contents)
+            if next(writes) == 40:
+                workers[0].kill()
+                monkeypatch.setattr(tf_retrain, 'DATA_SERVICE_TIMEOUT', 5)
+
+        monkeypatch.setattr(tf_retrain, 'write_whole', write)
+        monkeypatch.setattr(tf_retrain, 'run_networks', count)
+        out = job.cache(data_service=address)
+    assert out.count('Creating bottleneck at') == 300
+    assert 0 < len(here) <= 16 * tf_retrain.NETWORK_BATCH_SIZE
+    check_same_bottlenecks(job.folder / 'alone', job.folder / 'bottlenecks')
+
+
+def check_computed_here(job, address):
+    """With a service that hangs, images are computed here after a warning, and the process ends."""
+    command = [PROGRAMS / 'impatient.py', *job.arguments(data_service=address)]
+    with Fork(command, job.folder) as process:
+        out, errors = process.communicate()
+    assert process.returncode == 0
+    assert errors == ''
+    assert re.search(r'WARNING: grpc://\S+ failed \(nothing came for 1 s\)\.', out)
+    assert re.search(r'WARNING: grpc://\S+ left out 60 of 60 images\.', out)
+    assert len(created(out)) == 60
+
+
+def test_workers_that_hang_do_not_hold_up_the_run(job):
+    """Neither when they bring nothing, nor at the end of the process."""
+    job.photographs(cat=30, dog=30)
+    with run_service() as (address, workers):
+        for worker in workers:
+            worker.send_signal(signal.SIGSTOP)
+        check_computed_here(job, address)
+
+
+def test_a_dispatcher_that_hangs_does_not_hold_up_the_run(job):
+    """It lets clients connect, and answers nothing."""
+    job.photographs(cat=30, dog=30)
+    with socket.create_server(('localhost', 0)) as dispatcher:
+        check_computed_here(job, f'grpc://localhost:{dispatcher.getsockname()[1]}')
+
+
+def test_a_service_that_fails_says_why_at_once(job, monkeypatch, address):
+    """The rest is computed here, without the wait for what does not come."""
+    job.photographs(cat=30, dog=30)
+    monkeypatch.setattr(tf_retrain, 'DATA_SERVICE_TIMEOUT', 100_000)  # too long for this test
+
+    def fail(*arguments):
+        return lambda batches: batches.map(
+            lambda tags, images: (tags, tf.debugging.check_numerics(images / 0, 'reason'))
+        )
+
+    monkeypatch.setattr(tf.data.experimental.service, 'distribute', fail)
+    out = job.cache(data_service=address)
+    assert re.search(r'WARNING: grpc://\S+ failed \(.*reason.*\)\.', out, re.DOTALL)
+    assert re.search(r'WARNING: grpc://\S+ left out 60 of 60 images\. They are tried here\.', out)
+    assert len(created(out)) == 60
+
+
+def test_a_service_that_is_not_there(job):
+    match = '--data_service: grpc://localhost:1 does not answer .*Start it, or leave'
+    job.photographs(cat=20, dog=20).fails(match, data_service='grpc://localhost:1')

@@ -1,0 +1,98 @@
+"""What Keras exports as a module: the kinds of layers of its applications, at toy size."""
+
+import json
+
+import keras
+import numpy as np
+from helpers import read_cache, resize, run
+from keras.src.applications import convnext, efficientnet_v2, mobilenet_v3, resnet
+
+import tf_retrain
+
+tf = tf_retrain.tf
+SIDE = 64
+OPTIONS = {'include_top': False, 'weights': None, 'pooling': 'avg'}
+
+
+def create_efficientnet():
+    """A fused block, and two with depthwise convolutions and squeeze-and-excitation."""
+    blocks = efficientnet_v2.DEFAULT_BLOCKS_ARGS['efficientnetv2-b0']
+    blocks = [{**blocks[1], 'num_repeat': 1}, {**blocks[5], 'num_repeat': 2}]
+    name = 'efficientnetv2-b0'  # the networks of this name normalize each channel
+    return efficientnet_v2.EfficientNetV2(0.1, 1, SIDE, blocks_args=blocks, name=name, **OPTIONS)
+
+
+def create_mobilenet():
+    """Inverted residual blocks, one of them with squeeze-and-excitation and hard swish."""
+
+    def stack(x, kernel, activation, ratio):
+        block = mobilenet_v3._inverted_res_block
+        x = block(x, 1, 16, 3, 1, None, mobilenet_v3.relu, 0)
+        return block(x, 3, 24, kernel, 2, ratio, activation, 1)
+
+    return mobilenet_v3.MobileNetV3(stack, 16, **OPTIONS)
+
+
+def create_convnext():
+    """Grouped convolutions, layer normalization, GELU and layer scale."""
+    return convnext.ConvNeXt([1, 1, 1, 1], [8, 8, 16, 24], **OPTIONS)
+
+
+def create_resnet():
+    """Two residual blocks that begin with a batch norm."""
+    stack = resnet.stack_residual_blocks_v2
+    return resnet.ResNet(lambda x: stack(x, 8, 2, name='conv2'), True, True, **OPTIONS)
+
+
+NETWORKS = [  # with what turns pixels from 0 to 1 into those that the network wants
+    (create_efficientnet, (255, 0)),
+    (create_mobilenet, (255, 0)),
+    (create_convnext, (255, 0)),
+    (create_resnet, (2, -1)),
+]
+
+
+def test_networks_of_keras(job):
+    """Four networks, exported as inception/README.md shows: trained, labeled, served."""
+    keras.utils.set_random_seed(0)
+    rng = np.random.default_rng(0)
+    pixels = keras.Input([SIDE, SIDE, 3])
+    features = []
+    for create, scaling in NETWORKS:
+        network = create()
+        for (
+            variable
+        ) in network.weights:  # at first, batch norms and layer scales do next to nothing
+            if len(variable.shape) == 1 and variable.dtype == 'float32':
+                variable.assign(rng.uniform(0.5, 1.5, variable.shape))
+        features.append(network(keras.layers.Rescaling(*scaling)(pixels)))
+    keras.Model(pixels, keras.layers.Concatenate()(features)).export(
+        str(job.folder / 'module'), verbose=False
+    )
+    flags = ['--tfhub_module=module', '--saved_model_dir=saved/1', '--how_many_training_steps=3']
+    job.photographs(cat=20, dog=20).run(*flags, script='retrain_serving.py')
+
+    images = job.test_images()
+    resized = np.concatenate([resize(image, [SIDE, SIDE]) for image in images]) / 255
+    folder = job.folder / 'bottlenecks'
+    caches = [folder / image.parent.name / f'{image.name}_module.txt' for image in images]
+    bottlenecks = np.stack([read_cache(cache) for cache in caches])
+    ends = np.cumsum([feature.shape[1] for feature in features])
+    found = np.split(bottlenecks, ends, axis=1)
+    assert found.pop().size == 0
+    expected = keras.Model(pixels, features)(resized)
+    for (create, _), ours, theirs in zip(NETWORKS, found, expected, strict=True):
+        assert np.ptp(theirs, axis=0).max() > 1e-3 * np.abs(theirs).max()
+        atol = 1e-4 * np.ptp(theirs, axis=0).max()
+        np.testing.assert_allclose(ours, theirs, atol=atol, err_msg=create.__name__)
+
+    outputs = job.flags['output_graph'], job.flags['output_labels']
+    printed = run('tf_test.py', '--json', *images, *outputs, cwd=job.folder).stdout
+    labeled = [json.loads(line) for line in printed.splitlines()]
+    predict = tf.saved_model.load(str(job.folder / 'saved/1')).signatures['predict_rows']
+    served = predict(image=tf.constant([image.read_bytes() for image in images]))
+    labels = [[label.encode() for label in answer['labels']] for answer in labeled]
+    assert labels == served['labels'].numpy().tolist()
+    scores = [answer['scores'] for answer in labeled]
+    np.testing.assert_allclose(scores, served['scores'], atol=1e-5)
+    assert np.ptp(scores) > 0.01
