@@ -47,14 +47,12 @@ def read_graph(path):
     return tf.compat.v1.GraphDef.FromString(path.read_bytes())
 
 
-def test_all_agree_on_every_test_image(networks, monkeypatch):
+def test_all_agree_on_every_test_image(networks):
     """Both trainers write the same graph, and the SavedModel and tf_test.py give its scores."""
     assert 'Warning' not in networks.process.stderr
     caches = sorted((networks.folder / 'bottlenecks').rglob('*.txt'))
     times = [path.stat().st_mtime_ns for path in caches]
-    monkeypatch.chdir(networks.folder)
-    changes = {'output_graph': 'again.pb', 'summaries_dir': 'again'}
-    tf_retrain.main(parse(*networks.arguments(*networks.network, **changes)))
+    networks.run(*networks.network, output_graph='again.pb', summaries_dir='again')
     assert [path.stat().st_mtime_ns for path in caches] == times  # nothing was computed again
     graph = networks.graph()
     assert read_graph(networks.folder / 'again.pb') == graph
@@ -81,10 +79,10 @@ def mobilenet(job):
 def test_mobilenet_bottlenecks_are_those_of_the_published_graph(job, mobilenet):
     job.photographs(cat=20, dog=20).cache(USE_MOBILENET)
     output = 'MobilenetV1/Predictions/Reshape:0'
+    images = {path: (resize(path, [128, 128]) - 127.5) / 127.5 for path in job.data.rglob('*.jpg')}
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         tf.import_graph_def(read_graph(mobilenet), name='')
-        for path in job.data.rglob('*.jpg'):
-            pixels = (resize(path, [128, 128]) - 127.5) / 127.5
+        for path, pixels in images.items():
             (expected,) = session.run(output, {'input:0': pixels})
             assert expected.shape == (1001,)
             name = f'{path.parent.name}/{path.name}_{MOBILENET}.txt'
