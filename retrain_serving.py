@@ -317,6 +317,7 @@ from google.protobuf.message import DecodeError
 from tensorflow.compat.v1 import AttrValue, GraphDef, NodeDef, Summary
 from tensorflow.compat.v1.graph_util import extract_sub_graph
 from tensorflow.compat.v1.image import resize_bilinear
+from tensorflow.core.framework.tensor_pb2 import TensorProto
 from tensorflow.io import gfile
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 from tensorflow.python.grappler import tf_optimizer
@@ -344,18 +345,14 @@ HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
 NETWORK_BATCH_SIZE = (
     128 if HAS_GPU else 32
 )  # images: more are not faster on a CPU, and need more memory
-MAX_ARCHIVE_SIZE = (
-    2**30
-)  # bytes, unpacked: the largest model has a tenth of it, and the file may be of a stranger
-DOWNLOAD_ATTEMPTS = 3  # in a row that bring nothing new
+MAX_ARCHIVE_SIZE = 2**30  # bytes, packed or unpacked: the largest model has a tenth of it
+DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
 DUPLICATE_SIMILARITY = 0.99  # cosine of two bottlenecks
 MAX_COMPARED = 25_000  # images: all pairs of more would take longer than five seconds
 FOLDS = 5  # of the cross-validation
 SHOWN_IMAGES = 100  # misclassified images in TensorBoard, at most
-PROJECTED_IMAGES = 2000  # points in TensorBoard's projector: more are slow in a browser
-THUMBNAIL_SIDE = 64  # pixels
 fingerprint = functools.partial(
     tf.strings.to_hash_bucket_fast, num_buckets=2**62
 )  # FarmHash, the same everywhere
@@ -595,114 +592,110 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
         )
 
 
-def extract(archive: str, name: str) -> bytes:
-    """Returns a file in a .tgz; nothing if it is not there, or if a checksum finds that a byte is
-    wrong or missing.
-    """
-    errors = OSError, EOFError, zlib.error, tarfile.TarError, tf.errors.NotFoundError
-    with contextlib.suppress(*errors), gfile.GFile(archive, 'rb') as file:
-        contents = gzip.open(file).read(MAX_ARCHIVE_SIZE)
-        for member in (tar := tarfile.open(fileobj=io.BytesIO(contents))):
-            is_wanted = member.isfile() and os.path.normpath(member.name) == name
-            if (
-                is_wanted
-                and len(contents) < MAX_ARCHIVE_SIZE
-                and (graph := tar.extractfile(member))
-            ):
-                return graph.read()
+def extract(archive: bytes, name: str) -> bytes:
+    """Returns a file of a .tgz; b'' if it is missing or the archive is corrupt."""
+    try:
+        # The archive may be untrusted: a small one can unpack to terabytes.
+        unpacked = gzip.open(io.BytesIO(archive)).read(MAX_ARCHIVE_SIZE)
+        if len(unpacked) == MAX_ARCHIVE_SIZE:
+            return b''
+        with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
+            for member in tar:
+                if member.isfile() and os.path.normpath(member.name) == name:
+                    file = tar.extractfile(member)
+                    return file.read() if file else b''
+    except (EOFError, OSError, zlib.error, tarfile.TarError):
+        pass
     return b''
 
 
+def fetch(url: str, name: str) -> bytes:
+    """Downloads a file whole, and shows the progress under a name; raises OSError if it cannot."""
+    contents = bytearray()
+    with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
+        total = int(response.headers.get('Content-Length', 0))
+        while block := response.read1(1 << 16):
+            contents += block
+            done = len(contents)
+            if done > MAX_ARCHIVE_SIZE:
+                raise OSError(f'more than {MAX_ARCHIVE_SIZE:,} bytes came')
+            progress = f'{100 * done / total:.1f}%' if total else f'{done / 1e6:.1f} MB'
+            print(f'\r>> Downloading {name} {progress}', end='', file=sys.stderr)
+    print(file=sys.stderr)
+    if len(contents) < total:
+        raise OSError(f'{len(contents):,} of {total:,} bytes came')
+    return bytes(contents)
+
+
 def download(url: str, path: str, name: str) -> bytes:
-    """Downloads a .tgz by way of `path`.part, where it goes on after a break; returns the named
-    file in it.
+    """Downloads a .tgz to `path`, and returns the named file in it.
+
+    Raises UserError if that fails DOWNLOAD_ATTEMPTS times: then `path` is as it was.
     """
-    partial, failures = path + '.part', 0
-    while failures < DOWNLOAD_ATTEMPTS:
-        time.sleep(failures)
-        start = done = gfile.stat(partial).length if gfile.exists(partial) else 0
+    for attempt in range(DOWNLOAD_ATTEMPTS):
+        time.sleep(attempt)
         try:
-            request = urllib.request.Request(
-                url, headers={'Range': f'bytes={start}-'} if start else {}
-            )
-            with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-                if response.status != 206:  # the server does not resume: it sends everything
-                    start = done = 0
-                total = start + int(response.headers.get('Content-Length', 0))
-                with gfile.GFile(partial, 'ab' if start else 'wb') as file:
-                    while block := response.read1(1 << 16):
-                        file.write(block)
-                        done += len(block)
-                        share = (
-                            f'{100 * done / total:.1f}%'
-                            if total >= done
-                            else f'{done / 1e6:.1f} MB'
-                        )
-                        print(
-                            f'\r>> Downloading {os.path.basename(path)} {share}',
-                            end='',
-                            file=sys.stderr,
-                        )
-            print(file=sys.stderr)
-            if done >= total and (contents := extract(partial, name)):
-                gfile.rename(partial, path, overwrite=True)
-                return contents
-            reason, is_useless = (
-                f'{done:,} of {total:,} bytes came, and are not a .tgz with {name}',
-                done >= total,
-            )
+            archive = fetch(url, os.path.basename(path))
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f'{type(error).__name__}: {error}'.strip()
-            is_useless = (
-                getattr(error, 'code', None) == 416
-            )  # HTTP: there is nothing beyond what the part has
-        if is_useless:
-            gfile.remove(partial)
-        failures = failures + 1 if is_useless or done == start else 0
+            continue
+        if contents := extract(archive, name):
+            write_whole(path, archive)
+            return contents
+        reason = f'{len(archive):,} bytes came, and are not a .tgz with {name}'
     raise UserError(
         f'{url} could not be downloaded ({reason}). Run the same command again, or save it as '
-        f'{path}.'
+        f'{path}.{name_local_network(os.path.dirname(path))}'
     )
+
+
+def name_local_network(model_dir: str) -> str:
+    """Returns a sentence about a network that is in the folder already; '' if there is none."""
+    for size in MOBILENET_SIZES:
+        if gfile.exists(os.path.join(model_dir, MOBILENET_GRAPH_NAME.format(size))):
+            flag = f'--architecture=mobilenet_{size}'
+            return f' Or add {flag}, whose network is in {model_dir or "."} already.'
+    return ''
 
 
 def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str:
-    """Returns the path of `graph_name` in `model_dir`, after taking it out of the archive at `url`
-    if need be.
+    """Returns the path of `graph_name` in `model_dir`.
+
+    If it is missing, it is taken out of the archive at `url`, which is downloaded if need be.
     """
-    graph_path, archive = (
-        os.path.join(model_dir, graph_name),
-        os.path.join(model_dir, os.path.basename(url)),
-    )
-    if not gfile.exists(graph_path):
-        ensure_writable_dir(os.path.dirname(graph_path), '--model_dir')
-        if not (graph := extract(archive, graph_name)) and gfile.exists(archive):
-            print(
-                f'{archive} is damaged, or has no {graph_name} in it: renamed to {archive}.broken.'
-            )
-            gfile.rename(archive, archive + '.broken', overwrite=True)
-        write_whole(graph_path, graph or download(url, archive, graph_name))
+    graph_path = os.path.join(model_dir, graph_name)
+    if gfile.exists(graph_path):
+        return graph_path
+    ensure_writable_dir(os.path.dirname(graph_path), '--model_dir')
+    archive_path = os.path.join(model_dir, os.path.basename(url))
+    graph = b''
+    if gfile.exists(archive_path):
+        graph = extract(gfile.GFile(archive_path, 'rb').read(), graph_name)
+        if not graph:
+            broken = f'{archive_path}.broken'
+            print(f'{archive_path} is damaged, or has no {graph_name} in it: renamed to {broken}.')
+            gfile.rename(archive_path, broken, overwrite=True)
+    write_whole(graph_path, graph or download(url, archive_path, graph_name))
     return graph_path
 
 
 def load_graph_def(
     model_dir: str, url: str, graph_name: str, needed: list[str]
 ) -> tuple[str, GraphDef, int]:
-    """Returns path, graph up to the needed nodes, and CRC-32 of a model's file; raises UserError if
-    it is damaged.
+    """Returns path, graph up to the needed nodes, and CRC-32 of a model's file.
+
+    Raises UserError if it is damaged.
     """
     path = maybe_download_and_extract(model_dir, url, graph_name)
     contents = gfile.GFile(path, 'rb').read()
     try:
-        return path, extract_sub_graph(GraphDef.FromString(contents), needed), zlib.crc32(contents)
-    except (
-        DecodeError,
-        AssertionError,
-        KeyError,
-    ) as error:  # the last two for a node that is not there
+        graph_def = extract_sub_graph(GraphDef.FromString(contents), needed)
+    except (DecodeError, AssertionError, KeyError) as error:  # the last two: a node is missing
         raise UserError(
             f'{path} is damaged or another graph ({error}). Delete it and run again to download '
             f'{url}.'
         )
+    return path, graph_def, zlib.crc32(contents)
 
 
 class Pixels(NamedTuple):
@@ -713,11 +706,9 @@ class Pixels(NamedTuple):
     deviation: float
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A pretrained network up to its bottleneck: the one thing here that depends on the kind of
-    network.
-    """
+    """A pretrained network up to its bottleneck: all that depends on the kind of network."""
 
     source: str  # path or handle of the model
     graph_def: GraphDef  # from DecodeJpeg/contents to the bottleneck, for TensorFlow 1 too
@@ -731,38 +722,35 @@ class Backbone:
     def create_network(
         self, structure: GraphDef, weights: dict, device: str | None = None
     ) -> Callable:
-        """Returns a tf.function from images in 0..255, float [N, *size, 3], to bottlenecks; weights
-        are on a device.
+        """Returns a tf.function from images in 0..255, float [N, *size, 3], to bottlenecks.
+
+        The weights, {node name: tensor}, are on the device.
         """
 
         @tf.function(input_signature=[tf.TensorSpec([None, *self.pixels.size, 3])])
         def network(images: tf.Tensor) -> tf.Tensor:
             with tf.device(device):
                 inputs = {f'{name}:0': tf.identity(tensor) for name, tensor in weights.items()}
-                inputs[f'{SCALED_INPUT_NODE}:0'] = (images - self.pixels.mean) * (
-                    1 / self.pixels.deviation
-                )
-                return tf.graph_util.import_graph_def(structure, inputs, [f'{self.bottleneck}:0'])[
-                    0
-                ]
+                scaled = (images - self.pixels.mean) * (1 / self.pixels.deviation)
+                inputs[f'{SCALED_INPUT_NODE}:0'] = scaled
+                outputs = [f'{self.bottleneck}:0']
+                return tf.graph_util.import_graph_def(structure, inputs, outputs)[0]
 
         network.get_concrete_function()  # finds out now whether TensorFlow accepts the graph
         return network
 
     @functools.cached_property
     def networks(self) -> list[Callable]:
-        """The network on each device that computes bottlenecks; raises UserError if the graph is
-        damaged.
-        """
+        """The network on each device that computes; raises UserError if the graph is damaged."""
+        shape = [None, *self.pixels.size, 3]
+        devices = [gpu.name for gpu in tf.config.list_logical_devices('GPU')] or ['/CPU:0']
         networks = []
         try:
-            folded = fold(
-                self.graph_def, SCALED_INPUT_NODE, [None, *self.pixels.size, 3], self.bottleneck
-            )
+            folded = fold(self.graph_def, SCALED_INPUT_NODE, shape, self.bottleneck)
             structure, weights = split_weights(folded)
             if self.optimizer:
                 structure = optimize(structure, self.bottleneck, self.optimizer)
-            for device in [gpu.name for gpu in tf.config.list_logical_devices('GPU')] or ['/CPU:0']:
+            for device in devices:
                 with tf.device(device):
                     tensors = {name: tf.constant(value) for name, value in weights.items()}
                 networks.append(self.create_network(structure, tensors, device))
@@ -774,106 +762,109 @@ class Backbone:
 
 
 def load_backbone(flags: argparse.Namespace) -> Backbone:
-    """Returns the network that the flags ask for, after downloading it if need be; UserError if it
-    cannot be used.
+    """Returns the network that the flags ask for, which is downloaded if need be.
+
+    Raises UserError if it cannot be used.
     """
     if flags.data_service:
         tf.config.set_visible_devices([], 'GPU')  # the network runs on the CPUs of the workers
-    size = flags.architecture.removeprefix('mobilenet_')
     if flags.tfhub_module:
         backbone = load_tfhub_module(flags.tfhub_module)
-    elif size in MOBILENET_SIZES:
-        url, name = MOBILENET_URL.format(size), MOBILENET_GRAPH_NAME.format(size)
-        path, graph_def, checksum = load_graph_def(
-            flags.model_dir, url, name, ['input', MOBILENET_BOTTLENECK[0]]
-        )
-        pixels = Pixels((int(size[-3:]), int(size[-3:])), 127.5, 127.5)
-        graph_def = prepend_decoding(graph_def, 'input:0', pixels)
-        backbone = Backbone(
-            path, graph_def, checksum, *MOBILENET_BOTTLENECK, pixels, f'_{flags.architecture}'
-        )
+    elif flags.architecture == 'inception_v3':
+        backbone = load_inception(flags.model_dir)
     else:
-        needed = [JPEG_DATA_NODE, RESIZED_INPUT_NODE, SCALED_INPUT_NODE, 'pool_3', BOTTLENECK[0]]
-        path, graph_def, checksum = load_graph_def(
-            flags.model_dir, DATA_URL, MODEL_GRAPH_NAME, needed
-        )
-        backbone = Backbone(path, graph_def, checksum, *BOTTLENECK, Pixels((299, 299), 128, 128))
-    name = flags.final_tensor_name
-    if name in {node.name for node in backbone.graph_def.node} or name.startswith(
-        ('final_training_ops/', 'input/')
-    ):
-        raise UserError(
-            f'--final_tensor_name: the graph already has a node named {name}. Choose another name.'
-        )
+        backbone = load_mobilenet(flags.model_dir, flags.architecture)
+    check_final_tensor_name(flags.final_tensor_name, backbone)
     if flags.precision == 'bfloat16':
-        features = ''
-        with contextlib.suppress(OSError), open('/proc/cpuinfo') as file:
-            features = file.read() if os.getenv('TF_ENABLE_ONEDNN_OPTS') != '0' else ''
-        if not HAS_GPU and not re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', features):
-            print(
-                '--precision: this processor has no bfloat16 instructions (or oneDNN is off). '
-                'float32 is used.'
-            )
-            return backbone
-        backbone.optimizer = (
-            'auto_mixed_precision' if HAS_GPU else 'auto_mixed_precision_onednn_bfloat16'
-        )
-        backbone.cache_suffix += '_bfloat16'
-        backbone.checksum = zlib.crc32(backbone.optimizer.encode(), backbone.checksum)
+        return use_bfloat16(backbone)
     return backbone
 
 
-def export_graph(graph: tf.Graph) -> GraphDef:
-    """Returns a graph without attributes that have their default value: TensorFlow 1 does not know
-    the newer ones.
-    """
-    with graph.as_default():
-        graph_def = tf.compat.v1.train.export_meta_graph(strip_default_attrs=True).graph_def
-    for node in graph_def.node:
-        node.attr.pop('_output_shapes', None)
-    return graph_def
+def load_inception(model_dir: str) -> Backbone:
+    """Returns Inception-v3 as published in 2015."""
+    needed = [JPEG_DATA_NODE, RESIZED_INPUT_NODE, SCALED_INPUT_NODE, 'pool_3', BOTTLENECK[0]]
+    path, graph_def, checksum = load_graph_def(model_dir, DATA_URL, MODEL_GRAPH_NAME, needed)
+    return Backbone(path, graph_def, checksum, *BOTTLENECK, Pixels((299, 299), 128, 128))
 
 
-def prepend_decoding(
-    graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: str = ''
-) -> GraphDef:
-    """Returns a graph, under a prefix, that gets a tensor from the nodes that decode images in the
-    graph of 2015.
-    """
-    with tf.Graph().as_default() as graph:
-        contents = tf.constant(b'', name=JPEG_DATA_NODE)
-        image = tf.cast(tf.io.decode_jpeg(contents, 3, name='DecodeJpeg'), tf.float32, name='Cast')
-        image = resize_bilinear(
-            tf.expand_dims(image, 0, name='ExpandDims'), pixels.size, name=RESIZED_INPUT_NODE
+def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
+    """Returns a MobileNet v1 as published in 2017, such as mobilenet_1.0_224."""
+    size = architecture.removeprefix('mobilenet_')
+    side = int(size.split('_')[1])
+    pixels = Pixels((side, side), 127.5, 127.5)
+    path, graph_def, checksum = load_graph_def(
+        model_dir,
+        MOBILENET_URL.format(size),
+        MOBILENET_GRAPH_NAME.format(size),
+        ['input', MOBILENET_BOTTLENECK[0]],
+    )
+    graph_def = prepend_decoding(graph_def, 'input:0', pixels)
+    suffix = f'_{architecture}'
+    return Backbone(path, graph_def, checksum, *MOBILENET_BOTTLENECK, pixels, suffix)
+
+
+def load_tfhub_module(handle: str) -> Backbone:
+    """Returns the network of a TF2 image feature vector; raises UserError if it is none."""
+    path, module = open_tfhub_module(handle)
+    function, pixels, size = find_feature_vector(module, handle)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *pixels.size, 3])])
+    def extract_features(images: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(tf.nest.flatten(function(images))[0], [-1, size], name='bottleneck')
+
+    frozen = convert_variables_to_constants_v2(extract_features.get_concrete_function())
+    # Functions become plain ops, which TensorFlow 1 has too.
+    plain = optimize(frozen.graph.as_graph_def(), 'bottleneck', 'function')
+    graph_def = prepend_decoding(plain, frozen.inputs[0].name, pixels, 'module')
+    graph_def = extract_sub_graph(graph_def, ['module/bottleneck'])
+    # The suffix is that of the retrain script of TensorFlow Hub.
+    suffix = '_' + re.sub(r'[:/]+', '~', handle.rstrip('/'))[-100:]
+    checksum = get_folder_checksum(path)
+    return Backbone(handle, graph_def, checksum, 'module/bottleneck', size, pixels, suffix)
+
+
+def open_tfhub_module(handle: str) -> tuple[str, Any]:
+    """Returns the folder of a module, and the module; raises UserError if it cannot be loaded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # tensorflow_hub's use of pkg_resources
+            import tensorflow_hub
+        path = tensorflow_hub.resolve(handle)
+        return path, tf.saved_model.load(path)
+    except ImportError as error:
+        raise UserError(
+            f"--tfhub_module: {error}. Run pip install tensorflow-hub 'setuptools<81' first."
         )
-        image = tf.subtract(image, pixels.mean, name='Sub')
-        image = tf.multiply(image, 1 / pixels.deviation, name=SCALED_INPUT_NODE)
-        tf.graph_util.import_graph_def(graph_def, {tensor: image}, name=prefix)
-    return export_graph(graph)
+    except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
+        raise UserError(
+            f"--tfhub_module: '{handle}' cannot be loaded ({str(error).strip()}). Download it into "
+            'a folder, as inception/README.md shows, and name that.'
+        )
 
 
 def find_feature_vector(module: Any, handle: str) -> tuple[Callable, Pixels, int]:
-    """Finds the function of a module from images in 0..1, float [N, height, width, 3], to features,
-    float [N, size].
+    """Returns the function of a module from images to features, how it wants images, and its size.
+
+    It takes images in 0..1, float [N, height, width, 3], and returns features, float [N, size]: the
+    common signature of https://www.tensorflow.org/hub/common_signatures/images.
     """
-    # The common signature of https://www.tensorflow.org/hub/common_signatures/images.
-    functions = (
-        module.__call__.concrete_functions if callable(module) else module.signatures.values()
-    )
+    if callable(module):
+        functions = module.__call__.concrete_functions
+    else:
+        functions = module.signatures.values()
     for function in functions:
         arguments = tf.nest.flatten(function.structured_input_signature)
         inputs = [argument.shape for argument in arguments if isinstance(argument, tf.TensorSpec)]
         outputs = [output.shape for output in tf.nest.flatten(function.structured_outputs)]
-        # One of the functions may be for training: it has True among its arguments.
-        if [len(shape) for shape in (*inputs, *outputs) if shape.rank] == [
-            4,
-            2,
-        ] and True not in arguments:
-            height, width = (side or 224 for side in inputs[0][1:3])
-            if None in inputs[0][1:3]:
+        ranks = [len(shape) for shape in (*inputs, *outputs) if shape.rank]
+        is_for_training = True in arguments
+        if ranks == [4, 2] and not is_for_training:
+            sides = inputs[0][1:3]
+            height, width = (side or 224 for side in sides)
+            if None in sides:
                 print(
-                    f'--tfhub_module: it takes images of any size, and gets {height} x {width} '
-                    'pixels.'
+                    '--tfhub_module: it takes images of any size, and gets '
+                    f'{height} x {width} pixels.'
                 )
             return function, Pixels((height, width), 0, 255), outputs[0][1]
     raise UserError(
@@ -882,124 +873,175 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, Pixels, int
     )
 
 
-def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
-    """Returns a graph up to a node after an optimizer of TensorFlow
-    (tensorflow/core/grappler/optimizers).
+def get_folder_checksum(folder: str) -> int:
+    """Returns the CRC-32 of all files in a folder and below it, in the order of their paths."""
+    walk = gfile.walk(folder)
+    paths = sorted(os.path.join(parent, name) for parent, _, names in walk for name in names)
+    checksum = 0
+    for path in paths:
+        checksum = zlib.crc32(gfile.GFile(path, 'rb').read(), checksum)
+    return checksum
+
+
+def check_final_tensor_name(name: str, backbone: Backbone) -> None:
+    """Raises UserError if a node of the graph has this name already."""
+    names = {node.name for node in backbone.graph_def.node}
+    if name in names or name.startswith(('final_training_ops/', 'input/')):
+        raise UserError(
+            f'--final_tensor_name: the graph already has a node named {name}. Choose another name.'
+        )
+
+
+def use_bfloat16(backbone: Backbone) -> Backbone:
+    """Returns a network that computes in bfloat16, with cache files of its own.
+
+    Without instructions for it, the network stays as it is.
     """
+    if HAS_GPU:
+        optimizer = 'auto_mixed_precision'
+    elif has_bfloat16():
+        optimizer = 'auto_mixed_precision_onednn_bfloat16'
+    else:
+        print(
+            '--precision: this processor has no bfloat16 instructions (or oneDNN is off). '
+            'float32 is used.'
+        )
+        return backbone
+    return dataclasses.replace(
+        backbone,
+        optimizer=optimizer,
+        cache_suffix=f'{backbone.cache_suffix}_bfloat16',
+        checksum=zlib.crc32(optimizer.encode(), backbone.checksum),
+    )
+
+
+def has_bfloat16() -> bool:
+    """Tells whether the processor has instructions for bfloat16, and oneDNN may use them."""
+    if os.getenv('TF_ENABLE_ONEDNN_OPTS') == '0':
+        return False
+    try:
+        with open('/proc/cpuinfo') as file:
+            return bool(re.search(r'\b(avx512_bf16|amx_bf16|bf16)\b', file.read()))
+    except OSError:  # not Linux
+        return False
+
+
+def export_graph(graph: tf.Graph) -> GraphDef:
+    """Returns a graph without attributes that have their default value.
+
+    TensorFlow 1 does not know the newer ones.
+    """
+    with graph.as_default():
+        meta_graph = tf.compat.v1.train.export_meta_graph(strip_default_attrs=True)
+    for node in meta_graph.graph_def.node:
+        node.attr.pop('_output_shapes', None)
+    return meta_graph.graph_def
+
+
+def prepend_decoding(
+    graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: str = ''
+) -> GraphDef:
+    """Returns a graph, under a prefix, whose `tensor` comes from the decoding nodes of 2015."""
+    with tf.Graph().as_default() as graph:
+        contents = tf.constant(b'', name=JPEG_DATA_NODE)
+        decoded = tf.io.decode_jpeg(contents, 3, name='DecodeJpeg')
+        image = tf.expand_dims(tf.cast(decoded, tf.float32, name='Cast'), 0, name='ExpandDims')
+        image = resize_bilinear(image, pixels.size, name=RESIZED_INPUT_NODE)
+        image = tf.subtract(image, pixels.mean, name='Sub')
+        image = tf.multiply(image, 1 / pixels.deviation, name=SCALED_INPUT_NODE)
+        tf.graph_util.import_graph_def(graph_def, {tensor: image}, name=prefix)
+    return export_graph(graph)
+
+
+def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
+    """Returns a graph up to a node after an optimizer of tensorflow/core/grappler/optimizers."""
     meta_graph = tf.compat.v1.MetaGraphDef(graph_def=graph_def)
     meta_graph.collection_def['train_op'].node_list.value.append(output)  # what it must keep
     functions = meta_graph.graph_def.library.function
-    nodes = itertools.chain(
-        meta_graph.graph_def.node, *(function.node_def for function in functions)
-    )
+    nodes = itertools.chain(meta_graph.graph_def.node, *(item.node_def for item in functions))
     for owner in itertools.chain(nodes, functions):
-        for name in (
-            '_gradient_op_type',
-            '_XlaMustCompile',
-            '_noinline',
-        ):  # of functions for XLA, and of gradients
+        for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):  # no inlining with them
             owner.attr.pop(name, None)
     config = tf.compat.v1.ConfigProto()
     config.graph_options.rewrite_options.optimizers.append(optimizer)
     return tf_optimizer.OptimizeGraph(config, meta_graph)
 
 
-def load_tfhub_module(handle: str) -> Backbone:
-    """Returns the network of a TF2 image feature vector; raises UserError if the module is none."""
-    try:
-        warnings.simplefilter('ignore')  # tensorflow_hub's use of pkg_resources
-        import tensorflow_hub
-
-        path = tensorflow_hub.resolve(handle)
-        module = tf.saved_model.load(path)
-    except ImportError as error:
-        raise UserError(
-            f"--tfhub_module: {error}. Run pip install tensorflow-hub 'setuptools<81' first."
-        )
-    except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
-        advice = 'Download it into a folder, as inception/README.md shows, and name that.'
-        raise UserError(
-            f"--tfhub_module: '{handle}' cannot be loaded ({str(error).strip()}). {advice}"
-        )
-    function, pixels, size = find_feature_vector(module, handle)
-
-    @tf.function(input_signature=[tf.TensorSpec([None, *pixels.size, 3])])
-    def extract_features(images: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(tf.nest.flatten(function(images))[0], [-1, size], name='bottleneck')
-
-    frozen = convert_variables_to_constants_v2(extract_features.get_concrete_function())
-    plain = optimize(
-        frozen.graph.as_graph_def(), 'bottleneck', 'function'
-    )  # functions become plain ops
-    graph_def = prepend_decoding(plain, frozen.inputs[0].name, pixels, 'module')
-    graph_def = extract_sub_graph(graph_def, ['module/bottleneck'])
-    files = sorted(
-        os.path.join(folder, name) for folder, _, names in gfile.walk(path) for name in names
-    )
-    checksum = functools.reduce(
-        lambda crc, file: zlib.crc32(gfile.GFile(file, 'rb').read(), crc), files, 0
-    )
-    suffix = (
-        '_' + re.sub(r'[:/]+', '~', handle.rstrip('/'))[-100:]
-    )  # as the retrain script of TensorFlow Hub has it
-    return Backbone(handle, graph_def, checksum, 'module/bottleneck', size, pixels, suffix)
-
-
 def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
-    """Returns a graph from a node, which becomes a placeholder, to another: for batches, without
-    ops of 2015.
+    """Returns a graph for batches, without ops that TensorFlow has removed since 2015.
 
-    BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon),
-    where gamma counts only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a
-    convolution with weights w, that is a convolution with w * s and a bias of beta - mean * s.
-    CheckNumerics goes too: it is of use only in training. A reshape to a single row becomes one to
-    any number of rows.
+    It begins at the node `source`, which becomes a placeholder of a shape, and ends at `output`.
+    Batch norms become part of the convolutions before them. CheckNumerics goes, which is of use
+    only in training. A reshape to a single row becomes one to any number of rows.
     """
     folded = GraphDef()
     folded.CopyFrom(graph_def)
     folded.versions.producer = tf.version.GRAPH_DEF_VERSION
-    float32 = AttrValue(type=tf.float32.as_datatype_enum)
     nodes = {node.name: node for node in folded.node}
     constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
+    float32 = AttrValue(type=tf.float32.as_datatype_enum)
     for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
-        node.input[:] = [
-            name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics'
-        ]
+        drop_checks(node, nodes)
         if node.op == 'BatchNormWithGlobalNormalization':
-            convolution, *names = node.input
-            tensors = [constants[name] for name in (nodes[convolution].input[1], *names)]
-            weights, mean, variance, beta, gamma = (
-                np.float64(tf.make_ndarray(tensor)) for tensor in tensors
-            )
-            scale = gamma if node.attr['scale_after_normalization'].b else 1
-            scale = scale / np.sqrt(variance + node.attr['variance_epsilon'].f)
-            tensors[0].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
-            tensors[3].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-            node.CopyFrom(
-                NodeDef(
-                    name=node.name, op='BiasAdd', input=[convolution, names[2]], attr={'T': float32}
-                )
-            )
+            fold_batch_norm(node, nodes, constants)
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
-            node.CopyFrom(
-                NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float32})
-            )
+            attributes = {'T': float32}
+            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr=attributes))
         elif node.op == 'Reshape' and node.input[1] in constants:
-            if len(sides := tf.make_ndarray(constants[node.input[1]])) == 2 and sides[0] == 1:
-                constants[node.input[1]].CopyFrom(
-                    tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype))
-                )
+            allow_batches(constants[node.input[1]])
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, [output])
 
 
+def drop_checks(node: NodeDef, nodes: dict[str, NodeDef]) -> None:
+    """Removes the control inputs of a node, '^name', that are CheckNumerics."""
+    kept = []
+    for name in node.input:
+        is_control = name.startswith('^')
+        if not is_control or nodes[name[1:]].op != 'CheckNumerics':
+            kept.append(name)
+    node.input[:] = kept
+
+
+def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -> None:
+    """Makes a BatchNormWithGlobalNormalization the bias of the convolution before it.
+
+    The op is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts only
+    with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights
+    w, that is a convolution with weights w * s, and a bias of beta - mean * s.
+    """
+    convolution, *names = node.input
+    weights_tensor = constants[nodes[convolution].input[1]]
+    beta_tensor = constants[names[2]]
+    weights = np.float64(tf.make_ndarray(weights_tensor))
+    mean, variance, beta, gamma = (np.float64(tf.make_ndarray(constants[name])) for name in names)
+    scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
+    if node.attr['scale_after_normalization'].b:
+        scale = scale * gamma
+    weights_tensor.CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
+    beta_tensor.CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
+    inputs = [convolution, names[2]]
+    attributes = {'T': node.attr['T']}
+    node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=inputs, attr=attributes))
+
+
+def allow_batches(shape: TensorProto) -> None:
+    """Changes a constant shape of [1, n], which is that of a single image, to [-1, n]."""
+    sides = tf.make_ndarray(shape)
+    if len(sides) == 2 and sides[0] == 1:
+        shape.CopyFrom(tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype)))
+
+
 def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]:
-    """Returns a graph with placeholders for its large constants, and these by node name."""
-    # TensorFlow takes five seconds longer, and twice the memory, to optimize a graph with 87 MB of
-    # constants in it.
-    structure, weights = GraphDef(versions=graph_def.versions, library=graph_def.library), {}
+    """Returns a graph with placeholders for its large constants, and these, {node name: array}.
+
+    To optimize a graph with 87 MB of constants, TensorFlow takes five seconds longer and twice the
+    memory.
+    """
+    structure = GraphDef(versions=graph_def.versions, library=graph_def.library)
+    weights = {}
     for node in graph_def.node:
         if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
             tensor = node.attr['value'].tensor
@@ -1520,9 +1562,7 @@ class SummaryWriter:
     def __init__(self, folder: str) -> None:
         gfile.makedirs(folder)
         for name in gfile.listdir(folder):
-            if (
-                name.startswith('events.out.tfevents.') or name == 'projector_config.pbtxt'
-            ):  # of an earlier run
+            if name.startswith('events.out.tfevents.'):  # of an earlier run
                 gfile.remove(os.path.join(folder, name))
         name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
         self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
@@ -1898,47 +1938,18 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Ima
     return picture
 
 
-def write_pictures(
-    images: Images, bottlenecks: np.ndarray, tested: Tested | None, folder: str
-) -> None:
-    """Writes pictures of the tested images, and points for the projector, in place of those of an
-    earlier run.
-    """
+def write_pictures(images: Images, tested: Tested | None, folder: str) -> None:
+    """Writes pictures of the tested images in place of those of an earlier run."""
     writer = SummaryWriter(folder)
     if not tested:
         return
     pictures = {'confusion_matrix': draw_confusion_matrix(tested.confusion, images.labels)}
     for row, predicted in tested.misclassified[:SHOWN_IMAGES]:
-        name = f'{images.labels[images.classes[row]]} classified as {images.labels[predicted]}'
-        pictures[f'misclassified/{name}/{os.path.basename(images.paths[row])}'] = load_thumbnail(
-            images.paths[row], 299
-        )
+        path = images.paths[row]
+        label = images.labels[images.classes[row]]
+        name = f'{label} classified as {images.labels[predicted]}'
+        pictures[f'misclassified/{name}/{os.path.basename(path)}'] = load_thumbnail(path, 299)
     writer.write(pictures)
-    rows, metadata = tested.rows[:PROJECTED_IMAGES], 'label\tpredicted\timage\n'
-    columns = math.ceil(math.sqrt(len(rows)))
-    sprite = Image.new('RGB', (columns * THUMBNAIL_SIDE, columns * THUMBNAIL_SIDE), 'white')
-    for i, (row, predicted) in enumerate(zip(rows, tested.predictions, strict=False)):
-        corner = i % columns * THUMBNAIL_SIDE, i // columns * THUMBNAIL_SIDE
-        sprite.paste(load_thumbnail(images.paths[row], THUMBNAIL_SIDE), corner)
-        name = re.sub(r'\s', ' ', os.path.basename(images.paths[row]))
-        metadata += f'{images.labels[images.classes[row]]}\t{images.labels[predicted]}\t{name}\n'
-    sprite.save(png := io.BytesIO(), 'PNG')
-    numbers = tf.strings.reduce_join(
-        tf.strings.as_string(bottlenecks[rows], shortest=True), -1, separator='\t'
-    )
-    paths = (
-        'tensor_name: "bottlenecks" tensor_path: "bottlenecks.tsv" metadata_path: "metadata.tsv"'
-    )
-    thumbnails = f'image_path: "thumbnails" single_image_dim: [{THUMBNAIL_SIDE}, {THUMBNAIL_SIDE}]'
-    write_whole(os.path.join(folder, 'bottlenecks.tsv'), b'\n'.join(numbers.numpy()))
-    write_whole(os.path.join(folder, 'metadata.tsv'), metadata.encode())
-    write_whole(
-        os.path.join(folder, 'thumbnails'), png.getvalue()
-    )  # not .png: the folder may be in --image_dir
-    config = (
-        f'embeddings {{ {paths} sprite {{ {thumbnails} }} }}\n'  # tensorboard/plugins/projector
-    )
-    write_whole(os.path.join(folder, 'projector_config.pbtxt'), config.encode())
 
 
 def main(flags: argparse.Namespace, export: Callable = lambda *trained: None) -> None:
@@ -1984,7 +1995,7 @@ def main(flags: argparse.Namespace, export: Callable = lambda *trained: None) ->
         record['seconds'] = (datetime.datetime.now() - started).total_seconds()
         write_whole(f'{flags.output_graph}.json', (json.dumps(record, indent=2) + '\n').encode())
     with extra('the pictures for TensorBoard'):
-        write_pictures(images, bottlenecks, tested, os.path.join(flags.summaries_dir, 'test'))
+        write_pictures(images, tested, os.path.join(flags.summaries_dir, 'test'))
     graph, labels = shlex.quote(flags.output_graph), shlex.quote(flags.output_labels)
     print(f'To look at the training: tensorboard --logdir {shlex.quote(flags.summaries_dir)}')
     print(f'Wrote the graph {graph} and the labels {labels}. To label an image with them:')

@@ -96,6 +96,7 @@ with open(os.devnull, 'w') as silence, os.fdopen(os.dup(2), 'w') as stderr:
 from google.protobuf.message import DecodeError
 from tensorflow.compat.v1 import AttrValue, GraphDef, NodeDef
 from tensorflow.compat.v1.graph_util import extract_sub_graph
+from tensorflow.core.framework.tensor_pb2 import TensorProto
 from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 from tensorflow.io import gfile
 
@@ -282,60 +283,80 @@ def run_graph(graph_def: GraphDef, contents: bytes, tensor: str) -> np.ndarray:
 
 
 def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
-    """Returns a graph from a node, which becomes a placeholder, to another: for batches, without
-    ops of 2015.
+    """Returns a graph for batches, without ops that TensorFlow has removed since 2015.
 
-    BatchNormWithGlobalNormalization is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon),
-    where gamma counts only with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a
-    convolution with weights w, that is a convolution with w * s and a bias of beta - mean * s.
-    CheckNumerics goes too: it is of use only in training. A reshape to a single row becomes one to
-    any number of rows.
+    It begins at the node `source`, which becomes a placeholder of a shape, and ends at `output`.
+    Batch norms become part of the convolutions before them. CheckNumerics goes, which is of use
+    only in training. A reshape to a single row becomes one to any number of rows.
     """
     folded = GraphDef()
     folded.CopyFrom(graph_def)
     folded.versions.producer = tf.version.GRAPH_DEF_VERSION
-    float32 = AttrValue(type=tf.float32.as_datatype_enum)
     nodes = {node.name: node for node in folded.node}
     constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
+    float32 = AttrValue(type=tf.float32.as_datatype_enum)
     for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
-        node.input[:] = [
-            name for name in node.input if name[0] != '^' or nodes[name[1:]].op != 'CheckNumerics'
-        ]
+        drop_checks(node, nodes)
         if node.op == 'BatchNormWithGlobalNormalization':
-            convolution, *names = node.input
-            tensors = [constants[name] for name in (nodes[convolution].input[1], *names)]
-            weights, mean, variance, beta, gamma = (
-                np.float64(tf.make_ndarray(tensor)) for tensor in tensors
-            )
-            scale = gamma if node.attr['scale_after_normalization'].b else 1
-            scale = scale / np.sqrt(variance + node.attr['variance_epsilon'].f)
-            tensors[0].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
-            tensors[3].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-            node.CopyFrom(
-                NodeDef(
-                    name=node.name, op='BiasAdd', input=[convolution, names[2]], attr={'T': float32}
-                )
-            )
+            fold_batch_norm(node, nodes, constants)
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
-            node.CopyFrom(
-                NodeDef(name=node.name, op='Identity', input=node.input, attr={'T': float32})
-            )
+            attributes = {'T': float32}
+            node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr=attributes))
         elif node.op == 'Reshape' and node.input[1] in constants:
-            if len(sides := tf.make_ndarray(constants[node.input[1]])) == 2 and sides[0] == 1:
-                constants[node.input[1]].CopyFrom(
-                    tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype))
-                )
+            allow_batches(constants[node.input[1]])
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, [output])
 
 
+def drop_checks(node: NodeDef, nodes: dict[str, NodeDef]) -> None:
+    """Removes the control inputs of a node, '^name', that are CheckNumerics."""
+    kept = []
+    for name in node.input:
+        is_control = name.startswith('^')
+        if not is_control or nodes[name[1:]].op != 'CheckNumerics':
+            kept.append(name)
+    node.input[:] = kept
+
+
+def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -> None:
+    """Makes a BatchNormWithGlobalNormalization the bias of the convolution before it.
+
+    The op is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts only
+    with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights
+    w, that is a convolution with weights w * s, and a bias of beta - mean * s.
+    """
+    convolution, *names = node.input
+    weights_tensor = constants[nodes[convolution].input[1]]
+    beta_tensor = constants[names[2]]
+    weights = np.float64(tf.make_ndarray(weights_tensor))
+    mean, variance, beta, gamma = (np.float64(tf.make_ndarray(constants[name])) for name in names)
+    scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
+    if node.attr['scale_after_normalization'].b:
+        scale = scale * gamma
+    weights_tensor.CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
+    beta_tensor.CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
+    inputs = [convolution, names[2]]
+    attributes = {'T': node.attr['T']}
+    node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=inputs, attr=attributes))
+
+
+def allow_batches(shape: TensorProto) -> None:
+    """Changes a constant shape of [1, n], which is that of a single image, to [-1, n]."""
+    sides = tf.make_ndarray(shape)
+    if len(sides) == 2 and sides[0] == 1:
+        shape.CopyFrom(tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype)))
+
+
 def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]:
-    """Returns a graph with placeholders for its large constants, and these by node name."""
-    # TensorFlow takes five seconds longer, and twice the memory, to optimize a graph with 87 MB of
-    # constants in it.
-    structure, weights = GraphDef(versions=graph_def.versions, library=graph_def.library), {}
+    """Returns a graph with placeholders for its large constants, and these, {node name: array}.
+
+    To optimize a graph with 87 MB of constants, TensorFlow takes five seconds longer and twice the
+    memory.
+    """
+    structure = GraphDef(versions=graph_def.versions, library=graph_def.library)
+    weights = {}
     for node in graph_def.node:
         if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
             tensor = node.attr['value'].tensor
