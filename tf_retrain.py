@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import functools
 import gzip
 import hashlib
@@ -39,41 +40,254 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-MOBILENET_SIZES = [
-    f'{size}_{side}' for size in ('1.0', '0.75', '0.50', '0.25') for side in (224, 192, 160, 128)
-]
-NETWORKS = 'inception_v3, or mobilenet_<1.0|0.75|0.50|0.25>_<224|192|160|128>'
+MOBILENET_WIDTHS = ('1.0', '0.75', '0.50', '0.25')
+MOBILENET_SIDES = (224, 192, 160, 128)  # pixels
+MOBILENET_SIZES = [f'{width}_{side}' for width in MOBILENET_WIDTHS for side in MOBILENET_SIDES]
 ARCHITECTURES = ['inception_v3', *(f'mobilenet_{size}' for size in MOBILENET_SIZES)]
-
-
-def checked(convert: type, is_valid: Callable, rule: str) -> Callable:
-    """Returns an argparse type: a value for which is_valid holds. `rule` describes such values."""
-
-    def parse(text: str) -> object:
-        if not is_valid(value := convert(text)):
-            raise argparse.ArgumentTypeError(f"must be {rule}, not '{text}'")
-        return value
-
-    parse.__name__ = convert.__name__  # argparse shows it when the text is not a number
-    return parse
-
-
-PERCENTAGE = checked(int, lambda value: 0 <= value <= 100, 'from 0 to 100')
-COUNT = checked(int, lambda value: value >= 0, '0 or more')
-SIZE = checked(int, lambda value: value >= 1, '1 or more')
-SIZE_OR_ALL = checked(
-    int, lambda value: value >= 1 or value == -1, '1 or more, or -1 for all images'
-)
-RATE = checked(float, lambda value: 0 < value < math.inf, 'above 0')
-ADDRESS = checked(str, re.compile(r'grpc://.+:\d+').fullmatch, 'grpc://HOST:PORT')
-# The pattern is that of tensorflow/core/framework/node_def_util.cc.
-NODE_NAME = checked(
-    str, re.compile(r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*').fullmatch, 'of letters, digits, _ . - /'
-)
 DEFAULT = ' (default: %(default)s)'
 
 
+def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
+    """Returns an argparse type: a value for which is_valid holds. `rule` describes such values."""
+
+    def parse(text: str) -> object:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not is_valid(value):
+            raise argparse.ArgumentTypeError(f"must be {rule}, not '{text}'")
+        return value
+
+    return parse
+
+
+PERCENTAGE = checked(int, lambda value: 0 <= value <= 100, 'a whole number from 0 to 100')
+COUNT = checked(int, lambda value: value >= 0, 'a whole number, 0 or more')
+SIZE = checked(int, lambda value: value >= 1, 'a whole number, 1 or more')
+SIZE_OR_ALL = checked(int, lambda value: value >= 1 or value == -1, '1 or more, or -1 for all')
+RATE = checked(float, lambda value: 0 < value < math.inf, 'a number above 0, such as 0.05')
+ADDRESS = checked(str, re.compile(r'grpc://.+:\d+').fullmatch, 'grpc://HOST:PORT')
+# The pattern is that of tensorflow/core/framework/node_def_util.cc.
+NODE_PATTERN = re.compile(r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*')
+NODE_NAME = checked(str, NODE_PATTERN.fullmatch, 'of letters, digits, _ . - /')
+
+
+def architecture(text: str) -> str:
+    """The argparse type of --architecture."""
+    if text in ARCHITECTURES:
+        return text
+    likely = difflib.get_close_matches(text, ARCHITECTURES) or ARCHITECTURES[:2]
+    raise argparse.ArgumentTypeError(f"there is no '{text}'; did you mean {' or '.join(likely)}?")
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('data')
+    group.add_argument(
+        '--image_dir',
+        metavar='DIR',
+        required=True,
+        help='folder with one folder of images per class',
+    )
+    group.add_argument(
+        '--testing_percentage',
+        metavar='P',
+        type=PERCENTAGE,
+        default=10,
+        help='percent of the images for the final test' + DEFAULT,
+    )
+    group.add_argument(
+        '--validation_percentage',
+        metavar='P',
+        type=PERCENTAGE,
+        default=10,
+        help='percent of the images for validation' + DEFAULT,
+    )
+    group.add_argument(
+        '--strict',
+        action='store_true',
+        help='stop at an image that cannot be read instead of leaving it out',
+    )
+    group.add_argument(
+        '--print_duplicates',
+        action='store_true',
+        help='name all near copies among the images, not only ten pairs',
+    )
+    group.add_argument(
+        '--find_suspects',
+        metavar='N',
+        type=COUNT,
+        default=0,
+        help='name the N images whose label is most doubtful' + DEFAULT,
+    )
+    group.add_argument(
+        '--bottleneck_dir',
+        metavar='DIR',
+        default='/tmp/bottleneck',
+        help='cache of the bottlenecks' + DEFAULT,
+    )
+    group.add_argument(
+        '--data_service',
+        metavar='grpc://HOST:PORT',
+        type=ADDRESS,
+        help='tf.data service that shares the work',
+    )
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('model')
+    group.add_argument(
+        '--model_dir',
+        metavar='DIR',
+        default='/tmp/imagenet',
+        help='folder of the pretrained model' + DEFAULT,
+    )
+    group.add_argument(
+        '--precision',
+        choices=['float32', 'bfloat16'],
+        default='float32',
+        help='format of the numbers that the network computes with' + DEFAULT,
+    )
+    network = group.add_mutually_exclusive_group()
+    network.add_argument(
+        '--architecture',
+        metavar='NAME',
+        type=architecture,
+        default='inception_v3',
+        help='inception_v3, or mobilenet_<width>_<side> with a width of 1.0, 0.75, 0.50 or 0.25 '
+        'and a side of 224, 192, 160 or 128 pixels' + DEFAULT,
+    )
+    network.add_argument(
+        '--tfhub_module',
+        metavar='HANDLE',
+        help='URL or folder of an image feature vector of Keras, Kaggle or TensorFlow Hub',
+    )
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('training')
+    group.add_argument(
+        '--how_many_training_steps',
+        metavar='N',
+        type=COUNT,
+        default=4000,
+        help='training steps' + DEFAULT,
+    )
+    group.add_argument(
+        '--learning_rate',
+        metavar='RATE',
+        type=RATE,
+        default=0.01,
+        help='size of the steps' + DEFAULT,
+    )
+    group.add_argument(
+        '--train_batch_size',
+        metavar='N',
+        type=SIZE,
+        default=100,
+        help='images per training step' + DEFAULT,
+    )
+    group.add_argument(
+        '--validation_batch_size',
+        metavar='N',
+        type=SIZE_OR_ALL,
+        default=100,
+        help='images per validation; -1 uses all' + DEFAULT,
+    )
+    group.add_argument(
+        '--test_batch_size',
+        metavar='N',
+        type=SIZE_OR_ALL,
+        default=-1,
+        help='images in the final test; -1 uses all' + DEFAULT,
+    )
+    group.add_argument(
+        '--eval_step_interval',
+        metavar='N',
+        type=SIZE,
+        default=10,
+        help='steps between evaluations' + DEFAULT,
+    )
+    group.add_argument(
+        '--random_seed',
+        metavar='N',
+        type=COUNT,
+        help='with the same cache, runs with the same number give the same result',
+    )
+    group.add_argument(
+        '--print_misclassified_test_images',
+        action='store_true',
+        help='list the misclassified test images',
+    )
+
+
+def add_distortion_flags(parser: argparse.ArgumentParser) -> None:
+    title = 'distortions of the training images (training takes far longer)'
+    group = parser.add_argument_group(title)
+    group.add_argument(
+        '--flip_left_right',
+        action='store_true',
+        help='mirror half of the images at random',
+    )
+    group.add_argument(
+        '--random_crop',
+        metavar='P',
+        type=PERCENTAGE,
+        default=0,
+        help='enlarge by P percent, then crop at a random place' + DEFAULT,
+    )
+    group.add_argument(
+        '--random_scale',
+        metavar='P',
+        type=PERCENTAGE,
+        default=0,
+        help='enlarge by a random amount of up to P percent, then crop' + DEFAULT,
+    )
+    group.add_argument(
+        '--random_brightness',
+        metavar='P',
+        type=PERCENTAGE,
+        default=0,
+        help='multiply all pixels by a random factor, up to P percent more or less' + DEFAULT,
+    )
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('output')
+    group.add_argument(
+        '--output_graph',
+        metavar='FILE',
+        default='/tmp/output_graph.pb',
+        help='the trained graph; the record of the run is FILE.json' + DEFAULT,
+    )
+    group.add_argument(
+        '--optimized_graph',
+        metavar='FILE',
+        help='also write the trained graph for other runtimes',
+    )
+    group.add_argument(
+        '--output_labels',
+        metavar='FILE',
+        default='/tmp/output_labels.txt',
+        help='the labels, one per line' + DEFAULT,
+    )
+    group.add_argument(
+        '--summaries_dir',
+        metavar='DIR',
+        default='/tmp/retrain_logs',
+        help='logs for TensorBoard' + DEFAULT,
+    )
+    group.add_argument(
+        '--final_tensor_name',
+        metavar='NAME',
+        type=NODE_NAME,
+        default='final_result',
+        help="name of the graph's output" + DEFAULT,
+    )
+
+
 def create_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(
         usage='python3 %(prog)s --image_dir=DIR [flags]',
         description=__doc__.splitlines()[0],
@@ -82,185 +296,11 @@ def create_parser() -> argparse.ArgumentParser:
         ),
         epilog='the usual command:\n' + __doc__.split('\n\n')[1],
     )
-    add = parser.add_argument_group('data').add_argument
-    add(
-        '--image_dir',
-        metavar='DIR',
-        required=True,
-        help='folder with one folder of images per class',
-    )
-    add(
-        '--testing_percentage',
-        metavar='P',
-        type=PERCENTAGE,
-        default=10,
-        help='percent to test with' + DEFAULT,
-    )
-    add(
-        '--validation_percentage',
-        metavar='P',
-        type=PERCENTAGE,
-        default=10,
-        help='percent to validate with' + DEFAULT,
-    )
-    add(
-        '--strict',
-        action='store_true',
-        help='stop at an image that cannot be read instead of leaving it out',
-    )
-    add(
-        '--print_duplicates',
-        action='store_true',
-        help='name all near copies among the images, not only ten',
-    )
-    add(
-        '--find_suspects',
-        metavar='N',
-        type=COUNT,
-        default=0,
-        help='name the N most doubtful labels' + DEFAULT,
-    )
-    add(
-        '--bottleneck_dir',
-        metavar='DIR',
-        default='/tmp/bottleneck',
-        help='cache of the bottlenecks' + DEFAULT,
-    )
-    add(
-        '--data_service',
-        metavar='grpc://HOST:PORT',
-        type=ADDRESS,
-        help='tf.data service that shares the work',
-    )
-    add = (group := parser.add_argument_group('model')).add_argument
-    add(
-        '--model_dir', metavar='DIR', default='/tmp/imagenet', help='the pretrained model' + DEFAULT
-    )
-    add(
-        '--precision',
-        choices=['float32', 'bfloat16'],
-        default='float32',
-        help='format of bottlenecks' + DEFAULT,
-    )
-    add = group.add_mutually_exclusive_group().add_argument
-    add(
-        '--architecture',
-        metavar='NAME',
-        choices=ARCHITECTURES,
-        default='inception_v3',
-        help=NETWORKS + DEFAULT,
-    )
-    add(
-        '--tfhub_module',
-        metavar='HANDLE',
-        help='image feature vector of TensorFlow Hub: URL or folder',
-    )
-    add = parser.add_argument_group('training').add_argument
-    add(
-        '--how_many_training_steps',
-        metavar='N',
-        type=COUNT,
-        default=4000,
-        help='training steps' + DEFAULT,
-    )
-    add(
-        '--learning_rate',
-        metavar='RATE',
-        type=RATE,
-        default=0.01,
-        help='size of the steps' + DEFAULT,
-    )
-    add(
-        '--train_batch_size',
-        metavar='N',
-        type=SIZE,
-        default=100,
-        help='images per training step' + DEFAULT,
-    )
-    add(
-        '--validation_batch_size',
-        metavar='N',
-        type=SIZE_OR_ALL,
-        default=100,
-        help='per validation; -1: all' + DEFAULT,
-    )
-    add(
-        '--test_batch_size',
-        metavar='N',
-        type=SIZE_OR_ALL,
-        default=-1,
-        help='images in the test; -1: all' + DEFAULT,
-    )
-    add(
-        '--eval_step_interval',
-        metavar='N',
-        type=SIZE,
-        default=10,
-        help='steps between evaluations' + DEFAULT,
-    )
-    add(
-        '--random_seed',
-        metavar='N',
-        type=COUNT,
-        help='runs with the same number give the same result',
-    )
-    add(
-        '--print_misclassified_test_images',
-        action='store_true',
-        help='list the misclassified test images',
-    )
-    add = parser.add_argument_group(
-        'distortions of the training images (training takes far longer)'
-    ).add_argument
-    add('--flip_left_right', action='store_true', help='mirror half of the images at random')
-    add(
-        '--random_crop',
-        metavar='P',
-        type=PERCENTAGE,
-        default=0,
-        help='margin to crop from, in percent' + DEFAULT,
-    )
-    add(
-        '--random_scale',
-        metavar='P',
-        type=PERCENTAGE,
-        default=0,
-        help='enlarge by up to this percentage' + DEFAULT,
-    )
-    add(
-        '--random_brightness',
-        metavar='P',
-        type=PERCENTAGE,
-        default=0,
-        help='change by up to P percent' + DEFAULT,
-    )
-    add = parser.add_argument_group('output').add_argument
-    add(
-        '--output_graph',
-        metavar='FILE',
-        default='/tmp/output_graph.pb',
-        help='the trained graph' + DEFAULT,
-    )
-    add('--optimized_graph', metavar='FILE', help='also write the trained graph for other runtimes')
-    add(
-        '--output_labels',
-        metavar='FILE',
-        default='/tmp/output_labels.txt',
-        help='the labels, one per line' + DEFAULT,
-    )
-    add(
-        '--summaries_dir',
-        metavar='DIR',
-        default='/tmp/retrain_logs',
-        help='logs for TensorBoard' + DEFAULT,
-    )
-    add(
-        '--final_tensor_name',
-        metavar='NAME',
-        type=NODE_NAME,
-        default='final_result',
-        help='of the scores' + DEFAULT,
-    )
+    add_data_flags(parser)
+    add_model_flags(parser)
+    add_training_flags(parser)
+    add_distortion_flags(parser)
+    add_output_flags(parser)
     return parser
 
 
@@ -271,8 +311,8 @@ def parse_flags(
     flags = parser.parse_args(arguments)
     if flags.testing_percentage + flags.validation_percentage >= 100:
         parser.error(
-            '--testing_percentage and --validation_percentage must leave images to train on: below '
-            '100 in sum'
+            '--testing_percentage and --validation_percentage must leave images to train on: '
+            'below 100 in sum'
         )
     return flags
 
@@ -329,6 +369,8 @@ MOBILENET_URL = 'http://download.tensorflow.org/models/mobilenet_v1_{}_frozen.tg
 MOBILENET_GRAPH_NAME = 'mobilenet_v1_{}/frozen_graph.pb'
 MOBILENET_BOTTLENECK = 'MobilenetV1/Predictions/Reshape', 1001
 
+FEW_IMAGES = 20  # per class: with fewer, the original warns
+SETS = ('training', 'validation', 'testing')
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
@@ -430,61 +472,73 @@ class Images:
     labels: list[str]  # of the classes
     files: np.ndarray  # 'class folder/file' of each image
     classes: np.ndarray  # indices into labels
-    sets: np.ndarray  # 'training', 'validation' or 'testing'
+    sets: np.ndarray  # one of SETS for each image
 
     @functools.cached_property
     def paths(self) -> list[str]:
         return [os.path.join(self.folder, file) for file in self.files]
 
     @functools.cached_property
-    def members(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """The rows of each set, and how many of them each class has."""
-        rows = {
-            name: np.flatnonzero(self.sets == name)
-            for name in ('training', 'validation', 'testing')
-        }
-        return {
-            name: (of, np.bincount(self.classes[of], minlength=len(self.labels)))
-            for name, of in rows.items()
-        }
+    def rows(self) -> dict[str, np.ndarray]:
+        """The rows of each set."""
+        return {name: np.flatnonzero(self.sets == name) for name in SETS}
+
+    @functools.cached_property
+    def counts(self) -> dict[str, np.ndarray]:
+        """How many images of each class are in each set, int [classes]."""
+        count = functools.partial(np.bincount, minlength=len(self.labels))
+        return {name: count(self.classes[rows]) for name, rows in self.rows.items()}
 
     def keep(self, mask: np.ndarray) -> 'Images':
         """Returns a table of the rows for which a mask, bool [images], holds."""
         return dataclasses.replace(
-            self, files=self.files[mask], classes=self.classes[mask], sets=self.sets[mask]
+            self,
+            files=self.files[mask],
+            classes=self.classes[mask],
+            sets=self.sets[mask],
         )
 
     def draw(self, name: str, how_many: int, rng: np.random.Generator) -> np.ndarray:
-        """Returns rows of a set, int [how_many]: a class is drawn uniformly, then one of its
-        images; all for -1.
+        """Draws rows of a set, int [how_many]: a class uniformly, then one of its images uniformly.
+
+        Returns all rows of the set if `how_many` is -1.
         """
-        rows, counts = self.members[name]
+        rows, counts = self.rows[name], self.counts[name]
         if how_many == -1 or not rows.size:
             return rows
         classes = rng.choice(np.flatnonzero(counts), how_many)
-        return rows[(counts.cumsum() - counts)[classes] + rng.integers(counts[classes])]
+        # As rows are sorted by class, those of class c are rows[first[c]], rows[first[c] + 1], ...
+        first = counts.cumsum() - counts
+        return rows[first[classes] + rng.integers(counts[classes])]
 
 
 def get_label(folder: str) -> str:
-    """Returns the label of a class folder: lower case, every run of characters other than a-z and
-    0-9 one space.
+    """Returns the label of a class folder.
+
+    It is in lower case, with one space for every run of characters other than a-z and 0-9. The
+    original gave every folder without such characters the label ' '; here it keeps its name.
     """
     label = re.sub(r'[^a-z0-9]+', ' ', folder.lower())
-    return (
-        label if label.strip() else ' '.join(folder.split())
-    )  # the original gave every such folder the label ' '
+    return label if label.strip() else ' '.join(folder.split())
 
 
 def get_set(path: str, testing_percentage: int, validation_percentage: int) -> str:
-    """Returns the set of an image: a hash of its path decides, so that it never moves to another
-    set.
+    """Returns the set of an image: a hash of its path decides, so that it never changes.
+
+    This looks a bit magical, but an image must stay in its set when others come or go, or images
+    that were trained on yesterday would be tested with today. So the set depends on nothing but the
+    path: its hash becomes a percentage, p. For 'data/cat/cat.0.jpg', p is 15.728: with 10 % for
+    each, validation has p below 10, testing has p below 20, and training has the rest.
     """
     hash_name = re.sub(r'_nohash_.*$', '', path)  # variants of one photograph stay in one set
-    hashed = int(hashlib.sha1(hash_name.encode()).hexdigest(), 16) % (MAX_NUM_IMAGES_PER_CLASS + 1)
-    percentage_hash = hashed * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
+    digest = int(hashlib.sha1(hash_name.encode()).hexdigest(), 16)
+    share = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
+    percentage_hash = share * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
     if percentage_hash < validation_percentage:
         return 'validation'
-    return 'testing' if percentage_hash < testing_percentage + validation_percentage else 'training'
+    if percentage_hash < testing_percentage + validation_percentage:
+        return 'testing'
+    return 'training'
 
 
 def list_dir(path: str) -> list[str]:
@@ -499,85 +553,106 @@ def list_dir(path: str) -> list[str]:
         )
 
 
-def list_images(flags: argparse.Namespace) -> Images:
-    """Returns the images of the class folders, and names what is passed over; UserError for fewer
-    than two classes.
-    """
-    if not gfile.isdir(flags.image_dir):
-        raise UserError(
-            f"--image_dir: there is no folder '{flags.image_dir}'. Name the one with your class "
-            'folders.'
+def is_image(name: str) -> bool:
+    """Tells whether a file is taken for an image: by its extension, if it is not hidden."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.')
+
+
+def list_class_folder(path: str) -> list[str]:
+    """Returns the images in a class folder, and names what is passed over."""
+    names = list_dir(path)
+    images = [name for name in names if is_image(name)]
+    others = [name for name in names if not is_image(name)]
+    if others:
+        print(f'{path}: {len(images)} images; passed over: {name_some(others)}')
+    if not images:
+        print(f'WARNING: {path} has no images. It is not used as a class.')
+    elif len(images) < FEW_IMAGES:
+        print(
+            f'WARNING: Folder has less than {FEW_IMAGES} images, which may cause issues. '
+            f'({path}: {len(images)})'
         )
-    labels: dict[str, str] = {}
-    rows, loose_images = [], 0
-    for folder in list_dir(flags.image_dir):
-        path = os.path.join(flags.image_dir, folder)
-        if folder.startswith('.') or not gfile.isdir(path):
-            loose_images += folder.lower().endswith(IMAGE_EXTENSIONS)
-            continue
-        names = list_dir(path)
-        images = [
-            name for name in names if name.lower().endswith(IMAGE_EXTENSIONS) and name[0] != '.'
-        ]
-        if others := sorted(set(names) - set(images)):
-            print(f'{path}: {len(images)} images; passed over: {name_some(others)}')
-        if not images:
-            print(f'WARNING: {path} has no images. It is not used as a class.')
-            continue
-        if len(images) < 20:
-            print(
-                f'WARNING: Folder has less than 20 images, which may cause issues. ({path}: '
-                f'{len(images)})'
-            )
-        if not (label := get_label(folder)):
-            raise UserError(
-                f'{path!r}: the label of this folder would be blank. Rename the folder.'
-            )
-        if label in labels:
-            raise UserError(
-                f"{labels[label]} and {path} have the same label '{label}'. Rename or merge them."
-            )
-        for name in images:
-            of = get_set(
-                os.path.join(path, name), flags.testing_percentage, flags.validation_percentage
-            )
-            rows.append((os.path.join(folder, name), len(labels), of))
-        labels[label] = path
+    return images
+
+
+def list_class_folders(image_dir: str) -> dict[str, list[str]]:
+    """Returns {class folder: its images}, both sorted."""
+    folders = {}
+    loose_images = 0
+    for name in list_dir(image_dir):
+        path = os.path.join(image_dir, name)
+        if name.startswith('.') or not gfile.isdir(path):
+            loose_images += is_image(name)
+        elif images := list_class_folder(path):
+            folders[name] = images
     if loose_images:
         print(
-            f'WARNING: {flags.image_dir} has {loose_images} images outside of class folders. They '
-            'are not used.'
+            f'WARNING: {image_dir} has {loose_images} images outside of class folders. '
+            'They are not used.'
         )
-    if len(labels) < 2:
-        found = (
-            f"--image_dir: '{flags.image_dir}' has {len(labels) or 'no'} class folder with images"
-        )
+    return folders
+
+
+def get_labels(image_dir: str, folders: list[str]) -> list[str]:
+    """Returns the labels of class folders; raises UserError if two are equal, or one is blank."""
+    paths: dict[str, str] = {}
+    for folder in folders:
+        path = os.path.join(image_dir, folder)
+        label = get_label(folder)
+        if not label:
+            raise UserError(f'{path!r}: the label of this folder would be blank. Rename it.')
+        if label in paths:
+            raise UserError(
+                f"{paths[label]} and {path} have the same label '{label}'. Rename or merge them."
+            )
+        paths[label] = path
+    return list(paths)
+
+
+def list_images(flags: argparse.Namespace) -> Images:
+    """Returns the images of the class folders; raises UserError for fewer than two classes."""
+    image_dir = flags.image_dir
+    if not gfile.isdir(image_dir):
         raise UserError(
-            f'{found}. Two or more are needed: put the images of each class into a folder of its '
-            'own.'
+            f"--image_dir: there is no folder '{image_dir}'. Name the one with your class folders."
         )
-    files, classes, sets = zip(*rows, strict=True)
+    folders = list_class_folders(image_dir)
+    labels = get_labels(image_dir, list(folders))
+    if len(labels) < 2:
+        raise UserError(
+            f"--image_dir: '{image_dir}' has {len(labels) or 'no'} class folder with images. "
+            'Two or more are needed: put the images of each class into a folder of its own.'
+        )
+    files = [os.path.join(folder, name) for folder, names in folders.items() for name in names]
+    sizes = [len(names) for names in folders.values()]
+    percentages = flags.testing_percentage, flags.validation_percentage
+    sets = [get_set(os.path.join(image_dir, file), *percentages) for file in files]
     return Images(
-        flags.image_dir, list(labels), np.array(files, object), np.array(classes), np.array(sets)
+        folder=image_dir,
+        labels=labels,
+        files=np.array(files, object),
+        classes=np.repeat(np.arange(len(labels)), sizes),
+        sets=np.array(sets),
     )
 
 
 def check_sets(images: Images, flags: argparse.Namespace) -> None:
     """Warns of classes that a set has no image of; raises UserError without training images."""
-    for name in ('testing', 'validation', 'training'):
-        empty = [
-            label
-            for label, count in zip(images.labels, images.members[name][1], strict=True)
-            if not count
-        ]
-        if getattr(flags, f'{name}_percentage', 100) and empty:
-            share = f'{len(empty)} of {len(images.labels)} classes'
-            missing = f'no {name} image in {share}: {name_some(empty)}'
+    percentages = {
+        'testing': flags.testing_percentage,
+        'validation': flags.validation_percentage,
+        'training': 100,
+    }
+    for name, percentage in percentages.items():
+        counts = images.counts[name]
+        empty = [label for label, count in zip(images.labels, counts, strict=True) if not count]
+        if percentage and empty:
             print(
-                f'WARNING: {missing}. Add images, or change --testing_percentage or '
+                f'WARNING: no {name} image in {len(empty)} of {len(images.labels)} classes: '
+                f'{name_some(empty)}. Add images, or change --testing_percentage or '
                 '--validation_percentage.'
             )
-    if not images.members['training'][0].size:
+    if not images.rows['training'].size:
         raise UserError(
             '--image_dir: no image fell into the training set. Add images, or lower '
             '--testing_percentage.'
@@ -1617,7 +1692,7 @@ def cross_validate(
                 rows = split.draw('training', flags.train_batch_size, rng)
                 layer.train(bottlenecks[rows], images.classes[rows])
                 bar.update()
-            if (rows := split.members['testing'][0]).size:
+            if (rows := split.rows['testing']).size:
                 scores[rows] = layer.evaluate(bottlenecks[rows], images.classes[rows]).scores
     return scores
 
@@ -1873,7 +1948,7 @@ def create_record(
     }
     counts = {
         name: dict(zip(images.labels, of.tolist(), strict=True))
-        for name, (_, of) in images.members.items()
+        for name, of in images.counts.items()
     }
     record: dict[str, Any] = {
         'command': sys.argv,
@@ -1957,7 +2032,7 @@ def main(flags: argparse.Namespace, export: Callable = lambda *trained: None) ->
         f'TensorFlow {tf.__version__}, Python {sys.version.split()[0]}, {devices}, network '
         f'{backbone.source}'
     )
-    counts = ', '.join(f'{len(rows)} {name}' for name, (rows, _) in images.members.items())
+    counts = ', '.join(f'{len(rows)} {name}' for name, rows in images.rows.items())
     print(f'{len(images.labels)} classes, {len(images.files)} images: {counts}')
     bottlenecks, readable = cache_bottlenecks(images, backbone, flags)
     if not readable.all():

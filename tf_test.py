@@ -27,15 +27,18 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 
 
-def checked(convert: type, is_valid: Callable, rule: str) -> Callable:
+def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
     """Returns an argparse type: a value for which is_valid holds. `rule` describes such values."""
 
     def parse(text: str) -> object:
-        if not is_valid(value := convert(text)):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not is_valid(value):
             raise argparse.ArgumentTypeError(f"must be {rule}, not '{text}'")
         return value
 
-    parse.__name__ = convert.__name__  # argparse shows it when the text is not a number
     return parse
 
 

@@ -58,7 +58,7 @@ class Fork:
         self.files = [] if outputs else [tempfile.NamedTemporaryFile() for _ in range(2)]
         outputs = outputs or [file.name for file in self.files]
         arguments = self.args, str(cwd or os.getcwd()), dict(os.environ), outputs
-        self.process = CONTEXT.Process(target=execute, args=arguments)
+        self.process = CONTEXT.Process(target=execute, args=arguments, daemon=True)
         self.process.start()
         self.kill = self.process.kill
 

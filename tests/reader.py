@@ -53,8 +53,9 @@ class Reader:
 
     def __init__(self, folder, new=(), **names):
         self.folder, self.new, self.names = folder, set(new), names
-        self.outputs, self.ports = [], {}
         self.stack = contextlib.ExitStack()
+        self.outputs = []
+        self.ports = {port: self.reserve() for port in ('5000', '5001')}
 
     def __enter__(self):
         return self
@@ -103,18 +104,14 @@ class Reader:
         return ''
 
     def serve_data(self, arguments):
-        """Starts the dispatcher or the worker of the README: their ports are kept free for them."""
-        for port in sorted(set(re.findall(r'\d{4}', arguments[-1]))):
-            if port not in self.ports:
-                self.ports[port] = self.reserve()
-                newest = self.ports[port]
-        changed = re.sub(r'\d{4}', lambda match: self.ports[match[0]], arguments[-1])
-        process = self.stack.enter_context(forks.Fork([*arguments[:-1], changed], self.folder))
-        wait_for_listener(newest, process)
+        """Starts the dispatcher or the worker: both know their ports before they bind them."""
+        text = re.sub(r'\d{4}', lambda match: self.ports[match[0]], arguments[-1])
+        process = self.stack.enter_context(forks.Fork(['-c', text], self.folder))
+        wait_for_listener(re.findall(r'\d+', text)[-1], process)
         return ''
 
     def reserve(self):
-        """Returns a free port which nobody gets but who asks for it with SO_REUSEPORT, as gRPC."""
+        """Returns a port that only a server with SO_REUSEPORT can bind, as those of gRPC are."""
         probe = self.stack.enter_context(socket.socket())
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         probe.bind(('', 0))
@@ -144,10 +141,7 @@ class Reader:
 def wait_for_listener(port, process):
     """Waits until the process listens on a port of this machine."""
     end = time.monotonic() + 120
-    while True:
-        with socket.socket() as probe:
-            if not probe.connect_ex(('localhost', int(port))):
-                return
+    while socket.socket().connect_ex(('localhost', int(port))):
         assert process.process.is_alive() and time.monotonic() < end, process.read()
         time.sleep(0.05)
 

@@ -12,7 +12,9 @@ import tf_retrain
 USAGE_ERRORS = [
     ('--testing_percentage=-1', 'from 0 to 100'),
     ('--validation_percentage=101', 'from 0 to 100'),
-    ('--testing_percentage=ten', 'invalid int value'),
+    ('--testing_percentage=0.1', "must be a whole number from 0 to 100, not '0.1'"),
+    ('--learning_rate=0,05', "must be a number above 0, such as 0.05, not '0,05'"),
+    ('--architecture=mobilenet_0.5_224', 'mobilenet_0.50_224'),
     ('--testing_percentage=50 --validation_percentage=50', 'below 100'),
     ('--how_many_training_steps=-1', '0 or more'),
     ('--eval_step_interval=0', '1 or more'),
@@ -32,7 +34,7 @@ USAGE_ERRORS = [
     ('--data_service=localhost:5000', 'grpc://HOST:PORT'),
     ('--no_such_flag=1', 'unrecognized arguments: --no_such_flag=1'),
     ('extra', 'unrecognized arguments: extra'),
-    ('--architecture=inception_v4', 'mobilenet_0.25_128'),
+    ('--architecture=inception_v4', 'did you mean inception_v3?'),
     (
         '--architecture=mobilenet_1.0_224 --tfhub_module=m',
         'not allowed with argument --architecture',

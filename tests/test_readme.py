@@ -39,7 +39,8 @@ def test_the_first_commands_are_those_of_ci():
 def test_main(clone):
     """Each script once in a new interpreter."""
     scripts = 'tf_retrain.py', 'retrain_serving.py', 'tf_test.py'
-    with Reader(clone, scripts).follow('README.md') as reader:
+    with Reader(clone, scripts) as reader:
+        reader.follow('README.md')
         assert not reader.new
         for output in reader.find('--image_dir'):
             assert 'Final test accuracy = ' in output
@@ -113,7 +114,8 @@ def test_inception(clone, monkeypatch):
 
 
 def test_bottlenecks(clone):
-    with Reader(clone).follow('bottlenecks/README.md') as reader:
+    with Reader(clone) as reader:
+        reader.follow('bottlenecks/README.md')
         (devices,) = reader.find('list_physical_devices')
         assert re.search(r'^\[.*\]$', devices, re.MULTILINE)
         lines = [text for _, text in read_blocks('README.md') if 'tf_retrain.py' in text]
@@ -196,7 +198,8 @@ def check_server(url, model):
 
 def test_serving(clone):
     train('retrain_serving.py', '--saved_model_dir=trained_model_serving/1')
-    with Reader(clone, path=IMAGE).follow('trained_model_serving/README.md') as reader:
+    with Reader(clone, path=IMAGE) as reader:
+        reader.follow('trained_model_serving/README.md')
         (shown,) = reader.find('saved_model_cli')
         assert "inputs['image']" in shown
         assert reader.names['answer']['label'].numpy() == [b'dog']
@@ -217,7 +220,8 @@ def test_tests():
 
 def test_every_flag_is_explained():
     readme = (ROOT / 'README.md').read_text()
-    parsers = retrain_serving.create_serving_parser(), tf_test.create_labeling_parser()
+    names = {**vars(retrain_serving), **vars(tf_test)}
+    parsers = [create() for name, create in names.items() if re.fullmatch('create_.*parser', name)]
     options = {option for parser in parsers for option in parser._option_string_actions}
     for option in options - {'-h', '--help'}:
         assert f'| `{option}' in readme
