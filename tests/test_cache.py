@@ -140,6 +140,22 @@ def test_write_whole_leaves_nothing_behind(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ['folder', 'x' * 250]
 
 
+def test_a_write_that_fails_half_way_leaves_the_old_file(tmp_path, monkeypatch):
+    class FullDisk(gfile.GFile):
+        def write(self, contents):
+            super().write(contents[:2])
+            self.flush()
+            raise tf.errors.ResourceExhaustedError(None, None, 'disk full')
+
+    path = tmp_path / 'file'
+    tf_retrain.write_whole(str(path), b'before')
+    monkeypatch.setattr(gfile, 'GFile', FullDisk)
+    with pytest.raises(tf.errors.ResourceExhaustedError):
+        tf_retrain.write_whole(str(path), b'after')
+    assert path.read_bytes() == b'before'
+    assert os.listdir(tmp_path) == ['file']
+
+
 def test_a_cold_and_a_warm_run_train_on_the_same_numbers(job, monkeypatch):
     job.photographs(cat=12, dog=12).main()
     cold = job.graph()

@@ -8,6 +8,7 @@ import re
 import socket
 import tarfile
 import threading
+import zlib
 
 import pytest
 from helpers import build_model, load_backbone, send, serve
@@ -258,3 +259,12 @@ def test_fuzzed_graphs(tmp_path, model, junk, at, cut):
         assert load_backbone(tmp_path).networks
     except UserError as error:
         assert str(path) in str(error)
+
+
+def test_a_wrong_byte_in_the_compressed_part_of_an_archive(whole):
+    """The first one, whose bits 1 and 2 are the type of the block: there is no type 3."""
+    damaged = bytearray(gzip.compress(gzip.decompress(whole)))
+    damaged[10] |= 0b110
+    with pytest.raises(zlib.error):
+        gzip.decompress(damaged)
+    assert tf_retrain.extract(bytes(damaged), GRAPH) == b''

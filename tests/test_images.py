@@ -66,7 +66,19 @@ def test_split_follows_the_formula_and_ignores_nohash():
     assert abs(found.count('validation') / len(found) - 0.25) < 0.03
     for i in range(100):
         variants = [f'd/{i}_nohash_{suffix}.jpg' for suffix in 'abcdef']
-        assert len({tf_retrain.get_set(path, 30, 30) for path in variants}) == 1
+        assert {tf_retrain.get_set(path, 30, 30) for path in variants} == {
+            original_set(f'd/{i}', 30, 30)
+        }
+
+
+def test_the_border_of_two_sets_belongs_to_the_upper_one(monkeypatch):
+    """With hashes of 0 to 100, a percentage can be whole."""
+    monkeypatch.setattr(tf_retrain, 'MAX_NUM_IMAGES_PER_CLASS', 100)
+    for i in range(300):
+        path = f'data/cat/{i}.jpg'
+        share = int(hashlib.sha1(path.encode()).hexdigest(), 16) % 101
+        expected = 'validation' if share < 30 else 'testing' if share < 60 else 'training'
+        assert tf_retrain.get_set(path, 30, 30) == expected
 
 
 @pytest.fixture

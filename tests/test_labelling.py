@@ -179,6 +179,13 @@ def test_unsure_images_and_copies_where_links_are_impossible(trained, label, tmp
         assert {path.read_bytes() for path in copies} == {image.read_bytes()}
 
 
+def test_a_score_equal_to_min_score_is_enough(trained, label):
+    image = trained.test_image()
+    answer = json.loads(label(image, '--json')[0])
+    lines = label(image, f'--min_score={answer["scores"][0]!r}')
+    assert lines[0].startswith(f'{answer["labels"][0]} (score = ')
+
+
 @pytest.mark.parametrize('name', ['..', '', 'a/b', '.hidden'])
 def test_a_label_never_leads_out_of_the_folder(tmp_path, name):
     (tmp_path / 'x.jpg').write_text('x')

@@ -437,17 +437,18 @@ def test_an_empty_batch_gets_empty_answers(signatures):
     assert shapes == {'label': (0,), 'score': (0,), 'labels': (0, 3), 'scores': (0, 3)}
 
 
+@pytest.mark.parametrize('side', [20_000, 60_000])
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'GIF'])
-def test_an_image_of_too_many_pixels_is_refused_by_its_header(signatures, kind):
-    """20,000 x 20,000 pixels would take gigabytes to decode."""
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(signatures, kind, side):
+    """They would take gigabytes to decode; 60,000 x 60,000 is negative in 32 bits."""
     contents = bytearray(encode(PICTURE, kind))
     if kind == 'PNG':
-        contents[16:24] = struct.pack('>II', 20_000, 20_000)
+        contents[16:24] = struct.pack('>II', side, side)
     elif kind == 'GIF':
-        contents[6:10] = struct.pack('<HH', 20_000, 20_000)
+        contents[6:10] = struct.pack('<HH', side, side)
     else:
         start = contents.index(b'\xff\xc0')
-        contents[start + 5 : start + 9] = struct.pack('>HH', 20_000, 20_000)
+        contents[start + 5 : start + 9] = struct.pack('>HH', side, side)
     for signature in signatures.values():
         with pytest.raises(tf.errors.InvalidArgumentError, match='more than 200,000,000 pixels'):
             signature(image=tf.constant([bytes(contents)]))
