@@ -329,13 +329,11 @@ if __name__ == '__main__':
     # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once,
     # and so is Ctrl-C.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.argv = [
-        os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv
-    ]  # UTF-8 in any locale
+    # In any locale, arguments are read as UTF-8.
+    sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
     parsed_flags = parse_flags(create_serving_parser())
-    while (
-        os.open(os.devnull, os.O_RDWR) <= 2
-    ):  # Other files must not get the numbers of closed standard streams.
+    # Other files must not get the numbers of closed standard streams.
+    while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
 
 # NumPy's products are small here: the threads of OpenBLAS would cost more time than they save.
@@ -384,9 +382,8 @@ IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg d
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
-NETWORK_BATCH_SIZE = (
-    128 if HAS_GPU else 32
-)  # images: more are not faster on a CPU, and need more memory
+# In images: more are not faster on a CPU, and need more memory.
+NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32
 MAX_ARCHIVE_SIZE = 2**30  # bytes, packed or unpacked: the largest model has a tenth of it
 DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
@@ -395,9 +392,8 @@ DUPLICATE_SIMILARITY = 0.99  # cosine of two bottlenecks
 MAX_COMPARED = 25_000  # images: all pairs of more would take longer than five seconds
 FOLDS = 5  # of the cross-validation
 SHOWN_IMAGES = 100  # misclassified images in TensorBoard, at most
-fingerprint = functools.partial(
-    tf.strings.to_hash_bucket_fast, num_buckets=2**62
-)  # FarmHash, the same everywhere
+# FarmHash, the same everywhere.
+fingerprint = functools.partial(tf.strings.to_hash_bucket_fast, num_buckets=2**62)
 
 
 class UserError(Exception):
@@ -1223,9 +1219,8 @@ def get_status(path: str) -> tuple[int, int]:
         return (
             status := os.stat(path.encode())
         ).st_size, status.st_mtime_ns  # bytes, as LANG may be of ASCII alone
-    with contextlib.suppress(
-        tf.errors.OpError
-    ):  # gs:// and its like; gfile knows times of local files in seconds only
+    # gs:// and its like. Of local files, gfile knows the times in seconds only.
+    with contextlib.suppress(tf.errors.OpError):
         return (status := gfile.stat(path)).length, status.mtime_nsec
     return -1, -1
 
@@ -1310,10 +1305,8 @@ class BottleneckCache:
                 self.fingerprints[row],
                 self.backbone.checksum,
             ):
-                is_same = contents is not None and found in (
-                    contents,
-                    None,
-                )  # whatever the time of the file says
+                # Contents count, whatever the time of the file says.
+                is_same = contents is not None and found in (contents, None)
                 if (size, changed) == self.statuses[row] or (
                     is_same and size == self.statuses[row][0]
                 ):
@@ -1373,9 +1366,8 @@ class BottleneckCache:
         paths, left = self.images.paths, set(rows)
         headers = {row: read_header(paths[row]) for row in rows}
         with tqdm(total=len(left), desc='Bottlenecks', unit='image', disable=None) as bar:
-            for service in dict.fromkeys(
-                [data_service, None]
-            ):  # what a service does not bring is computed here
+            # What a service does not bring is computed here.
+            for service in dict.fromkeys([data_service, None]):
                 todo = np.array([row for row in sorted(left) if headers[row][0] <= MAX_PIXELS], int)
                 for tags, found in compute_bottlenecks(
                     [paths[row] for row in todo], self.backbone, None, service
@@ -1554,9 +1546,8 @@ class FinalLayer:
         has diverged.
         """
         logits = bottlenecks @ self.weights + self.biases
-        shifted = logits - logits.max(
-            axis=1, keepdims=True
-        )  # exp() of the logits themselves may overflow
+        # exp() of the logits themselves may overflow.
+        shifted = logits - logits.max(axis=1, keepdims=True)
         exponentials = np.exp(shifted)
         sums = exponentials.sum(axis=1, keepdims=True)
         cross_entropy = (np.log(sums[:, 0]) - shifted[np.arange(len(classes)), classes]).mean()
@@ -1680,9 +1671,8 @@ def cross_validate(
     classes].
     """
     count, steps = len(images.files), flags.how_many_training_steps
-    rng = np.random.default_rng(
-        np.random.SeedSequence(flags.random_seed).spawn(4)[3]
-    )  # train() uses the first three
+    # train() uses the first three.
+    rng = np.random.default_rng(np.random.SeedSequence(flags.random_seed).spawn(4)[3])
     folds = np.arange(count) % FOLDS  # each class in all of them, as the rows are sorted by class
     scores = np.zeros([count, len(images.labels)], np.float32)
     with tqdm(
@@ -1787,9 +1777,8 @@ def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name
         product = tf.matmul(fed, weights, name=f'{scope}/Wx_plus_b/MatMul')
         tf.nn.softmax(tf.add(product, biases, f'{scope}/Wx_plus_b/add'), name=final_tensor_name)
     frozen = GraphDef()
-    frozen.CopyFrom(
-        backbone.graph_def
-    )  # `versions` too: from producer 9 on, TensorFlow refuses the 2015 batch norms
+    # `versions` too: from producer 9 on, TensorFlow refuses the batch norms of 2015.
+    frozen.CopyFrom(backbone.graph_def)
     frozen.node.extend(
         node for node in export_graph(graph).node if node.name != backbone.bottleneck
     )

@@ -9,9 +9,8 @@ give one line each: path, best label and its score.
 
 import signal
 
-if (
-    __name__ == '__main__'
-):  # Ctrl-C, or a pipe that nobody reads any longer, ends the program without a traceback.
+if __name__ == '__main__':
+    # Ctrl-C, or a pipe that nobody reads any longer, ends the program without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
@@ -74,13 +73,11 @@ def create_labeling_parser() -> argparse.ArgumentParser:
 
 if __name__ == '__main__':
     # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once.
-    sys.argv = [
-        os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv
-    ]  # UTF-8 in any locale
+    # In any locale, arguments are read as UTF-8.
+    sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
     parsed_flags = create_labeling_parser().parse_intermixed_args()
-    while (
-        os.open(os.devnull, os.O_RDWR) <= 2
-    ):  # Other files must not get the numbers of closed standard streams.
+    # Other files must not get the numbers of closed standard streams.
+    while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
 
 import numpy as np
@@ -112,9 +109,8 @@ IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg d
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
-NETWORK_BATCH_SIZE = (
-    128 if HAS_GPU else 32
-)  # images: more are not faster on a CPU, and need more memory
+# In images: more are not faster on a CPU, and need more memory.
+NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32
 
 
 class UserError(Exception):

@@ -76,7 +76,7 @@ def test_a_worker_that_dies(job, monkeypatch, small_batches):
             write_whole(path, contents)
             if next(writes) == 40:
                 workers[0].kill()
-                monkeypatch.setattr(tf_retrain, 'DATA_SERVICE_TIMEOUT', 5)
+                monkeypatch.setattr(tf_retrain, 'DATA_SERVICE_TIMEOUT', 10)
 
         monkeypatch.setattr(tf_retrain, 'write_whole', write)
         monkeypatch.setattr(tf_retrain, 'run_networks', count)

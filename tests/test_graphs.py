@@ -53,23 +53,24 @@ def test_frozen_graph(trained):
     assert names[: len(kept)] == kept
     for node in graph_def.node[: len(kept)]:
         assert node == model[node.name]
-    added = {node.name: (node.op, *node.input) for node in graph_def.node[len(kept) :]}
+    added = {
+        node.name: (node.op, list(node.input), sorted(node.attr))
+        for node in graph_def.node[len(kept) :]
+    }
     scope, fed = 'final_training_ops', 'input/BottleneckInputPlaceholder'
     weights, biases = f'{scope}/weights/final_weights', f'{scope}/biases/final_biases'
     product, logits = f'{scope}/Wx_plus_b/MatMul', f'{scope}/Wx_plus_b/add'
+    # TensorFlow 1 knows no other attributes.
     assert added == {
-        fed: ('PlaceholderWithDefault', 'pool_3/_reshape'),
-        weights: ('Const',),
-        f'{weights}/read': ('Identity', weights),
-        biases: ('Const',),
-        f'{biases}/read': ('Identity', biases),
-        product: ('MatMul', fed, f'{weights}/read'),
-        logits: ('AddV2', product, f'{biases}/read'),
-        'final_result': ('Softmax', logits),
+        fed: ('PlaceholderWithDefault', ['pool_3/_reshape'], ['dtype', 'shape']),
+        weights: ('Const', [], ['dtype', 'value']),
+        f'{weights}/read': ('Identity', [weights], ['T']),
+        biases: ('Const', [], ['dtype', 'value']),
+        f'{biases}/read': ('Identity', [biases], ['T']),
+        product: ('MatMul', [fed, f'{weights}/read'], ['T']),
+        logits: ('AddV2', [product, f'{biases}/read'], ['T']),
+        'final_result': ('Softmax', [logits], ['T']),
     }
-    # TensorFlow 1 knows no others.
-    known = {'dtype', 'shape', 'value', 'T'}
-    assert {key for node in graph_def.node[len(kept) :] for key in node.attr} == known
     nodes = {node.name: node for node in graph_def.node}
     shape = nodes[fed].attr['shape'].shape
     assert [dim.size for dim in shape.dim] == [-1, 2048]

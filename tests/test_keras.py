@@ -60,9 +60,8 @@ def test_networks_of_keras(job):
     features = []
     for create, scaling in NETWORKS:
         network = create()
-        for (
-            variable
-        ) in network.weights:  # at first, batch norms and layer scales do next to nothing
+        # Untrained batch norms and layer scales do next to nothing.
+        for variable in network.weights:
             if len(variable.shape) == 1 and variable.dtype == 'float32':
                 variable.assign(rng.uniform(0.5, 1.5, variable.shape))
         features.append(network(keras.layers.Rescaling(*scaling)(pixels)))

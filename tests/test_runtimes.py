@@ -117,10 +117,8 @@ def browser():
         *(f'disable-{name}' for name in quiet),
     ):
         options.add_argument(f'--{argument}')
-    for argument in (
-        'use-fake-device-for-media-stream',
-        'use-fake-ui-for-media-stream',
-    ):  # the webcam
+    # The webcam.
+    for argument in ('use-fake-device-for-media-stream', 'use-fake-ui-for-media-stream'):
         options.add_argument(f'--{argument}')
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which('chromedriver')))
     yield driver

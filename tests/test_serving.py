@@ -279,10 +279,8 @@ def predict_request(image, signature=''):
 
 def test_messages_for_serving_default(signatures, photographs):
     images, expected = photographs
-    for image, scores in (
-        (images[0], expected[:1]),
-        (images, expected),
-    ):  # old clients send a scalar
+    # Old clients send a scalar.
+    for image, scores in ((images[0], expected[:1]), (images, expected)):
         for signature in ('', 'serving_default'):
             response = ask(signatures, predict_request(image, signature))
             assert sorted(response.outputs) == ['classes', 'prediction']
@@ -329,9 +327,8 @@ def rest(signatures, body):
         [read(row['image']) for row in body['instances']] if rows else read(body['inputs']['image'])
     )
     response = ask(signatures, predict_request(image, body.get('signature_name', '')))
-    assert not any(
-        name.endswith('_bytes') for name in response.outputs
-    )  # these would be sent in base64
+    # These would be sent in base64.
+    assert not any(name.endswith('_bytes') for name in response.outputs)
     arrays = {name: tf.make_ndarray(value) for name, value in response.outputs.items()}
     outputs = {
         name: (decoded(value) if value.dtype == object else value).tolist()
