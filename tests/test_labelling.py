@@ -151,13 +151,13 @@ def test_sorting_links_and_never_overwrites(label, tmp_path):
     target.mkdir(parents=True)
     (target / 'cat 1.jpg').write_text('mine')
     before = {path: path.read_bytes() for path in tmp_path.rglob('*.jpg')}
-    for _ in range(2):  # a second run finds the images where they are
+    for _ in range(2):  # a second run finds the images where they are, as does an equal image
         label(tmp_path, f'--sort_into={tmp_path}/sorted')
         assert {path: path.read_bytes() for path in before} == before
         names = sorted(path.name for path in target.iterdir())
-        assert names == [f'cat {name}.jpg' for name in ('0 2', '0', '1 2', '1 3', '1', '2 2', '2')]
+        assert names == [f'cat {name}.jpg' for name in ('0 2', '0', '1 2', '1', '2')]
     linked = {path.stat().st_ino for path in target.iterdir()}
-    assert {path.stat().st_ino for path in before} == linked
+    assert linked < {path.stat().st_ino for path in before}
 
 
 def test_unsure_images_and_copies_where_links_are_impossible(trained, label, tmp_path, monkeypatch):
@@ -174,9 +174,8 @@ def test_unsure_images_and_copies_where_links_are_impossible(trained, label, tmp
         assert label(image, *flags)[0].startswith(f'{name} (score = ')
         assert [line.split('\t')[1] for line in label(image, image, *flags)] == [name, name]
         assert json.loads(label(image, *flags, '--json')[0])['labels'][0] == wanted
-        copies = list((tmp_path / name).iterdir())
-        assert len(copies) == 4
-        assert {path.read_bytes() for path in copies} == {image.read_bytes()}
+        (copy,) = (tmp_path / name).iterdir()
+        assert copy.read_bytes() == image.read_bytes()
 
 
 def test_a_score_equal_to_min_score_is_enough(trained, label):
@@ -342,7 +341,7 @@ def halves(tmp_path_factory):
     direction = cat - nothing * (cat @ nothing) / (nothing @ nothing)  # gray counts for nothing
     layer = tf_retrain.FinalLayer(2048, 2, 0.01, np.array([1, 2]))
     layer.weights = np.stack([direction, -direction], 1)
-    frozen = tf_retrain.create_frozen_graph(backbone, layer, 'final_result')
+    frozen = tf_retrain.create_frozen_graph(backbone, layer, ['cat', 'nothing'], 'final_result')
     (folder / 'g.pb').write_bytes(frozen.SerializeToString())
     (folder / 'l.txt').write_text('cat\nnothing\n')
     return folder
@@ -351,15 +350,16 @@ def halves(tmp_path_factory):
 def test_the_heatmap_shows_the_half_that_decides(halves):
     run('tf_test.py', '--heatmap', 'out.png', 'half.png', 'g.pb', 'l.txt', cwd=halves)
     with Image.open(halves / 'out.png') as picture:
-        assert picture.size == (120, 90 + 24)
-        pixels = np.asarray(picture, int)[-90:]
+        assert picture.size == (120, 24 + 90 + 24)  # title, photograph, scale
+        pixels = np.asarray(picture, int)[24:-24]
     red = pixels[:, :, 0] - pixels[:, :, 1]
     assert red[:, 60:].sum() > 0.8 * red.sum() > 0
 
 
 def test_the_mean_of_the_positions_is_the_logit(trained):
     """The class activation map of each class adds up to what the graph itself computes."""
-    graph_def = tf_test.load_graph(str(trained.folder / GRAPH))
+    graph_def, labels = tf_test.load_graph(str(trained.folder / GRAPH))
+    assert labels == NAMES
     contents = trained.test_image().read_bytes()
     (logits,) = run_v1(graph_def, contents, 'final_training_ops/Wx_plus_b/MatMul:0')
     heatmaps = [tf_test.compute_heatmap(graph_def, contents, index) for index in range(3)]
@@ -372,7 +372,7 @@ def test_heatmaps_of_each_network(networks, label, tmp_path):
     files = [networks.folder / name for name in FILES]
     label(f'--heatmap={tmp_path}/h.png', networks.test_image(), files=files)
     with Image.open(tmp_path / 'h.png') as picture:
-        assert picture.height == 30 + 24
+        assert picture.height == 30 + 24 + 24
 
 
 @pytest.mark.parametrize(

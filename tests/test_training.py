@@ -51,7 +51,11 @@ def test_accuracy_and_its_interval(trained):
     assert count == len(trained.test_images())
     bounds = tf_retrain.get_interval(round(accuracy * count / 100), count)
     low, high = (100 * bound for bound in bounds)
-    advice = f' About {4 * count} test images would halve it.' if high - low > 10 else ''
+    advice = (
+        f' About {4 * count} test images would halve the width of the interval.'
+        if high - low > 10
+        else ''
+    )
     assert found[3] == f'95% confidence interval: {low:.1f} to {high:.1f}%.{advice}'
 
 
@@ -231,7 +235,7 @@ def test_an_output_that_cannot_be_written_is_named(job, monkeypatch):
             write(path, contents)
 
         monkeypatch.setattr(tf_retrain, 'write_whole', refuse)
-        message = f'^{failing} cannot be written .*No space left on device.*run the same command'
+        message = f'^could not be written: {failing} .No space left on device.*run the same command'
         job.fails(message, **outputs)
 
 
@@ -276,7 +280,7 @@ def test_an_extra_that_fails_is_a_warning(job, monkeypatch):
     monkeypatch.setattr(tf_retrain, 'find_near_copies', None)
     monkeypatch.setattr(tf_retrain.ImageFont, 'load_default', None)
     out = job.main()
-    extras = ['the search for duplicates', 'the record of the run', 'the pictures for TensorBoard']
+    extras = ['the search for near copies', 'the record of the run', 'the pictures for TensorBoard']
     assert re.findall(r'^WARNING: (.*) left out \(', out, re.MULTILINE) == extras
     assert out.splitlines()[-1].startswith('python3 tf_test.py')
     assert job.graph().node[-1].name == 'final_result'
