@@ -69,8 +69,10 @@ BATCH = checked(int, lambda value: 1 <= value <= 100_000, 'a whole number from 1
 BATCH_OR_ALL = checked(
     int, lambda value: 1 <= value <= 100_000 or value == -1, 'from 1 to 100,000, or -1 for all'
 )
-RATE = checked(float, lambda value: 0 < value < math.inf, 'a number above 0, such as 0.05')
-ADDRESS = checked(str, re.compile(r'grpc://.+:\d+').fullmatch, 'grpc://HOST:PORT')
+# Smaller numbers are 0 in float32, and larger ones are not finite.
+RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a number above 0, such as 0.05')
+ADDRESS = checked(str, re.compile(r'grpc://.+:\d{1,5}').fullmatch, 'grpc://HOST:PORT')
+HANDLE = checked(str, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
 NODE_PATTERN = re.compile(r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*')
 NODE_NAME = checked(str, NODE_PATTERN.fullmatch, 'of letters, digits, _ . - /')
@@ -163,6 +165,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         '--tfhub_module',
         metavar='HANDLE',
+        type=HANDLE,
         help='URL or folder of an image feature vector of Keras, Kaggle or TensorFlow Hub',
     )
 
@@ -566,10 +569,15 @@ def list_dir(path: str) -> list[str]:
         raise UserError(f"'{path}' has a file whose name is not UTF-8, {name!r}. Rename it.")
 
 
+def escape(text: str) -> str:
+    """Returns a text in one line: characters such as a tab or a newline become \\t or \\n."""
+    return re.sub(r'[\x00-\x1f\x7f]', lambda match: repr(match[0])[1:-1], text)
+
+
 def name_some(names: list[str]) -> str:
     """Returns the first ten of some names, and how many more there are, for a message."""
     more = f' and {len(names) - 10} more' if len(names) > 10 else ''
-    return ', '.join(names[:10]) + more
+    return escape(', '.join(names[:10])) + more
 
 
 @contextlib.contextmanager
@@ -612,6 +620,7 @@ def check_outputs(flags: argparse.Namespace) -> None:
 
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
 SETS = ('training', 'validation', 'testing')
+UNSURE = 'unsure'  # what tf_test.py prints below --min_score
 FEW_IMAGES = 20  # per class: with fewer, the original warns
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
 
@@ -710,13 +719,13 @@ def list_class_folder(path: str) -> list[str]:
     images = [name for name in names if is_image(name)]
     others = [name for name in names if not is_image(name)]
     if others:
-        print(f'{path}: {len(images)} images; passed over: {name_some(others)}')
+        print(f'{escape(path)}: {len(images)} images; passed over: {name_some(others)}')
     if not images:
-        print(f'WARNING: {path} has no images. It is not used as a class.')
+        print(f'WARNING: {escape(path)} has no images. It is not used as a class.')
     elif len(images) < FEW_IMAGES:
         print(
             f'WARNING: Folder has less than {FEW_IMAGES} images, which may cause issues. '
-            f'({path}: {len(images)})'
+            f'({escape(path)}: {len(images)})'
         )
     return images
 
@@ -752,6 +761,11 @@ def get_labels(image_dir: str, folders: list[str]) -> list[str]:
                 f"{paths[label]} and {path} have the same label '{label}'. Rename or merge them."
             )
         paths[label] = path
+    if UNSURE in paths:
+        print(
+            f"WARNING: '{UNSURE}' is what tf_test.py --min_score says of images that it leaves "
+            f'unlabeled. Rename {paths[UNSURE]}, or it will refuse this flag.'
+        )
     return list(paths)
 
 
@@ -1313,9 +1327,9 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
 
     paths[i] is the file of rows[i]. What is not a plain file is not opened.
     """
-    is_plain = [not is_special(path) for path in paths]
-    plain_paths = np.array(paths, object)[is_plain]
-    files = tf.data.Dataset.from_tensor_slices((rows[is_plain], plain_paths))
+    is_plain = np.array([not is_special(path) for path in paths], bool)
+    names = np.array([to_bytes(path) for path in paths], object)
+    files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
     loaded = files.map(lambda row, path: load(row, tf.io.read_file(path)), tf.data.AUTOTUNE)
     return loaded.ignore_errors()
 
@@ -1523,7 +1537,7 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
         decode_image(contents)
         return 'it changed while it was read', None
     except tf.errors.OpError as error:
-        reason = re.sub(r'{{.*?}} *| \[Op:.*', '', error.message, flags=re.DOTALL)
+        reason = re.sub(r'{{.*?}} *| \[Op:.*', '', error.message, flags=re.DOTALL).strip(' .')
         return reason or type(error).__name__, digest
 
 
@@ -1660,12 +1674,12 @@ class BottleneckCache:
             else:
                 reason = 'The cache file is not the one that was written'
             if reason:
-                print(f'{reason}, recreating bottleneck {path}')
+                print(f'{reason}, recreating bottleneck {escape(path)}')
 
     def write(self, row: int, digest: int, text: str) -> None:
         """Writes a bottleneck, and the record that it is of an image with this digest."""
         path = self.paths[row]
-        tqdm.write(f'Creating bottleneck at {path}')
+        tqdm.write(f'Creating bottleneck at {escape(path)}')
         outcome = int(compute_digest(text))
         if not self.record(row, digest, outcome, read_orientation(self.images.paths[row])):
             return
@@ -1885,7 +1899,7 @@ def report_near_copies(images: Images, near_copies: list[NearCopy], print_all: b
     for row, other in pairs if print_all else pairs[:10]:
         first = f'{images.paths[row]} ({images.sets[row]})'
         second = f'{images.paths[other]} ({images.sets[other]})'
-        print(f'  {first}, {second}')
+        print(escape(f'  {first}, {second}'))
     if len(pairs) > 10 and not print_all:
         print(f'  and {len(pairs) - 10} more pairs of near copies, which --print_duplicates names')
     if len(images.files) > MAX_COMPARED:
@@ -1938,8 +1952,12 @@ def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespac
         best = scores[row].argmax()
         own_label = images.labels[images.classes[row]]
         words = f'{own_label} {own_scores[row]:.2f}  {images.labels[best]} {scores[row, best]:.2f}'
-        print(f'{images.paths[row]:>70}  {words}')
+        print(escape(f'{images.paths[row]:>70}  {words}'))
         pictures[f'{words}/{images.files[row]}'] = load_thumbnail(images.paths[row], 299)
+    single = np.flatnonzero(np.bincount(images.classes) == 1)
+    if single.size:
+        names = name_some([images.labels[index] for index in single])
+        print(f'Of these classes, the only image is always a suspect: {names}')
     print(
         'Look at these images, here or in TensorBoard. Move those in a wrong folder, and run the '
         'same command again.'
@@ -2221,7 +2239,7 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
     if flags.print_misclassified_test_images:
         print('=== MISCLASSIFIED TEST IMAGES ===')
         for row, predicted in tested.misclassified:
-            print(f'{images.paths[row]:>70}  {images.labels[predicted]}')
+            print(escape(f'{images.paths[row]:>70}  {images.labels[predicted]}'))
 
 
 def print_table(confusion: np.ndarray, labels: list[str]) -> None:

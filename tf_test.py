@@ -143,7 +143,8 @@ LABELS_NODE = 'final_training_ops/labels'
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
-UNSURE = 'unsure'  # in place of a label whose score is below --min_score
+MAX_LISTED = 4096  # paths that are listed before their images are labeled
+UNSURE = 'unsure'  # what tf_test.py prints below --min_score
 
 
 class UserError(Exception):
@@ -172,6 +173,11 @@ def describe(error: BaseException) -> str:
     return getattr(error, 'message', '') or str(error) or type(error).__name__
 
 
+def escape(text: str) -> str:
+    """Returns a text in one line: characters such as a tab or a newline become \\t or \\n."""
+    return re.sub(r'[\x00-\x1f\x7f]', lambda match: repr(match[0])[1:-1], text)
+
+
 def load_file(path: str, what: str) -> bytes:
     """Returns a file's contents; raises UserError if it cannot be read."""
     if is_special(path):
@@ -180,6 +186,8 @@ def load_file(path: str, what: str) -> bytes:
         return tf.io.read_file(to_bytes(path)).numpy()
     except tf.errors.OpError as error:
         raise UserError(f"The {what} '{path}' cannot be read: {describe(error)}")
+    except UnicodeDecodeError:  # TensorFlow's message has the path
+        raise UserError(f"The {what} '{path}' cannot be read: its name is not UTF-8.")
 
 
 def load_labels(path: str) -> list[str]:
@@ -250,11 +258,16 @@ def check_labels(labels: list[str], trained: list[str], flags: argparse.Namespac
             break
 
 
+def is_folder(path: str) -> bool:
+    """Tells whether a path is a folder, also one such as gs://bucket/folder."""
+    return os.path.isdir(to_bytes(path)) or ('://' in path and gfile.isdir(path))
+
+
 def list_names(folder: str) -> list[str]:
     """Returns the names in a folder, sorted."""
     try:
-        names = gfile.listdir(to_bytes(folder))
-    except UnicodeDecodeError:  # a name is not UTF-8
+        names = gfile.listdir(folder)
+    except UnicodeError:  # a name is not UTF-8
         names = [name.decode(errors='surrogateescape') for name in os.listdir(to_bytes(folder))]
     return sorted(name.rstrip('/') for name in names)
 
@@ -268,7 +281,7 @@ def find_images(folder: str, left_out: str | None) -> Iterator[str]:
         path = os.path.join(folder, name)
         if name.startswith('.') or (left_out and is_same_path(path, left_out)):
             continue
-        if gfile.isdir(to_bytes(path)):
+        if is_folder(path):
             if not os.path.islink(to_bytes(path)):  # it may lead back to this folder
                 yield from find_images(path, left_out)
         elif name.lower().endswith(IMAGE_EXTENSIONS):
@@ -298,7 +311,7 @@ def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
     for path in images:
         if path == '-':
             yield from expand((line for line in read_paths() if line != '-'), left_out)
-        elif gfile.isdir(to_bytes(path)):
+        elif is_folder(path):
             yield from find_images(path, left_out)
         else:
             yield path
@@ -307,7 +320,8 @@ def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
 def place(path: str, label: str, folder: str) -> None:
     """Links an image into a label's folder, or copies it where links are not possible.
 
-    It gets a number if another image has its name. Raises UserError if nothing can be written.
+    It gets a number if another image has its name. Raises UserError if there can be no such folder,
+    and OSError if the image cannot be placed there.
     """
     # A label is a line of a file that anybody may have written: not every line can be the name of a
     # folder.
@@ -316,15 +330,26 @@ def place(path: str, label: str, folder: str) -> None:
     source = os.path.realpath(to_bytes(path))
     try:
         os.makedirs(to_bytes(folder), exist_ok=True)
-        for number in itertools.count(1):
-            name = f'{stem} {number}{extension}' if number > 1 else f'{stem}{extension}'
-            target = to_bytes(os.path.join(folder, name))
-            if not os.path.lexists(target):
-                return link_or_copy(source, target)
-            if os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):
-                return None
     except OSError as error:
         raise UserError(f'--sort_into: {error}. Fix this, or name another folder.')
+    for number in itertools.count(1):
+        name = f'{stem} {number}{extension}' if number > 1 else f'{stem}{extension}'
+        target = to_bytes(os.path.join(folder, name))
+        if not os.path.lexists(target):
+            return link_or_copy(source, target)
+        if os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):
+            return None
+
+
+def try_to_place(path: str, label: str, folder: str) -> bool:
+    """Does what place() does; returns False, after a line on standard error, if that fails."""
+    try:
+        place(path, label, folder)
+    except OSError as error:
+        reason = f"--sort_into: '{path}' cannot be placed in {folder} ({error.strerror})."
+        tqdm.write(f'ERROR: {escape(reason)} The others go on.', file=sys.stderr)
+        return False
+    return True
 
 
 def link_or_copy(source: bytes, target: bytes) -> None:
@@ -343,6 +368,18 @@ def link_or_copy(source: bytes, target: bytes) -> None:
 
 
 # Images
+
+
+def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
+    """Returns a dataset of load(row, contents) of the file of each row, without failures.
+
+    paths[i] is the file of rows[i]. What is not a plain file is not opened.
+    """
+    is_plain = np.array([not is_special(path) for path in paths], bool)
+    names = np.array([to_bytes(path) for path in paths], object)
+    files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
+    loaded = files.map(lambda row, path: load(row, tf.io.read_file(path)), tf.data.AUTOTUNE)
+    return loaded.ignore_errors()
 
 
 def count_pixels(contents: tf.Tensor) -> tf.Tensor:
@@ -547,35 +584,25 @@ def create_classifier(graph_def: GraphDef) -> tuple[Callable, np.ndarray]:
 def score_images(
     graph_def: GraphDef, paths: Iterable[str]
 ) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Yields (path, scores) of images in their order.
-
-    The scores of those that cannot be decoded are None: their rows are missing in the batches.
-    """
+    """Yields (path, scores) of images in their order; None for what cannot be decoded."""
     classify, size = create_classifier(graph_def)
-    names: list[str] = []  # of all rows
 
-    def list_files() -> Iterator[tuple[int, bytes]]:
-        for path in paths:
-            names.append(path)
-            if not is_special(path):
-                yield len(names) - 1, to_bytes(path)
+    def load(row: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return row, resize_bilinear(decode_image(contents)[tf.newaxis], size)[0]
 
-    def load(row: tf.Tensor, path: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        image = decode_image(tf.io.read_file(path))
-        return row, resize_bilinear(image[tf.newaxis], size)[0]
-
-    signature = tf.TensorSpec([], tf.int64), tf.TensorSpec([], tf.string)
-    files = tf.data.Dataset.from_generator(list_files, output_signature=signature)
-    images = files.map(load, tf.data.AUTOTUNE, deterministic=True).ignore_errors()
-    next_row = 0
-    for rows, batch in images.batch(NETWORK_BATCH_SIZE).prefetch(2):
-        for row, scores in zip(rows.numpy(), classify(batch).numpy(), strict=True):
-            for missing in range(next_row, row):
-                yield names[missing], None
-            yield names[row], scores
-            next_row = row + 1
-    for missing in range(next_row, len(names)):
-        yield names[missing], None
+    remaining = iter(paths)
+    while names := list(itertools.islice(remaining, MAX_LISTED)):
+        images = load_files(np.arange(len(names)), names, load)
+        next_row = 0
+        for rows, batch in images.batch(NETWORK_BATCH_SIZE).prefetch(2):
+            for row, scores in zip(rows.numpy(), classify(batch).numpy(), strict=True):
+                # Rows that are missing in the batches could not be decoded.
+                for missing in range(next_row, row):
+                    yield names[missing], None
+                yield names[row], scores
+                next_row = row + 1
+        for missing in range(next_row, len(names)):
+            yield names[missing], None
 
 
 def score_image(graph_def: GraphDef, path: str) -> Iterator[tuple[str, np.ndarray | None]]:
@@ -681,11 +708,6 @@ def save_picture(picture: Image.Image, target: str) -> None:
 # Main
 
 
-def escape(text: str) -> str:
-    """Returns a text without characters that would break its line, which are written as \\n etc."""
-    return re.sub(r'[\x00-\x1f\x7f]', lambda match: repr(match[0])[1:-1], text)
-
-
 def print_ranking(
     path: str, ranking: list[tuple[str, float]], flags: argparse.Namespace, is_single: bool
 ) -> None:
@@ -757,7 +779,7 @@ def draw(graph_def: GraphDef, path: str, best: tuple[str, float], index: int, ta
 def label_images(flags: argparse.Namespace) -> None:
     """Labels all images that can be labeled; then raises UserError if some could not be."""
     first = flags.images[0]
-    is_single = len(flags.images) == 1 and first != '-' and not gfile.isdir(to_bytes(first))
+    is_single = len(flags.images) == 1 and first != '-' and not is_folder(first)
     check_targets(flags, is_single)
     labels = load_labels(flags.labels)
     graph_def, trained_labels = load_graph(flags.graph)
@@ -779,7 +801,7 @@ def label_images(flags: argparse.Namespace) -> None:
         shown = ranking if flags.json else [(label, score), *ranking[1:]]
         print_ranking(path, shown, flags, is_single)
         if flags.sort_into:
-            place(path, label, flags.sort_into)
+            failed += not try_to_place(path, label, flags.sort_into)
         if flags.heatmap:
             draw(graph_def, path, ranking[0], scores.argmax(), flags.heatmap)
     if not count:
@@ -788,7 +810,8 @@ def label_images(flags: argparse.Namespace) -> None:
             f'{" ".join(IMAGE_EXTENSIONS)}'
         )
     if failed:
-        raise UserError(f'{failed} of {count} images could not be labeled.')
+        what = 'labeled and sorted' if flags.sort_into else 'labeled'
+        raise UserError(f'{failed} of {count} images could not be {what}.')
 
 
 def has_bar() -> bool:

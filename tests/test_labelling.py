@@ -178,6 +178,109 @@ def test_unsure_images_and_copies_where_links_are_impossible(trained, label, tmp
         assert copy.read_bytes() == image.read_bytes()
 
 
+def test_copies_appear_whole_and_one_that_fails_is_one_line(label, tmp_path, monkeypatch):
+    """Two names are too long for a number behind them; a copy fails half-way."""
+    long_name = 'x' * 251 + '.jpg'
+    for name, colour in (('1', RED), ('2', (60, 60, 200)), ('3', (60, 200, 60))):
+        write_photographs(tmp_path / 'in', name, 1, colour)
+    os.rename(tmp_path / 'in/1/1 0.jpg', tmp_path / 'in/1' / long_name)
+    os.rename(tmp_path / 'in/2/2 0.jpg', tmp_path / 'in/2' / long_name)
+    monkeypatch.setattr(tf_test, 'rank', lambda *arguments: [('cat', 1.0)])
+    out, err = label.fails(
+        '1 of 3 images could not be labeled and sorted',
+        tmp_path / 'in',
+        f'--sort_into={tmp_path}/out',
+    )
+    (line,) = err.splitlines()
+    assert 'ERROR: --sort_into: ' in line and 'File name too long' in line
+    assert len(out.splitlines()) == 3
+    assert sorted(os.listdir(tmp_path / 'out/cat')) == ['3 0.jpg', long_name]
+
+    def fail(*arguments):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'link', fail)
+    monkeypatch.setattr(os, 'rename', fail)
+    label.fails('3 of 3 images', tmp_path / 'in', f'--sort_into={tmp_path}/full')
+    assert os.listdir(tmp_path / 'full/cat') == []
+
+
+@pytest.mark.parametrize('path', ['image', *FILES])
+def test_nothing_that_is_read_is_written(trained, label, path):
+    image = trained.test_image()
+    path = image if path == 'image' else trained.folder / path
+    before = path.read_bytes()
+    label.fails('^--heatmap: .* is read. Name another file', f'--heatmap={path}', image)
+    assert path.read_bytes() == before
+    label.fails('^--sort_into: .* is read. Name another folder', '--sort_into=data', 'data/')
+
+
+def test_paths_with_nul_after_each(trained):
+    """That is what find -print0 writes, also of names with a newline."""
+    paths = sorted(trained.data.rglob('*.jpg'))[:3]
+    odd = trained.folder / 'odd\nname.jpg'
+    odd.write_bytes(paths[0].read_bytes())
+    text = ''.join(f'{path}\0' for path in (*paths, odd))
+    process = run_new('tf_test.py', '-', *FILES, cwd=trained.folder, input=text)
+    lines = process.stdout.splitlines()
+    assert [line.split('\t')[0] for line in lines[:3]] == list(map(str, paths))
+    assert lines[3].split('\t')[0] == str(odd).replace('\n', '\\n')
+
+
+def test_names_that_are_not_utf_8(trained, tmp_path):
+    """Such an image is labeled as any other, and a missing one is named."""
+    folder = os.fsencode(tmp_path / 'in')
+    os.mkdir(folder)
+    with open(os.path.join(folder, b'\xff.jpg'), 'wb') as file:
+        file.write(trained.test_image().read_bytes())
+    arguments = tmp_path / 'in', os.fsdecode(b'\xfe.jpg'), *FILES
+    process = run('tf_test.py', *arguments, cwd=trained.folder, check=False)
+    assert len(process.stdout.splitlines()) == 1
+    failure, summary = process.stderr.splitlines()
+    assert 'cannot be read' in failure
+    assert summary == 'ERROR: 1 of 2 images could not be labeled.'
+
+
+def test_images_that_do_not_exist_do_not_go_through_the_network(label, monkeypatch):
+    monkeypatch.setattr(tf_test, 'create_classifier', lambda graph_def: (None, [299, 299]))
+    out, err = label.fails('300 of 300 images', *(f'{i}.jpg' for i in range(300)))
+    assert len(err.splitlines()) == 300
+    assert out == ''
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='only Linux has /dev/full')
+@pytest.mark.parametrize('arguments', [['data'], ['--json', 'data/cat/cat 0.jpg']])
+def test_a_full_disk_is_one_line(trained, tmp_path, arguments):
+    command = [ROOT / 'tf_test.py', *arguments, *FILES]
+    errors = tmp_path / 'errors'
+    with forks.Fork(command, trained.folder, ['/dev/full', errors]) as process:
+        process.communicate()
+    assert process.returncode == 1
+    (line,) = errors.read_text().splitlines()
+    assert line == 'ERROR: standard output cannot be written: No space left on device.'
+
+
+def test_a_label_called_unsure(trained, label, tmp_path):
+    (tmp_path / 'l.txt').write_text('red fox\nunsure\ndog\n')
+    files = GRAPH, tmp_path / 'l.txt'
+    label.fails(
+        "^--min_score: one of the labels is 'unsure'", '--min_score=0.5', 'data', files=files
+    )
+
+
+@pytest.mark.parametrize('position', [0, 1, 2])
+def test_only_plain_files_are_opened(trained, label, position):
+    if not (trained.folder / 'fifo').exists():
+        os.mkfifo(trained.folder / 'fifo')
+    files = [trained.test_image(), *FILES]
+    files[position] = 'fifo'
+    label.fails(
+        "The (image|graph|labels file) 'fifo' cannot be read: only plain files are",
+        files[0],
+        files=files[1:],
+    )
+
+
 def test_a_score_equal_to_min_score_is_enough(trained, label):
     image = trained.test_image()
     answer = json.loads(label(image, '--json')[0])

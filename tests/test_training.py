@@ -256,6 +256,43 @@ def test_final_tensor_name(job):
     assert job.capsys.readouterr().out.count('(score = ') == 2
 
 
+def test_a_test_draws_no_image_twice(trained, monkeypatch):
+    """A batch as large as the test set is the whole set; a smaller one is a part of it."""
+    monkeypatch.chdir(trained.folder)
+    flags = parse(*trained.arguments())
+    images = tf_retrain.list_images(flags)
+    bottlenecks = np.zeros([len(images.files), 5], np.float32)
+    layer = tf_retrain.FinalLayer(5, 3, 0.1, [1, 2])
+    everything = images.rows['testing']
+    for size, expected in ((-1, None), (1000, None), (len(everything), None), (7, 7)):
+        flags.test_batch_size = size
+        rows = tf_retrain.test(images, bottlenecks, layer, flags).rows
+        assert len(set(rows)) == len(rows) == (expected or len(everything))
+        assert set(rows) <= set(everything)
+
+
+@pytest.mark.parametrize(
+    ('error', 'line'),
+    [
+        (MemoryError(), 'the memory is full'),
+        (OSError(28, 'No space left on device'), 'No space left on device. What was computed'),
+        (tf.errors.InternalError(None, None, 'two\nlines.'), 'two lines. What was computed'),
+    ],
+)
+def test_an_unexpected_error_is_one_line(monkeypatch, error, line):
+    def fail(flags):
+        raise error
+
+    for name in ('stdout', 'stderr'):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    monkeypatch.setattr(tf_retrain, 'on_stop_signals', lambda handler: None)
+    with pytest.raises(SystemExit) as exit_info:
+        tf_retrain.run(fail, None)
+    assert line in exit_info.value.code
+    assert exit_info.value.code.startswith('ERROR: ')
+    assert '\n' not in exit_info.value.code
+
+
 # Extras
 
 
