@@ -120,18 +120,6 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help='stop at an image that cannot be read instead of leaving it out',
     )
     group.add_argument(
-        '--print_duplicates',
-        action='store_true',
-        help='name all near copies among the images, not only ten pairs',
-    )
-    group.add_argument(
-        '--find_suspects',
-        metavar='N',
-        type=COUNT,
-        default=0,
-        help='name the N images whose label is most doubtful' + DEFAULT,
-    )
-    group.add_argument(
         '--bottleneck_dir',
         metavar='DIR',
         default='/tmp/bottleneck',
@@ -142,6 +130,22 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar='grpc://HOST:PORT',
         type=ADDRESS,
         help='tf.data service that shares the work',
+    )
+
+
+def add_search_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('what to look for in the data')
+    group.add_argument(
+        '--print_duplicates',
+        action='store_true',
+        help='name all near copies among the images, not only ten pairs',
+    )
+    group.add_argument(
+        '--find_suspects',
+        metavar='N',
+        type=COUNT,
+        default=0,
+        help='name the N images whose label is most doubtful' + DEFAULT,
     )
 
 
@@ -200,6 +204,16 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         help='images per training step' + DEFAULT,
     )
     group.add_argument(
+        '--random_seed',
+        metavar='N',
+        type=COUNT,
+        help='with the same cache, runs with the same number give the same result',
+    )
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('evaluation')
+    group.add_argument(
         '--validation_batch_size',
         metavar='N',
         type=BATCH_OR_ALL,
@@ -219,12 +233,6 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
         type=COUNT_FROM_1,
         default=10,
         help='steps between evaluations' + DEFAULT,
-    )
-    group.add_argument(
-        '--random_seed',
-        metavar='N',
-        type=COUNT,
-        help='with the same cache, runs with the same number give the same result',
     )
     group.add_argument(
         '--print_misclassified_test_images',
@@ -309,8 +317,10 @@ def create_parser() -> argparse.ArgumentParser:
         epilog='the usual command:\n' + __doc__.split('\n\n')[1],
     )
     add_data_flags(parser)
+    add_search_flags(parser)
     add_model_flags(parser)
     add_training_flags(parser)
+    add_evaluation_flags(parser)
     add_distortion_flags(parser)
     add_output_flags(parser)
     return parser
@@ -633,6 +643,11 @@ class Images:
     @functools.cached_property
     def paths(self) -> list[str]:
         return [os.path.join(self.folder, file) for file in self.files]
+
+    @functools.cached_property
+    def stems(self) -> np.ndarray:
+        """The files without what tells variants of one photograph apart."""
+        return np.array([file.split('_nohash_')[0] for file in self.files], object)
 
     @functools.cached_property
     def rows(self) -> dict[str, np.ndarray]:
@@ -1790,38 +1805,48 @@ MAX_COMPARED = 25_000  # images: all pairs of more would take longer than five s
 FOLDS = 5  # of the cross-validation
 
 
+def get_scale(bottlenecks: np.ndarray) -> np.ndarray:
+    """Returns what makes each bottleneck a unit vector, float [N, 1].
+
+    It is 0 for a bottleneck of equal numbers, so that this is like no other.
+    """
+    lengths = np.linalg.norm(bottlenecks, axis=1, keepdims=True)
+    is_constant = np.ptp(bottlenecks, axis=1, keepdims=True) == 0
+    return np.where(is_constant, 0, 1 / lengths)
+
+
+def get_group_norms(bottlenecks: np.ndarray) -> np.ndarray:
+    """Returns the norm of every eight numbers of each bottleneck, float [N, size / 8]."""
+    starts = np.arange(0, bottlenecks.shape[1], 8)
+    blocks = np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024)
+    squares = [np.add.reduceat(np.square(block), starts, axis=1) for block in blocks]
+    return np.sqrt(np.concatenate(squares))
+
+
 def compare_bottlenecks(bottlenecks: np.ndarray, rows: np.ndarray) -> Iterator:
     """Yields (some of the rows, other rows, their cosine similarities, float [rows, others]).
 
     Together, they have all pairs of a row and another image whose similarity is
-    DUPLICATE_SIMILARITY or more, and none of an image and itself. A bottleneck of equal numbers has
-    a similarity of 0 to all others.
+    DUPLICATE_SIMILARITY or more. The similarity of an image and itself is given as 0.
 
-    The product of two vectors is at most that of the norms of their groups of eight numbers
-    (Cauchy-Schwarz inequality). Most pairs are ruled out by this product, which is eight times as
-    fast.
+    The product of two vectors is at most that of the norms of their groups of numbers
+    (Cauchy-Schwarz inequality). This bound is eight times as fast, and rules out most pairs.
     """
-    groups = np.arange(0, bottlenecks.shape[1], 8)
-    blocks = np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024)
-    squares = [np.add.reduceat(np.square(block), groups, axis=1) for block in blocks]
-    norms = np.sqrt(np.concatenate(squares))
-    lengths = np.sqrt(np.square(norms).sum(axis=1, keepdims=True))
-    is_constant = np.ptp(bottlenecks, axis=1, keepdims=True) == 0
-    scale = np.where(is_constant, 0, 1 / lengths)
-    unit_norms = tf.constant(norms * scale)
-    for block_rows in np.split(rows, range(512, len(rows), 512)):
-        # By TensorFlow, as it uses all cores.
-        bounds = tf.matmul(tf.gather(unit_norms, block_rows), unit_norms, transpose_b=True)
-        may_be_near = (bounds > DUPLICATE_SIMILARITY - 1e-4).numpy()
-        may_be_near[np.arange(len(block_rows)), block_rows] = False
-        some = block_rows[may_be_near.any(axis=1)]
+    scale = get_scale(bottlenecks)
+    norms = tf.constant(get_group_norms(bottlenecks) * scale)
+    for block in np.split(rows, range(512, len(rows), 512)):
+        # The products are TensorFlow's, which uses all cores.
+        bounds = tf.matmul(tf.gather(norms, block), norms, transpose_b=True).numpy()
+        bounds[np.arange(len(block)), block] = 0
+        may_be_near = bounds > DUPLICATE_SIMILARITY - 1e-4
+        near = block[may_be_near.any(axis=1)]
         others = np.flatnonzero(may_be_near.any(axis=0))
-        if some.size:
-            units = bottlenecks[some] * scale[some]
+        if near.size:
+            units = bottlenecks[near] * scale[near]
             other_units = bottlenecks[others] * scale[others]
-            similarities = tf.matmul(units, other_units, transpose_b=True).numpy()
-            similarities[some[:, None] == others] = 0
-            yield some, others, similarities
+            similarity = tf.matmul(units, other_units, transpose_b=True).numpy()
+            similarity[near[:, None] == others] = 0
+            yield near, others, similarity
 
 
 class NearCopy(NamedTuple):
@@ -1844,30 +1869,43 @@ def prefer(candidates: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def find_near_copies(images: Images, bottlenecks: np.ndarray) -> list[NearCopy]:
     """Returns each image that has near copies with the worst of them; the worst images come first.
 
-    The worst near copy has another label, or else it is for training while the image is for
-    validation or test; among equals, it is the most similar one. Variants by `_nohash_` with one
-    label, in one set, are meant to be alike, and do not count. Of more than MAX_COMPARED images,
-    those for training are not compared with each other.
+    Of more than MAX_COMPARED images, those for training are not compared with each other.
     """
-    is_training = images.sets == 'training'
-    stems = np.array([file.split('_nohash_')[0] for file in images.files], object)
-    compared = np.arange(len(images.files))
-    if len(compared) > MAX_COMPARED:
-        compared = np.flatnonzero(~is_training)
-    found = []
-    for rows, others, similarity in compare_bottlenecks(bottlenecks, compared):
-        has_other_label = images.classes[rows, None] != images.classes[others]
-        is_leak = is_training[others] & ~is_training[rows, None]
-        is_variant = (stems[rows, None] == stems[others]) & ~has_other_label & ~is_leak
-        is_near = (similarity >= DUPLICATE_SIMILARITY) & ~is_variant
-        is_leaked = (is_near & is_leak).any(axis=1)
-        is_worst = prefer(prefer(is_near, has_other_label), is_leak)
-        columns = np.where(is_worst, similarity, -1).argmax(axis=1)
-        for index in np.flatnonzero(is_near.any(axis=1)):
-            at = index, columns[index]
-            flaws = has_other_label[at], is_leaked[index], similarity[at]
-            found.append(NearCopy(*flaws, rows[index], others[at[1]]))
+    rows = np.arange(len(images.files))
+    if len(rows) > MAX_COMPARED:
+        rows = np.flatnonzero(images.sets != 'training')
+    blocks = compare_bottlenecks(bottlenecks, rows)
+    found = [copy for block in blocks for copy in choose_worst(images, *block)]
     return sorted(found, reverse=True)
+
+
+def choose_worst(
+    images: Images, rows: np.ndarray, others: np.ndarray, similarity: np.ndarray
+) -> Iterator[NearCopy]:
+    """Yields the worst near copy of each of the rows that have any.
+
+    It has another label, or else it is for training while the image is for validation or test;
+    among equals, it is the most similar one. Variants by `_nohash_` with one label, in one set, are
+    meant to be alike, and do not count.
+    """
+    has_other_label = images.classes[rows, None] != images.classes[others]
+    is_training = images.sets == 'training'
+    is_leak = is_training[others] & ~is_training[rows, None]
+    is_variant = images.stems[rows, None] == images.stems[others]
+    is_meant = is_variant & ~has_other_label & ~is_leak
+    is_near = (similarity >= DUPLICATE_SIMILARITY) & ~is_meant
+    is_leaked = (is_near & is_leak).any(axis=1)
+    is_worst = prefer(prefer(is_near, has_other_label), is_leak)
+    columns = np.where(is_worst, similarity, -1).argmax(axis=1)
+    for index in np.flatnonzero(is_near.any(axis=1)):
+        column = columns[index]
+        yield NearCopy(
+            has_other_label=has_other_label[index, column],
+            is_leaked=is_leaked[index],
+            similarity=similarity[index, column],
+            row=rows[index],
+            other=others[column],
+        )
 
 
 def get_pairs(near_copies: list[NearCopy]) -> list[tuple[int, int]]:
@@ -1949,14 +1987,14 @@ def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespac
         words = f'{own_label} {own_scores[row]:.2f}  {images.labels[best]} {scores[row, best]:.2f}'
         print(escape(f'{images.paths[row]:>70}  {words}'))
         pictures[f'{words}/{images.files[row]}'] = load_thumbnail(images.paths[row], 299)
-    single = np.flatnonzero(np.bincount(images.classes) == 1)
-    if single.size:
-        names = name_some([images.labels[index] for index in single])
-        print(f'Of these classes, the only image is always a suspect: {names}')
     print(
         'Look at these images, here or in TensorBoard. Move those in a wrong folder, and run the '
         'same command again.'
     )
+    single = np.flatnonzero(np.bincount(images.classes) == 1)
+    if single.size:
+        names = name_some([images.labels[index] for index in single])
+        print(f'Of these classes, the only image is always a suspect: {names}')
     SummaryWriter(os.path.join(flags.summaries_dir, 'suspects')).write(pictures)
 
 
@@ -2504,29 +2542,34 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Ima
     The darker a cell is, the larger is its share of the true class.
     """
     cell = max(4, min(48, 1200 // len(labels)))  # pixels
-    font_size = min(16, cell)
-    font = ImageFont.load_default(font_size)
+    font = ImageFont.load_default(min(16, cell))
     names = [f'{label[:23]}…' if len(label) > 24 else label for label in labels]
     margin = 12 + int(max(map(font.getlength, names)))
-    matrix_size = cell * len(labels)
-    picture = Image.new('L', (margin + matrix_size, margin + matrix_size), 'white')
-    draw = ImageDraw.Draw(picture)
-    upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
-    for index, name in enumerate(names):
-        middle = margin + cell * (index + 0.5)
-        draw.text((margin - 6, middle), name, 'black', font, 'rm')
-        top = margin - 6 - font.getlength(name)
-        draw.text((middle - font_size / 2, top), name, 'black', upwards)
+    size = cell * len(labels)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     cells = Image.fromarray(np.uint8(255 - 255 * shares))
-    cells = cells.resize((matrix_size, matrix_size), Image.Resampling.NEAREST)
-    picture.paste(cells, (margin, margin))
+    picture = Image.new('L', (margin + size, margin + size), 'white')
+    picture.paste(cells.resize((size, size), Image.Resampling.NEAREST), (margin, margin))
+    draw = ImageDraw.Draw(picture)
+    middles = margin + cell * (np.arange(len(labels)) + 0.5)
+    draw_names(draw, names, margin - 6, middles, font)
     if cell >= 16:
         for row, column in np.argwhere(confusion):
-            center = margin + cell * (column + 0.5), margin + cell * (row + 0.5)
             color = 'white' if shares[row, column] > 0.5 else 'black'
+            center = middles[column], middles[row]
             draw.text(center, str(confusion[row, column]), color, font, 'mm')
     return picture
+
+
+def draw_names(
+    draw: ImageDraw.ImageDraw, names: list[str], end: int, middles: np.ndarray, font: Any
+) -> None:
+    """Draws the names of the classes beside their rows, and upwards above their columns."""
+    upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
+    for name, middle in zip(names, middles, strict=True):
+        draw.text((end, middle), name, 'black', font, 'rm')
+        top = end - font.getlength(name)
+        draw.text((middle - font.size / 2, top), name, 'black', upwards)
 
 
 def write_pictures(images: Images, tested: Tested | None, folder: str) -> None:

@@ -252,6 +252,7 @@ def test_few_images(job, counts):
     flags = {'testing_percentage': '0', 'validation_percentage': '0'}
     out = job.photographs(**counts).main('--find_suspects=2', **flags)
     assert len(suspects(out)) == 2
+    assert ('the only image is always a suspect: cat' in out) == (counts['cat'] == 1)
     assert (job.folder / 'trained_model/labels.txt').exists()
 
 
