@@ -14,6 +14,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -111,6 +112,9 @@ if __name__ == '__main__':
     parsed_flags = create_labeling_parser().parse_intermixed_args()
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+if platform.machine() in ('x86_64', 'AMD64'):
+    # By default, TensorFlow uses oneDNN only where the processor has AVX-512 VNNI or the like.
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 try:
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -49,9 +50,14 @@ def read_cache(job):
 
 
 def test_cache_files_are_those_of_the_original(cached):
-    text = cached.cache_file(CAT).read_text()
+    text = cached.cache_file(CAT).read_text()  # one line, no newline at its end
     numbers = np.array(text.split(','), np.float32)
-    assert text == ','.join(map(str, numbers))  # also: one line, no newline at its end
+    assert np.array_equal(numbers, cached.bottlenecks[3])
+    digits = [number.rstrip('0').replace('.', '').lstrip('0') for number in text.split(',')]
+    # The digits of str(), but 0.00001 in place of 1e-05.
+    assert digits == [
+        f'{Decimal(str(number)):f}'.rstrip('0').replace('.', '').lstrip('0') for number in numbers
+    ]
     cached.check_bottlenecks(CAT, DOG)
 
 

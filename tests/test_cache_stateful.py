@@ -144,7 +144,12 @@ def compute_bottlenecks(rows, paths, backbone, service=None):
 
 # All that is replaced in the program.
 PATCHES = [
-    mock.patch.multiple(tf_retrain, load_files=load_files, compute_bottlenecks=compute_bottlenecks),
+    mock.patch.multiple(
+        tf_retrain,
+        load_files=load_files,
+        compute_bottlenecks=compute_bottlenecks,
+        run_ahead=iter,  # each run has its thread
+    ),
     mock.patch.multiple(gfile, remove=remove, rename=rename),
     mock.patch.object(tf_retrain, 'print', be_quiet, create=True),
     mock.patch.object(tf_retrain.tqdm, 'write', be_quiet),

@@ -89,7 +89,7 @@ BEFORE_TRAINING += ['compare_bottlenecks', 'cross_validate', 'draw_batches']
 AFTER_TRAINING = ['get_interval', 'write_outputs', 'create_record', 'draw_confusion_matrix']
 
 
-@pytest.mark.parametrize(('name', 'signum'), zip(BEFORE_TRAINING, itertools.cycle(STOPS)))
+@pytest.mark.parametrize(('name', 'signum'), [*zip(BEFORE_TRAINING, itertools.cycle(STOPS))])
 def test_a_stop_before_the_training_leaves_the_old_outputs(job, monkeypatch, signals, name, signum):
     graph = job.folder / 'trained_model/unoptimized_model.pb'
     graph.parent.mkdir()
@@ -103,7 +103,7 @@ def test_a_stop_before_the_training_leaves_the_old_outputs(job, monkeypatch, sig
 
 
 @pytest.mark.parametrize(
-    ('name', 'signum'), zip(['report_validation', *AFTER_TRAINING], itertools.cycle(STOPS))
+    ('name', 'signum'), [*zip(['report_validation', *AFTER_TRAINING], itertools.cycle(STOPS))]
 )
 def test_a_stop_from_the_training_on_finishes_the_run(job, monkeypatch, signals, name, signum):
     stop_at(monkeypatch, name, signum)
