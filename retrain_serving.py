@@ -457,7 +457,8 @@ def stop_run(*signal_and_frame: object) -> None:
 def finish_run(*signal_and_frame: object) -> None:
     """Goes on at a first Ctrl-C after the training, so that what was learned is written."""
     on_stop_signals(signal.SIG_DFL)
-    print('\nCtrl-C: what was learned is being written. Ctrl-C again quits.')
+    with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print()
+        print('\nCtrl-C: what was learned is being written. Ctrl-C again quits.')
 
 
 def describe(error: BaseException) -> str:
