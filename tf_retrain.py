@@ -10,8 +10,8 @@ Inception-v3 (Szegedy et al., https://arxiv.org/abs/1512.00567) up to the layer 
 trained on the bottlenecks, which takes seconds.
 
 main() at the end names the steps of a run. The sections before it stand in their order: Flags,
-Process, Files, Images, Networks, Bottlenecks, Cache, What the images say, Final layer, Distortions,
-Training, Outputs, TensorBoard, Main.
+Process, Files, Images, Networks, Bottlenecks, Cache, What the images say, Final layer, Familiarity,
+Distortions, Training, Outputs, TensorBoard, Main.
 """
 
 import argparse
@@ -1151,12 +1151,13 @@ def get_folder_checksum(folder: str) -> int:
 def check_final_tensor_name(name: str, backbone: Backbone) -> None:
     """Raises UserError if the graph cannot have one more node with this name."""
     names = {node.name for node in backbone.graph_def.node}
-    if name in names or name.startswith(('final_training_ops/', 'input/')):
+    own_names = FAMILIARITY_NODE, 'final_training_ops', 'input'
+    if name in names or name.split('/')[0] in own_names:
         raise UserError(
             f'--final_tensor_name: the graph already has a node named {name}. Choose another name.'
         )
-    untrained = np.zeros([backbone.bottleneck_size, 1], np.float32)
-    nodes = create_final_nodes(backbone, untrained, np.zeros(1, np.float32), [''], name)
+    untrained = FinalLayer(backbone.bottleneck_size, 1, 1, np.zeros(2, int))
+    nodes = create_final_nodes(backbone, Head(untrained, ['']), name)
     if nodes.node[-1].name != name:
         raise UserError(
             f"--final_tensor_name: '{name}' would be named {nodes.node[-1].name}. Choose another "
@@ -1239,10 +1240,10 @@ def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
     return tf_optimizer.OptimizeGraph(config, meta_graph)
 
 
-def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
+def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphDef:
     """Returns a graph for batches, without ops that TensorFlow has removed since 2015.
 
-    It begins at the node `source`, which becomes a placeholder of a shape, and ends at `output`.
+    It begins at the node `source`, which becomes a placeholder of a shape, and ends at `outputs`.
     Batch norms become part of the convolutions before them. CheckNumerics goes, which is of use
     only in training. A reshape to a single row becomes one to any number of rows.
     """
@@ -1264,7 +1265,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
             allow_batches(constants[node.input[1]])
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
-    return extract_sub_graph(folded, [output])
+    return extract_sub_graph(folded, outputs)
 
 
 def drop_checks(node: NodeDef, nodes: dict[str, NodeDef]) -> None:
@@ -2077,6 +2078,96 @@ class FinalLayer:
         return before
 
 
+# Familiarity
+
+NEIGHBOR = 3  # an image is as similar as its third nearest training image
+MAX_REFERENCES = 500  # training images in the graph; one per class if there are more classes ...
+MAX_CLASSES = 5_000  # ... up to this number: 40 MB
+MAX_OWN_IMAGES = 2_500
+
+
+class Familiarity(NamedTuple):
+    """What tells how much an image is like one's own: a share of these that are no more similar.
+
+    The similarity of an image is the cosine of its bottleneck and that of its third nearest
+    reference. An image's familiarity, in 0..1, is the share of own images whose similarity is at
+    most its own. That is a conformal p-value (Bates et al. 2023, https://arxiv.org/abs/2104.08279)
+    but for 1/n.
+    """
+
+    references: np.ndarray  # training images: bottlenecks of length 1, float32 [R, bottleneck size]
+    similarities: np.ndarray  # those of own images, float32 [M]
+
+
+def choose_references(images: Images, rng: np.random.Generator) -> np.ndarray:
+    """Returns rows of training images, as many of each class as possible, in random order."""
+    rows = rng.permutation(images.rows['training'])
+    rows = rows[np.argsort(images.classes[rows], kind='stable')]
+    counts = images.counts['training']
+    first = counts.cumsum() - counts
+    # Of each class, the first ones come first: 0, 1, 2, ... in their class.
+    turns = np.arange(len(rows)) - first[images.classes[rows]]
+    limit = max(MAX_REFERENCES, min(len(images.labels), MAX_CLASSES))
+    return rows[np.argsort(turns, kind='stable')][:limit]
+
+
+def measure_similarities(
+    bottlenecks: np.ndarray, rows: np.ndarray, references: np.ndarray
+) -> np.ndarray:
+    """Returns the similarity of each of the rows to the references, which are rows too: float [N].
+
+    An image does not vouch for itself, and neither does a near copy, such as another picture of a
+    burst: left out, these would make all own images look more familiar than others.
+    """
+    reference_units = bottlenecks[references] * get_scale(bottlenecks[references])
+    similarities = []
+    for block in np.array_split(rows, 1 + len(rows) // 1024):
+        units = bottlenecks[block] * get_scale(bottlenecks[block])
+        cosines = tf.matmul(units, reference_units, transpose_b=True).numpy()
+        is_other = (block[:, None] != references) & (cosines < DUPLICATE_SIMILARITY)
+        cosines = np.where(is_other, cosines, 0)
+        neighbor = min(NEIGHBOR, len(references))
+        similarities.append(np.partition(cosines, -neighbor, axis=1)[:, -neighbor])
+    return np.float32(np.concatenate(similarities))
+
+
+def find_familiarity(
+    images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace
+) -> Familiarity:
+    """Returns what tells how familiar an image is; names the least familiar of one's own.
+
+    That is for --find_suspects: photographs of nothing that belongs there.
+    """
+    rng = create_rng(flags.random_seed, 'familiarity')
+    references = choose_references(images, rng)
+    rows = np.arange(len(images.files))
+    own = np.sort(rng.permutation(rows)[:MAX_OWN_IMAGES])
+    similarities = measure_similarities(bottlenecks, own, references)
+    if flags.find_suspects:
+        print('=== LEAST FAMILIAR IMAGES ===')
+        all_similarities = measure_similarities(bottlenecks, rows, references)
+        for row in np.argsort(all_similarities, kind='stable')[: flags.find_suspects]:
+            familiarity = (similarities <= all_similarities[row]).mean()
+            label = images.labels[images.classes[row]]
+            print(escape(f'{images.paths[row]:>70}  {label}  familiarity {familiarity:.4f}'))
+    reference_bottlenecks = bottlenecks[references] * get_scale(bottlenecks[references])
+    return Familiarity(np.float32(reference_bottlenecks), similarities)
+
+
+def compute_familiarity(bottlenecks: tf.Tensor, familiarity: Familiarity) -> tf.Tensor:
+    """Returns the familiarity of bottlenecks, float [N, size]: float [N].
+
+    Its ops are those that TensorFlow 1.15 has too.
+    """
+    squares = tf.reduce_sum(tf.square(bottlenecks), axis=1, keepdims=True)
+    units = bottlenecks * tf.math.rsqrt(tf.maximum(squares, 1e-30))
+    cosines = tf.matmul(units, familiarity.references, transpose_b=True)
+    nearest = tf.math.top_k(cosines, min(NEIGHBOR, len(familiarity.references))).values
+    similarity = tf.reduce_min(nearest, axis=1, keepdims=True)
+    is_less_familiar = tf.cast(familiarity.similarities <= similarity, tf.float32)
+    return tf.reduce_mean(is_less_familiar, axis=1)
+
+
 # Distortions
 
 
@@ -2171,7 +2262,7 @@ def train(
     rng = create_rng(flags.random_seed, 'validation')
     train_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'train'))
     validation_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'validation'))
-    graph = create_frozen_graph(backbone, layer, images.labels, flags.final_tensor_name)
+    graph = create_frozen_graph(backbone, Head(layer, images.labels), flags.final_tensor_name)
     train_writer.write(graph_def=split_weights(graph)[0].SerializeToString())
     last_step = flags.how_many_training_steps - 1
     batches = draw_batches(images, bottlenecks, backbone, flags)
@@ -2312,16 +2403,22 @@ def print_table(confusion: np.ndarray, labels: list[str]) -> None:
 # Outputs
 
 
-def create_final_nodes(
-    backbone: Backbone,
-    weights: np.ndarray,
-    biases: np.ndarray,
-    labels: list[str],
-    final_tensor_name: str,
-) -> GraphDef:
-    """Returns the nodes of the new layer, with the names of the original.
+FAMILIARITY_NODE = 'familiarity'
 
-    The labels go along, so that a labels file of another training can be told from the right one.
+
+class Head(NamedTuple):
+    """What the training puts behind the backbone."""
+
+    layer: FinalLayer
+    labels: list[str]
+    familiarity: Familiarity | None = None  # None if it could not be found out
+
+
+def create_final_nodes(backbone: Backbone, head: Head, final_tensor_name: str) -> GraphDef:
+    """Returns the nodes of the head: those of the original, with their names, and two more outputs.
+
+    These are the labels, to tell a labels file of another training from the right one, and the
+    familiarity.
     """
     scope = 'final_training_ops'
     tensors = {}
@@ -2330,41 +2427,42 @@ def create_final_nodes(
         shape = [None, backbone.bottleneck_size]
         input_name = 'input/BottleneckInputPlaceholder'
         fed = tf.compat.v1.placeholder_with_default(source, shape, input_name)
-        for name, value in (('weights', weights), ('biases', biases)):
+        for name, value in (('weights', head.layer.weights), ('biases', head.layer.biases)):
             constant = tf.constant(value, name=f'{scope}/{name}/final_{name}')
             tensors[name] = tf.identity(constant, f'{constant.op.name}/read')
         product = tf.matmul(fed, tensors['weights'], name=f'{scope}/Wx_plus_b/MatMul')
         logits = tf.add(product, tensors['biases'], f'{scope}/Wx_plus_b/add')
-        tf.constant(labels, name=f'{scope}/labels')
+        tf.constant(head.labels, name=f'{scope}/labels')
+        if head.familiarity:
+            with tf.name_scope(f'{FAMILIARITY_NODE}/'):
+                result = compute_familiarity(fed, head.familiarity)
+            tf.identity(result, FAMILIARITY_NODE)
         tf.nn.softmax(logits, name=final_tensor_name)
     nodes = export_graph(graph)
     del nodes.node[0]  # the placeholder that stands for the backbone
     return nodes
 
 
-def create_frozen_graph(
-    backbone: Backbone, layer: FinalLayer, labels: list[str], final_tensor_name: str
-) -> GraphDef:
-    """Returns the frozen graph: the backbone's nodes as they are, and the new layer behind them."""
+def create_frozen_graph(backbone: Backbone, head: Head, final_tensor_name: str) -> GraphDef:
+    """Returns the frozen graph: the backbone's nodes as they are, and the head behind them."""
     frozen = GraphDef()
     # `versions` too: from producer 9 on, TensorFlow refuses the batch norms of 2015.
     frozen.CopyFrom(backbone.graph_def)
-    nodes = create_final_nodes(backbone, layer.weights, layer.biases, labels, final_tensor_name)
-    frozen.node.extend(nodes.node)
+    frozen.node.extend(create_final_nodes(backbone, head, final_tensor_name).node)
     return frozen
 
 
 def create_writers(
-    backbone: Backbone, layer: FinalLayer, labels: list[str], flags: argparse.Namespace
+    backbone: Backbone, head: Head, flags: argparse.Namespace
 ) -> dict[str, Callable]:
     """Returns {path: function that writes this output} of graph, labels and optimized graph."""
-    graph = create_frozen_graph(backbone, layer, labels, flags.final_tensor_name)
+    graph = create_frozen_graph(backbone, head, flags.final_tensor_name)
 
     def write_graph() -> None:
         write_whole(flags.output_graph, graph.SerializeToString(deterministic=True))
 
     def write_labels() -> None:
-        write_whole(flags.output_labels, ''.join(f'{label}\n' for label in labels).encode())
+        write_whole(flags.output_labels, ''.join(f'{label}\n' for label in head.labels).encode())
 
     def write_optimized_graph() -> None:
         shape = [None, *backbone.pixels.size, 3]
@@ -2389,7 +2487,11 @@ def write_outputs(writers: dict[str, Callable]) -> dict[str, str]:
 
 
 def create_record(
-    images: Images, backbone: Backbone, tested: Tested | None, flags: argparse.Namespace
+    images: Images,
+    backbone: Backbone,
+    head: Head,
+    tested: Tested | None,
+    flags: argparse.Namespace,
 ) -> dict[str, Any]:
     """Returns what the run did, in the order of trained_model/README.md."""
     record: dict[str, Any] = {'command': sys.argv, 'flags': vars(flags)}
@@ -2419,6 +2521,12 @@ def create_record(
             'accuracy': right / count,
             'interval': interval,
             'confusion': tested.confusion.tolist(),
+        }
+    if head.familiarity:
+        own = head.familiarity.similarities
+        record['familiarity'] = {
+            'images': len(own),
+            'similarities': {str(p): float(np.percentile(own, p)) for p in (1, 5, 50)},
         }
     return record
 
@@ -2588,12 +2696,16 @@ def draw_names(
         draw.text((middle - font.size / 2, top), name, 'black', upwards)
 
 
-def write_pictures(images: Images, tested: Tested | None, folder: str) -> None:
-    """Writes pictures of the test: the confusion matrix, and misclassified images."""
-    if not tested:
-        return
-    pictures = {'confusion_matrix': draw_confusion_matrix(tested.confusion, images.labels)}
-    for row, predicted in tested.misclassified[:SHOWN_IMAGES]:
+def write_pictures(images: Images, head: Head, tested: Tested | None, folder: str) -> None:
+    """Writes the confusion matrix, misclassified images, and the familiarity of own images."""
+    pictures: dict[str, Any] = {}
+    misclassified: list[tuple[int, int]] = []
+    if head.familiarity:
+        pictures['familiarity'] = head.familiarity.similarities
+    if tested:
+        pictures['confusion_matrix'] = draw_confusion_matrix(tested.confusion, images.labels)
+        misclassified = tested.misclassified[:SHOWN_IMAGES]
+    for row, predicted in misclassified:
         path = images.paths[row]
         label = images.labels[images.classes[row]]
         name = f'{label} classified as {images.labels[predicted]}'
@@ -2615,7 +2727,10 @@ def report_start(images: Images, backbone: Backbone) -> None:
 
 
 def report_end(
-    writers: dict[str, Callable], failures: dict[str, str], flags: argparse.Namespace
+    writers: dict[str, Callable],
+    failures: dict[str, str],
+    head: Head,
+    flags: argparse.Namespace,
 ) -> None:
     """Prints what was written, and what to do next; raises UserError if an output is missing."""
     if failures:
@@ -2628,6 +2743,11 @@ def report_end(
     graph = shlex.quote(flags.output_graph)
     labels = shlex.quote(flags.output_labels)
     print(f'To look at the training: tensorboard --logdir {shlex.quote(flags.summaries_dir)}')
+    if head.familiarity:
+        percentage = 5 if len(head.familiarity.similarities) >= 100 else 10
+        print(
+            f"To get 'unknown' for images unlike yours, add --unknown {percentage}: see README.md."
+        )
     print(f'Wrote the graph {graph} and the labels {labels}. To label an image with them:')
     print(f'python3 tf_test.py <path to image> {graph} {labels}')
 
@@ -2646,7 +2766,7 @@ def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Names
 
 
 def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
-    """Does the whole job. export(backbone, layer, labels), if given, writes the SavedModel."""
+    """Does the whole job. export(backbone, head), if given, writes the SavedModel."""
     started = datetime.datetime.now()
     ensure_image_dir(flags.image_dir)
     check_outputs(flags)
@@ -2662,22 +2782,26 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     facts: dict[str, Any] = {'unreadable': int((~readable).sum())}
     facts['duplicates'] = search_images(images, bottlenecks, flags)
     facts['started'] = str(started)
+    familiarity = None
+    with extra('the familiarity'):
+        familiarity = find_familiarity(images, bottlenecks, flags)
     layer = train(images, bottlenecks, backbone, flags)
     tested = None
     with extra('the test'):
         tested = test(images, bottlenecks, layer, flags)
         report_test(images, tested, flags)
-    writers = create_writers(backbone, layer, images.labels, flags)
+    head = Head(layer, images.labels, familiarity)
+    writers = create_writers(backbone, head, flags)
     if export:
-        writers['the SavedModel'] = functools.partial(export, backbone, layer, images.labels)
+        writers['the SavedModel'] = functools.partial(export, backbone, head)
     failures = write_outputs(writers)
     if flags.output_graph not in failures:
         with extra('the record of the run'):
             facts['seconds'] = (datetime.datetime.now() - started).total_seconds()
-            write_record(create_record(images, backbone, tested, flags) | facts, flags)
+            write_record(create_record(images, backbone, head, tested, flags) | facts, flags)
     with extra('the pictures for TensorBoard'):
-        write_pictures(images, tested, os.path.join(flags.summaries_dir, 'test'))
-    report_end(writers, failures, flags)
+        write_pictures(images, head, tested, os.path.join(flags.summaries_dir, 'test'))
+    report_end(writers, failures, head, flags)
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 # Flags
 
@@ -50,6 +51,7 @@ def create_labeling_parser() -> argparse.ArgumentParser:
     )
     size = checked(int, lambda value: value >= 1, '1 or more')
     score = checked(float, lambda value: 0 <= value <= 1, 'from 0 to 1')
+    percentage = checked(float, lambda value: 0 <= value < 100, 'from 0 to below 100')
     images = (
         'a JPEG, PNG or still GIF file, a folder of them, or - to read paths from standard input'
     )
@@ -65,6 +67,12 @@ def create_labeling_parser() -> argparse.ArgumentParser:
     parser.add_argument('--json', action='store_true', help='print one JSON object per image')
     parser.add_argument(
         '--min_score', metavar='S', type=score, default=0, help="below this, the label is 'unsure'"
+    )
+    parser.add_argument(
+        '--unknown',
+        metavar='P',
+        type=percentage,
+        help="the label is 'unknown' if at most P percent of your images are less familiar",
     )
     parser.add_argument('--sort_into', metavar='DIR', help='link each image into DIR/<label>/')
     parser.add_argument(
@@ -144,6 +152,9 @@ NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32
 JPEG_DATA_NODE = 'DecodeJpeg/contents'
 RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
 LABELS_NODE = 'final_training_ops/labels'
+FAMILIARITY_NODE = 'familiarity'
+UNKNOWN = 'unknown'  # in place of a label if the familiarity is at most that of --unknown
+UNFAMILIAR = 0.02  # share of one's own images: at or below it, the scores mean little
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
@@ -205,11 +216,16 @@ def load_labels(path: str) -> list[str]:
         )
 
 
-def load_graph(path: str) -> tuple[GraphDef, list[str]]:
-    """Returns the frozen graph up to its last softmax, and the labels in it.
+class Graph(NamedTuple):
+    """A frozen graph up to its outputs."""
 
-    There are none in the graphs of other programs.
-    """
+    graph_def: GraphDef
+    outputs: list[str]  # the node of the scores, and that of the familiarity if there is one
+    labels: list[str]  # those in the graph; none in the graphs of other programs
+
+
+def load_graph(path: str) -> Graph:
+    """Returns a frozen graph up to its last softmax and the familiarity."""
     graph_def = GraphDef()
     try:
         graph_def.ParseFromString(load_file(path, 'graph'))
@@ -221,31 +237,38 @@ def load_graph(path: str) -> tuple[GraphDef, list[str]]:
             f"'{path}' is not a graph with a node {JPEG_DATA_NODE}. Name the --output_graph of the "
             'training.'
         )
-    softmaxes = [node.name for node in graph_def.node if node.op == 'Softmax']
-    if not softmaxes:
+    outputs = [node.name for node in graph_def.node if node.op == 'Softmax'][-1:]
+    if not outputs:
         raise UserError(
             f"'{path}' has no Softmax, so no scores. Name the --output_graph of the training."
         )
+    if FAMILIARITY_NODE in nodes:
+        outputs.append(FAMILIARITY_NODE)
     labels = []
     if LABELS_NODE in nodes:
         labels = tf.make_ndarray(nodes[LABELS_NODE].attr['value'].tensor).tolist()
     try:
-        graph_def = extract_sub_graph(graph_def, softmaxes[-1:])
+        graph_def = extract_sub_graph(graph_def, outputs)
     except (AssertionError, LookupError) as error:
         raise UserError(f"'{path}' is damaged ({error}). Train again.")
-    return graph_def, [label.decode() for label in labels]
+    return Graph(graph_def, outputs, [label.decode() for label in labels])
 
 
-def check_labels(labels: list[str], trained: list[str], flags: argparse.Namespace) -> None:
+def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
     """Raises UserError if the labels file is of another training than the graph.
 
-    `trained` are the labels in the graph. Other words are a warning, as people translate them.
+    Other words are a warning, as people translate them.
     """
     if flags.min_score and UNSURE in labels:
         raise UserError(
             f"--min_score: one of the labels is '{UNSURE}', the word for images below this score. "
             f"Rename the label in '{flags.labels}', or leave the flag out."
         )
+    if flags.unknown is not None and FAMILIARITY_NODE not in graph.outputs:
+        raise UserError(
+            f"--unknown: '{flags.graph}' does not say how familiar an image is. Train again."
+        )
+    trained = graph.labels
     if not trained or labels == trained:
         return
     if sorted(labels) == sorted(trained):
@@ -463,8 +486,8 @@ def explain_failure(path: str) -> str:
 # Graph
 
 
-def run_graph(graph_def: GraphDef, contents: bytes, tensor: str) -> np.ndarray:
-    """Returns a tensor of the graph for an encoded image."""
+def run_graph(graph_def: GraphDef, contents: bytes, nodes: list[str]) -> list[np.ndarray]:
+    """Returns the output of some nodes of the graph for an encoded image."""
     # Optimizing the graph takes longer than running it once without.
     options = tf.compat.v1.GraphOptions(rewrite_options=RewriterConfig(disable_meta_optimizer=True))
     with (
@@ -472,13 +495,14 @@ def run_graph(graph_def: GraphDef, contents: bytes, tensor: str) -> np.ndarray:
         tf.compat.v1.Session(config=tf.compat.v1.ConfigProto(graph_options=options)) as session,
     ):
         tf.import_graph_def(graph_def, name='')
-        return session.run(f'{tensor}:0', {f'{JPEG_DATA_NODE}:0': contents})
+        tensors = [f'{node}:0' for node in nodes]
+        return session.run(tensors, {f'{JPEG_DATA_NODE}:0': contents})
 
 
-def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
+def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphDef:
     """Returns a graph for batches, without ops that TensorFlow has removed since 2015.
 
-    It begins at the node `source`, which becomes a placeholder of a shape, and ends at `output`.
+    It begins at the node `source`, which becomes a placeholder of a shape, and ends at `outputs`.
     Batch norms become part of the convolutions before them. CheckNumerics goes, which is of use
     only in training. A reshape to a single row becomes one to any number of rows.
     """
@@ -500,7 +524,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
             allow_batches(constants[node.input[1]])
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
-    return extract_sub_graph(folded, [output])
+    return extract_sub_graph(folded, outputs)
 
 
 def drop_checks(node: NodeDef, nodes: dict[str, NodeDef]) -> None:
@@ -564,32 +588,38 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
     return structure, weights
 
 
-def create_classifier(graph_def: GraphDef) -> tuple[Callable, np.ndarray]:
-    """Returns a tf.function from images to scores, and the (height, width) of its images.
+class Answer(NamedTuple):
+    """What the graph says of an image."""
+
+    scores: np.ndarray  # float [classes]
+    familiarity: float | None = None  # share of own images that are less familiar, or as much
+
+
+def create_classifier(graph: Graph) -> tuple[Callable, np.ndarray]:
+    """Returns a tf.function from images to the graph's outputs, and the (height, width) of images.
 
     Images are float [N, height, width, 3], in 0..255.
     """
-    scores = graph_def.node[-1].name
-    nodes = {node.name: node for node in graph_def.node}
+    nodes = {node.name: node for node in graph.graph_def.node}
     size = tf.make_ndarray(nodes[nodes[RESIZED_INPUT_NODE].input[1]].attr['value'].tensor)
     shape = [None, *size, 3]
-    structure, weights = split_weights(fold(graph_def, RESIZED_INPUT_NODE, shape, scores))
-    tensors = {f'{name}:0': tf.constant(value) for name, value in weights.items()}
+    folded = fold(graph.graph_def, RESIZED_INPUT_NODE, shape, *graph.outputs)
+    structure, weights = split_weights(folded)
+    constants = {f'{name}:0': tf.constant(value) for name, value in weights.items()}
 
     @tf.function(input_signature=[tf.TensorSpec(shape)])
-    def classify(images: tf.Tensor) -> tf.Tensor:
-        feeds = {name: tf.identity(tensor) for name, tensor in tensors.items()}
+    def classify(images: tf.Tensor) -> list[tf.Tensor]:
+        feeds = {name: tf.identity(tensor) for name, tensor in constants.items()}
         feeds[f'{RESIZED_INPUT_NODE}:0'] = images
-        return tf.graph_util.import_graph_def(structure, feeds, [f'{scores}:0'])[0]
+        tensors = [f'{output}:0' for output in graph.outputs]
+        return tf.graph_util.import_graph_def(structure, feeds, tensors)
 
     return classify, size
 
 
-def score_images(
-    graph_def: GraphDef, paths: Iterable[str]
-) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Yields (path, scores) of images in their order; None for what cannot be decoded."""
-    classify, size = create_classifier(graph_def)
+def score_images(graph: Graph, paths: Iterable[str]) -> Iterator[tuple[str, Answer | None]]:
+    """Yields (path, answer) of images in their order; None for what cannot be decoded."""
+    classify, size = create_classifier(graph)
 
     def load(row: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         return row, resize_bilinear(decode_image(contents)[tf.newaxis], size)[0]
@@ -599,20 +629,22 @@ def score_images(
         images = load_files(np.arange(len(names)), names, load)
         next_row = 0
         for rows, batch in images.batch(NETWORK_BATCH_SIZE).prefetch(2):
-            for row, scores in zip(rows.numpy(), classify(batch).numpy(), strict=True):
+            answers = zip(*[output.numpy() for output in classify(batch)], strict=True)
+            for row, outputs in zip(rows.numpy(), answers, strict=True):
                 # Rows that are missing in the batches could not be decoded.
                 for missing in range(next_row, row):
                     yield names[missing], None
-                yield names[row], scores
+                yield names[row], Answer(*outputs)
                 next_row = row + 1
         for missing in range(next_row, len(names)):
             yield names[missing], None
 
 
-def score_image(graph_def: GraphDef, path: str) -> Iterator[tuple[str, np.ndarray | None]]:
+def score_image(graph: Graph, path: str) -> Iterator[tuple[str, Answer | None]]:
     """Yields what score_images would yield of one image, sooner."""
     try:
-        yield path, run_graph(graph_def, load_image(path), graph_def.node[-1].name)[0]
+        outputs = run_graph(graph.graph_def, load_image(path), graph.outputs)
+        yield path, Answer(*[output[0] for output in outputs])
     except UserError:
         yield path, None
     except tf.errors.InvalidArgumentError:
@@ -624,7 +656,7 @@ def score_image(graph_def: GraphDef, path: str) -> Iterator[tuple[str, np.ndarra
 # Heatmap
 
 
-def compute_heatmap(graph_def: GraphDef, contents: bytes, index: int) -> np.ndarray:
+def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
     """Returns what each position of the last map adds to the logit of a class.
 
     That is the class activation map (Zhou et al. 2016, https://arxiv.org/abs/1512.04150), float
@@ -632,35 +664,36 @@ def compute_heatmap(graph_def: GraphDef, contents: bytes, index: int) -> np.ndar
     of its own, whose mean are the logits of the image. Raises UserError for a network where that is
     not so.
     """
-    logits = graph_def.node[-1].input[0]
-    mean = find_mean(graph_def)
-    features = run_graph(graph_def, contents, mean.input[0] if mean.input else mean.name)
-    shape = run_graph(graph_def, contents, mean.name).shape
+    mean, logits = find_mean(graph)
+    source = mean.input[0] if mean.input else mean.name
+    nodes = [source, mean.name, logits]
+    features, pooled, expected = run_graph(graph.graph_def, contents, nodes)
+    shape = pooled.shape
     problem = (
         '--heatmap: this network has no class activation map. Use Inception-v3, or leave the '
         'flag out.'
     )
     if features.ndim != 4 or shape[-1] != features.shape[-1]:
         raise UserError(problem)
-    rest = fold(graph_def, mean.name, [None, *shape[1:]], logits)
+    rest = fold(graph.graph_def, mean.name, [None, *shape[1:]], logits)
     positions = features.reshape([-1, *shape[1:]])
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         tf.import_graph_def(rest, name='')
         position_logits = session.run(f'{logits}:0', {f'{mean.name}:0': positions})
         zero_logits = session.run(f'{logits}:0', {f'{mean.name}:0': np.zeros_like(positions[:1])})
-    expected = run_graph(graph_def, contents, logits)[0]
-    if not np.allclose(position_logits.mean(axis=0), expected, rtol=1e-3, atol=1e-3):
+    if not np.allclose(position_logits.mean(axis=0), expected[0], rtol=1e-3, atol=1e-3):
         raise UserError(problem)
     return (position_logits - zero_logits)[:, index].reshape(features.shape[1:3])
 
 
-def find_mean(graph_def: GraphDef) -> NodeDef:
-    """Returns the last mean over the positions before the logits, or what is there instead."""
-    nodes = {node.name: node for node in graph_def.node}
-    node = nodes[graph_def.node[-1].input[0]]
+def find_mean(graph: Graph) -> tuple[NodeDef, str]:
+    """Returns the last mean over the positions (or what is there instead), and the logits' node."""
+    nodes = {node.name: node for node in graph.graph_def.node}
+    logits = nodes[graph.outputs[0]].input[0]
+    node = nodes[logits]
     while node.op not in ('AvgPool', 'Mean') and node.input:
         node = nodes[node.input[0]]
-    return node
+    return node, logits
 
 
 def draw_heatmap(contents: bytes, heatmap: np.ndarray, title: str) -> Image.Image:
@@ -719,16 +752,45 @@ def print_ranking(
 
     --top says how many; without it, all are printed, or only the best of several images.
     """
-    shown = ranking[: flags.top or (len(ranking) if is_single or flags.json else 1)]
-    if flags.json:
-        labels, scores = zip(*shown, strict=True)
-        print(json.dumps({'image': path, 'labels': labels, 'scores': scores}), flush=True)
-    elif is_single:
+    shown = ranking[: flags.top or (len(ranking) if is_single else 1)]
+    if is_single:
         for label, score in shown:
             print(f'{label} (score = {score:.5f})')
     else:
         columns = [f'{label}\t{score:.5f}' for label, score in shown]
         print(escape(path), *columns, sep='\t', flush=True)
+
+
+def print_json(
+    path: str,
+    ranking: list[tuple[str, float]],
+    answer: Answer,
+    flags: argparse.Namespace,
+) -> None:
+    """Prints an image with its labels and scores, all or --top of them, as a JSON object."""
+    labels, scores = zip(*ranking[: flags.top], strict=True)
+    fields: dict[str, Any] = {'image': path, 'labels': labels, 'scores': scores}
+    if answer.familiarity is not None:
+        fields['familiarity'] = round(float(answer.familiarity), 7)
+    print(json.dumps(fields), flush=True)
+
+
+def choose_label(best: tuple[str, float], answer: Answer, flags: argparse.Namespace) -> str:
+    """Returns the label of an image: the best one, or that it is unknown or unsure."""
+    label, score = best
+    if flags.unknown is not None and answer.familiarity <= flags.unknown / 100:
+        return UNKNOWN
+    return label if score >= flags.min_score else UNSURE
+
+
+def warn_of_unfamiliar(answer: Answer) -> None:
+    """Prints a line if nearly all own images are more familiar than this one."""
+    if answer.familiarity is not None and answer.familiarity <= UNFAMILIAR:
+        print(
+            'WARNING: this image is unlike nearly all images of the training, so the scores mean '
+            'little.',
+            file=sys.stderr,
+        )
 
 
 def report_failure(path: str, flags: argparse.Namespace, is_single: bool) -> None:
@@ -772,12 +834,39 @@ def check_targets(flags: argparse.Namespace, is_single: bool) -> None:
         raise UserError('-: standard input is closed. Name images or a folder.')
 
 
-def draw(graph_def: GraphDef, path: str, best: tuple[str, float], index: int, target: str) -> None:
-    """Writes the heatmap of an image for its best label."""
+def draw(graph: Graph, path: str, title: str, index: int, target: str) -> None:
+    """Writes the heatmap of an image for a label, given by its index."""
     contents = load_image(path)
-    heatmap = compute_heatmap(graph_def, contents, index)
-    label, score = best
-    save_picture(draw_heatmap(contents, heatmap, f'{label} {score:.2f}'), target)
+    heatmap = compute_heatmap(graph, contents, index)
+    save_picture(draw_heatmap(contents, heatmap, title), target)
+
+
+def report_answer(
+    path: str,
+    answer: Answer,
+    labels: list[str],
+    flags: argparse.Namespace,
+    is_single: bool,
+) -> str:
+    """Prints what the graph says of an image; returns the image's label."""
+    ranking = rank(answer.scores, labels, flags)
+    label = choose_label(ranking[0], answer, flags)
+    if flags.json:
+        print_json(path, ranking, answer, flags)
+    else:
+        print_ranking(path, [(label, ranking[0][1]), *ranking[1:]], flags, is_single)
+    if is_single:
+        warn_of_unfamiliar(answer)
+    return label
+
+
+def describe_best(answer: Answer, labels: list[str]) -> str:
+    """Returns the title of a heatmap."""
+    index = answer.scores.argmax()
+    title = f'{labels[index]} {answer.scores[index]:.2f}'
+    if answer.familiarity is not None:
+        title += f', familiarity {answer.familiarity:.2f}'
+    return title
 
 
 def label_images(flags: argparse.Namespace) -> None:
@@ -786,28 +875,24 @@ def label_images(flags: argparse.Namespace) -> None:
     is_single = len(flags.images) == 1 and first != '-' and not is_folder(first)
     check_targets(flags, is_single)
     labels = load_labels(flags.labels)
-    graph_def, trained_labels = load_graph(flags.graph)
-    check_labels(labels, trained_labels, flags)
+    graph = load_graph(flags.graph)
+    check_labels(labels, graph, flags)
     paths = expand(flags.images, flags.sort_into)
-    scored = score_image(graph_def, first) if is_single else score_images(graph_def, paths)
+    answers = score_image(graph, first) if is_single else score_images(graph, paths)
     count = 0
     failed = 0
-    for path, scores in tqdm(scored, unit='image', disable=is_single or not has_bar()):
+    for path, answer in tqdm(answers, unit='image', disable=is_single or not has_bar()):
         count += 1
-        if scores is None:
+        if answer is None:
             failed += 1
             report_failure(path, flags, is_single)
             continue
-        ranking = rank(scores, labels, flags)
-        label, score = ranking[0]
-        if score < flags.min_score:
-            label = UNSURE
-        shown = ranking if flags.json else [(label, score), *ranking[1:]]
-        print_ranking(path, shown, flags, is_single)
+        label = report_answer(path, answer, labels, flags, is_single)
         if flags.sort_into:
             failed += not try_to_place(path, label, flags.sort_into)
         if flags.heatmap:
-            draw(graph_def, path, ranking[0], scores.argmax(), flags.heatmap)
+            title = describe_best(answer, labels)
+            draw(graph, path, title, answer.scores.argmax(), flags.heatmap)
     if not count:
         raise UserError(
             f'There is no image in {", ".join(flags.images)}. Name a folder with '

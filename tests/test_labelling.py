@@ -444,7 +444,8 @@ def halves(tmp_path_factory):
     direction = cat - nothing * (cat @ nothing) / (nothing @ nothing)  # gray counts for nothing
     layer = tf_retrain.FinalLayer(2048, 2, 0.01, np.array([1, 2]))
     layer.weights = np.stack([direction, -direction], 1)
-    frozen = tf_retrain.create_frozen_graph(backbone, layer, ['cat', 'nothing'], 'final_result')
+    head = tf_retrain.Head(layer, ['cat', 'nothing'])
+    frozen = tf_retrain.create_frozen_graph(backbone, head, 'final_result')
     (folder / 'g.pb').write_bytes(frozen.SerializeToString())
     (folder / 'l.txt').write_text('cat\nnothing\n')
     return folder
@@ -461,11 +462,11 @@ def test_the_heatmap_shows_the_half_that_decides(halves):
 
 def test_the_mean_of_the_positions_is_the_logit(trained):
     """The class activation map of each class adds up to what the graph itself computes."""
-    graph_def, labels = tf_test.load_graph(str(trained.folder / GRAPH))
-    assert labels == NAMES
+    graph = tf_test.load_graph(str(trained.folder / GRAPH))
+    assert graph.labels == NAMES
     contents = trained.test_image().read_bytes()
-    (logits,) = run_v1(graph_def, contents, 'final_training_ops/Wx_plus_b/MatMul:0')
-    heatmaps = [tf_test.compute_heatmap(graph_def, contents, index) for index in range(3)]
+    (logits,) = run_v1(graph.graph_def, contents, 'final_training_ops/Wx_plus_b/MatMul:0')
+    heatmaps = [tf_test.compute_heatmap(graph, contents, index) for index in range(3)]
     assert np.shape(heatmaps) == (3, 6, 6)
     np.testing.assert_allclose(np.mean(heatmaps, axis=(1, 2)), logits, rtol=1e-3, atol=1e-4)
 

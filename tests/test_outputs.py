@@ -101,6 +101,7 @@ def write_training(folder, labels, renames=None):
     pixels = tf_retrain.Pixels((8, 8), 0, 1)
     backbone = tf_retrain.Backbone('x', graph_def, 0, 'bottleneck', 3, pixels)
     layer = tf_retrain.FinalLayer(3, len(labels), 0.1, np.array([0, 1]))
+    head = tf_retrain.Head(layer, labels)
     paths = f'--output_graph={folder}/g.pb', f'--output_labels={folder}/l.txt'
     flags = parse('--image_dir=unused', *paths)
     left = iter(range(99 if renames is None else renames))
@@ -112,7 +113,7 @@ def write_training(folder, labels, renames=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf_retrain.gfile, 'rename', rename)
-        tf_retrain.write_outputs(tf_retrain.create_writers(backbone, layer, labels, flags))
+        tf_retrain.write_outputs(tf_retrain.create_writers(backbone, head, flags))
 
 
 def check(folder):
@@ -121,9 +122,9 @@ def check(folder):
         ['x.jpg', f'{folder}/g.pb', f'{folder}/l.txt']
     )
     labels = tf_test.load_labels(flags.labels)
-    _, trained = tf_test.load_graph(flags.graph)
-    tf_test.check_labels(labels, trained, flags)
-    return labels == trained
+    graph = tf_test.load_graph(flags.graph)
+    tf_test.check_labels(labels, graph, flags)
+    return labels == graph.labels
 
 
 @pytest.mark.parametrize('renames', range(3))
