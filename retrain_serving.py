@@ -23,6 +23,7 @@ import json
 import math
 import multiprocessing.pool
 import os
+import platform
 import re
 import shlex
 import signal
@@ -36,6 +37,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+# Flags
 
 MOBILENET_WIDTHS = ('1.0', '0.75', '0.50', '0.25')
 MOBILENET_SIDES = (224, 192, 160, 128)  # pixels
@@ -61,10 +64,16 @@ def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
 
 PERCENTAGE = checked(int, lambda value: 0 <= value <= 100, 'a whole number from 0 to 100')
 COUNT = checked(int, lambda value: value >= 0, 'a whole number, 0 or more')
-SIZE = checked(int, lambda value: value >= 1, 'a whole number, 1 or more')
-SIZE_OR_ALL = checked(int, lambda value: value >= 1 or value == -1, '1 or more, or -1 for all')
-RATE = checked(float, lambda value: 0 < value < math.inf, 'a number above 0, such as 0.05')
-ADDRESS = checked(str, re.compile(r'grpc://.+:\d+').fullmatch, 'grpc://HOST:PORT')
+COUNT_FROM_1 = checked(int, lambda value: value >= 1, 'a whole number, 1 or more')
+# A batch of more bottlenecks than this would fill the memory.
+BATCH = checked(int, lambda value: 1 <= value <= 100_000, 'a whole number from 1 to 100,000')
+BATCH_OR_ALL = checked(
+    int, lambda value: 1 <= value <= 100_000 or value == -1, 'from 1 to 100,000, or -1 for all'
+)
+# Smaller numbers are 0 in float32, and larger ones are not finite.
+RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a number above 0, such as 0.05')
+ADDRESS = checked(str, re.compile(r'grpc://.+:\d{1,5}').fullmatch, 'grpc://HOST:PORT')
+HANDLE = checked(str, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
 NODE_PATTERN = re.compile(r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*')
 NODE_NAME = checked(str, NODE_PATTERN.fullmatch, 'of letters, digits, _ . - /')
@@ -106,18 +115,6 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help='stop at an image that cannot be read instead of leaving it out',
     )
     group.add_argument(
-        '--print_duplicates',
-        action='store_true',
-        help='name all near copies among the images, not only ten pairs',
-    )
-    group.add_argument(
-        '--find_suspects',
-        metavar='N',
-        type=COUNT,
-        default=0,
-        help='name the N images whose label is most doubtful' + DEFAULT,
-    )
-    group.add_argument(
         '--bottleneck_dir',
         metavar='DIR',
         default='/tmp/bottleneck',
@@ -128,6 +125,22 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar='grpc://HOST:PORT',
         type=ADDRESS,
         help='tf.data service that shares the work',
+    )
+
+
+def add_search_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('what to look for in the data')
+    group.add_argument(
+        '--print_duplicates',
+        action='store_true',
+        help='name all near copies among the images, not only ten pairs',
+    )
+    group.add_argument(
+        '--find_suspects',
+        metavar='N',
+        type=COUNT,
+        default=0,
+        help='name the N images whose label is most doubtful' + DEFAULT,
     )
 
 
@@ -157,6 +170,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         '--tfhub_module',
         metavar='HANDLE',
+        type=HANDLE,
         help='URL or folder of an image feature vector of Keras, Kaggle or TensorFlow Hub',
     )
 
@@ -180,36 +194,40 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--train_batch_size',
         metavar='N',
-        type=SIZE,
+        type=BATCH,
         default=100,
         help='images per training step' + DEFAULT,
-    )
-    group.add_argument(
-        '--validation_batch_size',
-        metavar='N',
-        type=SIZE_OR_ALL,
-        default=100,
-        help='images per validation; -1 uses all' + DEFAULT,
-    )
-    group.add_argument(
-        '--test_batch_size',
-        metavar='N',
-        type=SIZE_OR_ALL,
-        default=-1,
-        help='images in the final test; -1 uses all' + DEFAULT,
-    )
-    group.add_argument(
-        '--eval_step_interval',
-        metavar='N',
-        type=SIZE,
-        default=10,
-        help='steps between evaluations' + DEFAULT,
     )
     group.add_argument(
         '--random_seed',
         metavar='N',
         type=COUNT,
         help='with the same cache, runs with the same number give the same result',
+    )
+
+
+def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('evaluation')
+    group.add_argument(
+        '--validation_batch_size',
+        metavar='N',
+        type=BATCH_OR_ALL,
+        default=100,
+        help='images per validation; -1 uses all' + DEFAULT,
+    )
+    group.add_argument(
+        '--test_batch_size',
+        metavar='N',
+        type=BATCH_OR_ALL,
+        default=-1,
+        help='images in the final test; -1 uses all' + DEFAULT,
+    )
+    group.add_argument(
+        '--eval_step_interval',
+        metavar='N',
+        type=COUNT_FROM_1,
+        default=10,
+        help='steps between evaluations' + DEFAULT,
     )
     group.add_argument(
         '--print_misclassified_test_images',
@@ -294,8 +312,10 @@ def create_parser() -> argparse.ArgumentParser:
         epilog='the usual command:\n' + __doc__.split('\n\n')[1],
     )
     add_data_flags(parser)
+    add_search_flags(parser)
     add_model_flags(parser)
     add_training_flags(parser)
+    add_evaluation_flags(parser)
     add_distortion_flags(parser)
     add_output_flags(parser)
     return parser
@@ -325,31 +345,61 @@ def create_serving_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == '__main__':
-    # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once,
-    # and so is Ctrl-C.
+# Process
+
+
+def prepare_process() -> None:
+    """Makes the program independent of what the shell has set up, before it opens any file.
+
+    Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are paths,
+    whose bytes decide the split, so they are read as UTF-8 in any locale. Standard streams that the
+    shell has closed are opened again: otherwise the next files would get their numbers, and what
+    TensorFlow's libraries print would end up in these files.
+    """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # In any locale, arguments are read as UTF-8.
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
-    parsed_flags = parse_flags(create_serving_parser())
-    # Other files must not get the numbers of closed standard streams.
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
 
+
+@contextlib.contextmanager
+def silenced_libraries() -> Iterator[None]:
+    """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level."""
+    stderr = os.dup(2)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(silence)
+
+
+if __name__ == '__main__':
+    # Before TensorFlow is imported: help and wrong flags are answered at once.
+    prepare_process()
+    parsed_flags = parse_flags(create_serving_parser())
+
 # NumPy's products are small here: the threads of OpenBLAS would cost more time than they save.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
-import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont
-from tqdm import tqdm
-
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-# TensorFlow's libraries write to stderr while they are loaded, whatever the log level.
-with open(os.devnull, 'w') as silence, os.fdopen(os.dup(2), 'w') as stderr:
-    os.dup2(silence.fileno(), 2)
-    try:
+if platform.machine() in ('x86_64', 'AMD64'):
+    # By default, TensorFlow uses oneDNN only where the processor has AVX-512 VNNI or the like.
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
+try:
+    import numpy as np
+    import orjson
+    import PIL
+    from PIL import ExifTags, Image, ImageDraw, ImageFont
+    from tqdm import tqdm
+
+    with silenced_libraries():
         import tensorflow as tf
-    finally:
-        os.dup2(stderr.fileno(), 2)
+except ModuleNotFoundError as error:
+    if __name__ != '__main__':
+        raise
+    sys.exit(f'ERROR: {error}. Run `. .venv/bin/activate` first, as README.md shows.')
 
 from google.protobuf.message import DecodeError
 from tensorflow.compat.v1 import AttrValue, GraphDef, NodeDef, Summary
@@ -364,48 +414,115 @@ tf.get_logger().setLevel('ERROR')
 np.seterr(all='ignore')  # no warnings: numbers that are too large show in the cross entropy
 Image.MAX_IMAGE_PIXELS = None  # Pillow does not warn: MAX_PIXELS decides
 
-# The model of 2015. The graphs of other networks get its nodes from DecodeJpeg/contents to Mul.
-DATA_URL = 'http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz'
-MODEL_GRAPH_NAME = 'classify_image_graph_def.pb'
-JPEG_DATA_NODE = 'DecodeJpeg/contents'
-RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
-SCALED_INPUT_NODE = 'Mul'
-BOTTLENECK = 'pool_3/_reshape', 2048  # node and size
-MOBILENET_URL = 'http://download.tensorflow.org/models/mobilenet_v1_{}_frozen.tgz'
-MOBILENET_GRAPH_NAME = 'mobilenet_v1_{}/frozen_graph.pb'
-MOBILENET_BOTTLENECK = 'MobilenetV1/Predictions/Reshape', 1001
-
-FEW_IMAGES = 20  # per class: with fewer, the original warns
-SETS = ('training', 'validation', 'testing')
-MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
-MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
-LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
-# In images: more are not faster on a CPU, and need more memory.
-NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32
-MAX_ARCHIVE_SIZE = 2**30  # bytes, packed or unpacked: the largest model has a tenth of it
-DOWNLOAD_ATTEMPTS = 3
-DOWNLOAD_TIMEOUT = 30  # seconds without a byte
-DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
-DUPLICATE_SIMILARITY = 0.99  # cosine of two bottlenecks
-MAX_COMPARED = 25_000  # images: all pairs of more would take longer than five seconds
-FOLDS = 5  # of the cross-validation
-SHOWN_IMAGES = 100  # misclassified images in TensorBoard, at most
-# FarmHash, the same everywhere.
-fingerprint = functools.partial(tf.strings.to_hash_bucket_fast, num_buckets=2**62)
 
 
 class UserError(Exception):
     """A failure that the user can fix. Its text names the file or flag, and says what to do."""
 
 
-def write_whole(path: str, contents: bytes) -> None:
-    """Writes a file so that `path` holds all of `contents` or is left as it was, whenever the
-    program is stopped.
+class OptionalOutput:
+    """A text stream that ignores write errors: the output of a training is optional."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        with contextlib.suppress(AttributeError):  # the streams of notebooks have no settings
+            stream.reconfigure(errors='replace', line_buffering=True)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes a text as print() does."""
+        try:
+            return self.stream.write(text)
+        except OSError:
+            # What the stream still holds must go somewhere, or the end of the program would fail.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return len(text)
+
+
+def on_stop_signals(handler: Callable | signal.Handlers) -> None:
+    """Sets what Ctrl-C and SIGTERM do."""
+    signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def stop_run(*signal_and_frame: object) -> None:
+    """Stops the run at a first Ctrl-C or SIGTERM. A second one ends the program at once."""
+    on_stop_signals(signal.SIG_DFL)
+    raise KeyboardInterrupt
+
+
+def finish_run(*signal_and_frame: object) -> None:
+    """Goes on at a first Ctrl-C after the training, so that what was learned is written."""
+    on_stop_signals(signal.SIG_DFL)
+    with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print()
+        print('\nCtrl-C: what was learned is being written. Ctrl-C again quits.')
+
+
+def describe(error: BaseException) -> str:
+    """Returns the message of an error: TensorFlow's own have more than that in their text."""
+    return getattr(error, 'message', '') or str(error) or type(error).__name__
+
+
+def run(job: Callable, flags: argparse.Namespace) -> None:
+    """Calls job(flags). If that fails, the program ends with a line and an exit code."""
+    with contextlib.suppress(ValueError):  # only the main thread of a program gets signals
+        on_stop_signals(stop_run)
+    sys.stdout = OptionalOutput(sys.stdout or open(os.devnull, 'w'))  # type: ignore[assignment]
+    sys.stderr = OptionalOutput(sys.stderr or open(os.devnull, 'w'))  # type: ignore[assignment]
+    advice = 'What was computed so far is kept: fix this, and run the same command again.'
+    try:
+        job(flags)
+    except UserError as error:
+        sys.exit('ERROR: ' + str(error).replace('\n', ' '))
+    except MemoryError:
+        sys.exit(f'ERROR: the memory is full. Close other programs, or lower the sizes. {advice}')
+    except (tf.errors.OpError, OSError, UnicodeError) as error:
+        reason = describe(error).replace('\n', ' ').rstrip('.')
+        sys.exit(f'ERROR: {reason}. {advice}')
+    except KeyboardInterrupt:
+        kept = 'All bottlenecks computed so far are kept: the same command goes on.'
+        print(f'\nStopped. {kept}', file=sys.stderr)
+        sys.exit(130)
+
+
+# Files
+
+
+def to_bytes(path: str) -> bytes:
+    """Returns a path for the functions of `os`, which would encode it by the locale: in UTF-8."""
+    return path.encode(errors='surrogateescape')
+
+
+def is_special(path: str) -> bool:
+    """Tells whether a path leads to what is neither a file nor a folder, such as a FIFO or device.
+
+    To open one may wait forever, and to replace one may harm the system.
     """
-    temporary = os.path.join(os.path.dirname(path), f'.{uuid.uuid4().hex[:8]}.tmp')
-    gfile.makedirs(os.path.dirname(path) or '.')
+    target = to_bytes(path)
+    return os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target)
+
+
+def open_file(path: str) -> gfile.GFile:
+    """Opens a file to read; raises UserError if it is not a plain one."""
+    if is_special(path):
+        raise UserError(f"'{path}' is not a plain file. Delete it, or name another file.")
+    return gfile.GFile(path, 'rb')
+
+
+def write_whole(path: str, contents: bytes) -> None:
+    """Writes a file so that `path` holds all of `contents` or is left as it was.
+
+    That holds whenever the program is stopped. A symbolic link stays a link: the file is written to
+    where it leads.
+    """
+    if os.path.islink(to_bytes(path)):
+        path = os.path.realpath(to_bytes(path)).decode(errors='surrogateescape')
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, f'.{uuid.uuid4().hex[:8]}.tmp')
+    gfile.makedirs(folder or '.')
     try:
         with gfile.GFile(temporary, 'wb') as file:
             file.write(contents)
@@ -418,54 +535,110 @@ def write_whole(path: str, contents: bytes) -> None:
 
 def ensure_writable_dir(path: str, flag: str) -> None:
     """Creates a folder, and raises UserError if no file can be written there."""
+    probe = os.path.join(path, f'.{uuid.uuid4().hex[:8]}.tmp')
     try:
-        write_whole(probe := os.path.join(path, f'.{uuid.uuid4().hex[:8]}.tmp'), b'probe')
+        write_whole(probe, b'probe')
         gfile.remove(probe)
     except tf.errors.OpError as error:
         raise UserError(
-            f"{flag}: nothing can be written in '{path or '.'}' ({error.message}). Name another "
-            'folder.'
+            f"{flag}: nothing can be written in '{path or '.'}' ({error.message}). "
+            'Name another folder.'
         )
+
+
+def ensure_replaceable(path: str, flag: str) -> None:
+    """Raises UserError if a file exists and could not be replaced at the end of the run.
+
+    That a folder is writable is not enough: in /tmp, nobody can replace the files of others. So
+    this tries to rename an empty folder to the file. It always fails, and the error tells why.
+    """
+    target = os.path.realpath(to_bytes(path))
+    if is_special(path):
+        raise UserError(f"{flag}: '{path}' is not a plain file. Name another one.")
+    if os.name != 'posix' or not os.path.exists(target):  # on Windows, the error tells nothing
+        return
+    probe = os.path.join(os.path.dirname(target), f'.{uuid.uuid4().hex[:8]}.tmp'.encode())
+    try:
+        os.mkdir(probe)
+        os.rename(probe, target)
+    except NotADirectoryError:
+        pass  # the only obstacle: a folder cannot replace a file, but another file could
+    except OSError as error:
+        reason = error.strerror
+        raise UserError(f"{flag}: '{path}' cannot be replaced ({reason}). Name another file.")
+    finally:
+        with contextlib.suppress(OSError):
+            os.rmdir(probe)
+
+
+def list_dir(path: str) -> list[str]:
+    """Returns the names in a folder, sorted, if there is one.
+
+    Raises UserError if a name is not Unicode.
+    """
+    if not gfile.isdir(path):
+        return []
+    try:
+        return sorted(name.rstrip('/') for name in gfile.listdir(path))
+    except UnicodeDecodeError as error:
+        name = error.object
+        raise UserError(f"'{path}' has a file whose name is not UTF-8, {name!r}. Rename it.")
+
+
+def escape(text: str) -> str:
+    """Returns a text in one line: characters such as a tab or a newline become \\t or \\n."""
+    return re.sub(r'[\x00-\x1f\x7f]', lambda match: repr(match[0])[1:-1], text)
 
 
 def name_some(names: list[str]) -> str:
     """Returns the first ten of some names, and how many more there are, for a message."""
-    return ', '.join(names[:10]) + (f' and {len(names) - 10} more' if len(names) > 10 else '')
+    more = f' and {len(names) - 10} more' if len(names) > 10 else ''
+    return escape(', '.join(names[:10])) + more
 
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Turns a failure or Ctrl-C inside into a warning: only what is made there is lost."""
+    """Turns a failure inside into a warning: what the original does not do never stops a run."""
     try:
         yield
-    except (Exception, KeyboardInterrupt) as error:
-        print(
-            f'WARNING: {name} left out ({type(error).__name__}: {getattr(error, "message", error)})'
-        )
+    except Exception as error:
+        print(f'WARNING: {name} left out ({type(error).__name__}: {describe(error)})')
 
 
 def check_outputs(flags: argparse.Namespace) -> None:
-    """Tries out what the end of the run needs, before anything is computed; raises UserError if
-    something is wrong.
+    """Tries out what the end of the run needs, before anything is computed.
+
+    Raises UserError if something is wrong.
     """
-    names = 'output_graph', 'output_labels', 'optimized_graph'
-    outputs = {f'--{name}': path for name in names if (path := getattr(flags, name))}
-    models = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
-    taken = {os.path.realpath(os.path.join(flags.model_dir, name).encode()) for name in models}
-    paths = {
-        os.path.realpath(path.encode())
-        for path in (*outputs.values(), f'{flags.output_graph}.json')
-    }
-    if len(paths) <= len(outputs):
+    outputs = {'--output_graph': flags.output_graph, '--output_labels': flags.output_labels}
+    if flags.optimized_graph:
+        outputs['--optimized_graph'] = flags.optimized_graph
+    record = f'{flags.output_graph}.json'
+    paths = [os.path.realpath(to_bytes(path)) for path in (*outputs.values(), record)]
+    if len(set(paths)) < len(paths):
         raise UserError(f'{", ".join(outputs)} must be different files. Name others.')
+    graph_names = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
+    models = [os.path.join(flags.model_dir, name) for name in graph_names]
+    taken = {os.path.realpath(to_bytes(path)) for path in models}
     for flag, path in outputs.items():
         if gfile.isdir(path) or not os.path.basename(path):
             raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
-        if os.path.realpath(path.encode()) in taken:
+        if os.path.realpath(to_bytes(path)) in taken:
             raise UserError(f'{flag}: {path} is the pretrained model. Name another file.')
         ensure_writable_dir(os.path.dirname(path), flag)
-    for name in ('train', 'validation', 'test'):
+        ensure_replaceable(path, flag)
+    ensure_replaceable(record, '--output_graph')
+    for name in SUMMARY_FOLDERS:
         ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
+
+
+# Images
+
+IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
+SETS = ('training', 'validation', 'testing')
+UNSURE = 'unsure'  # what tf_test.py prints below --min_score
+FEW_IMAGES = 20  # per class: with fewer, the original warns
+MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -481,6 +654,11 @@ class Images:
     @functools.cached_property
     def paths(self) -> list[str]:
         return [os.path.join(self.folder, file) for file in self.files]
+
+    @functools.cached_property
+    def stems(self) -> np.ndarray:
+        """The files without what tells variants of one photograph apart."""
+        return np.array([file.split('_nohash_')[0] for file in self.files], object)
 
     @functools.cached_property
     def rows(self) -> dict[str, np.ndarray]:
@@ -516,6 +694,12 @@ class Images:
         return rows[first[classes] + rng.integers(counts[classes])]
 
 
+def create_rng(seed: int | None, use: str) -> np.random.Generator:
+    """Returns random numbers for one use, which do not depend on those of other uses."""
+    key = zlib.crc32(use.encode())
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(key,)))
+
+
 def get_label(folder: str) -> str:
     """Returns the label of a class folder.
 
@@ -545,18 +729,6 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
     return 'training'
 
 
-def list_dir(path: str) -> list[str]:
-    """Returns the names in a folder, sorted, if there is one; raises UserError if a name is not
-    Unicode.
-    """
-    try:
-        return sorted(name.rstrip('/') for name in gfile.listdir(path)) if gfile.isdir(path) else []
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"'{path}' has a file whose name is not UTF-8, {error.object!r}. Rename it."
-        )
-
-
 def is_image(name: str) -> bool:
     """Tells whether a file is taken for an image: by its extension, if it is not hidden."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.')
@@ -568,13 +740,13 @@ def list_class_folder(path: str) -> list[str]:
     images = [name for name in names if is_image(name)]
     others = [name for name in names if not is_image(name)]
     if others:
-        print(f'{path}: {len(images)} images; passed over: {name_some(others)}')
+        print(f'{escape(path)}: {len(images)} images; passed over: {name_some(others)}')
     if not images:
-        print(f'WARNING: {path} has no images. It is not used as a class.')
+        print(f'WARNING: {escape(path)} has no images. It is not used as a class.')
     elif len(images) < FEW_IMAGES:
         print(
             f'WARNING: Folder has less than {FEW_IMAGES} images, which may cause issues. '
-            f'({path}: {len(images)})'
+            f'({escape(path)}: {len(images)})'
         )
     return images
 
@@ -610,16 +782,25 @@ def get_labels(image_dir: str, folders: list[str]) -> list[str]:
                 f"{paths[label]} and {path} have the same label '{label}'. Rename or merge them."
             )
         paths[label] = path
+    if UNSURE in paths:
+        print(
+            f"WARNING: '{UNSURE}' is what tf_test.py --min_score says of images that it leaves "
+            f'unlabeled. Rename {paths[UNSURE]}, or it will refuse this flag.'
+        )
     return list(paths)
+
+
+def ensure_image_dir(image_dir: str) -> None:
+    """Raises UserError if there is no such folder."""
+    if not gfile.isdir(image_dir):
+        raise UserError(
+            f"--image_dir: there is no folder '{image_dir}'. Name the one with your class folders."
+        )
 
 
 def list_images(flags: argparse.Namespace) -> Images:
     """Returns the images of the class folders; raises UserError for fewer than two classes."""
     image_dir = flags.image_dir
-    if not gfile.isdir(image_dir):
-        raise UserError(
-            f"--image_dir: there is no folder '{image_dir}'. Name the one with your class folders."
-        )
     folders = list_class_folders(image_dir)
     labels = get_labels(image_dir, list(folders))
     if len(labels) < 2:
@@ -661,6 +842,24 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
             '--image_dir: no image fell into the training set. Add images, or lower '
             '--testing_percentage.'
         )
+
+
+# Networks
+
+# The model of 2015. The graphs of other networks get its nodes from DecodeJpeg/contents to Mul.
+DATA_URL = 'http://download.tensorflow.org/models/image/imagenet/inception-2015-12-05.tgz'
+MODEL_GRAPH_NAME = 'classify_image_graph_def.pb'
+JPEG_DATA_NODE = 'DecodeJpeg/contents'
+RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
+SCALED_INPUT_NODE = 'Mul'
+BOTTLENECK = 'pool_3/_reshape', 2048  # node and size
+MOBILENET_URL = 'http://download.tensorflow.org/models/mobilenet_v1_{}_frozen.tgz'
+MOBILENET_GRAPH_NAME = 'mobilenet_v1_{}/frozen_graph.pb'
+MOBILENET_BOTTLENECK = 'MobilenetV1/Predictions/Reshape', 1001
+MAX_ARCHIVE_SIZE = 2**30  # bytes, packed or unpacked: the largest model has a tenth of it
+DOWNLOAD_ATTEMPTS = 3
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 
 
 def extract(archive: bytes, name: str) -> bytes:
@@ -741,7 +940,7 @@ def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str
     archive_path = os.path.join(model_dir, os.path.basename(url))
     graph = b''
     if gfile.exists(archive_path):
-        graph = extract(gfile.GFile(archive_path, 'rb').read(), graph_name)
+        graph = extract(open_file(archive_path).read(), graph_name)
         if not graph:
             broken = f'{archive_path}.broken'
             print(f'{archive_path} is damaged, or has no {graph_name} in it: renamed to {broken}.')
@@ -758,7 +957,7 @@ def load_graph_def(
     Raises UserError if it is damaged.
     """
     path = maybe_download_and_extract(model_dir, url, graph_name)
-    contents = gfile.GFile(path, 'rb').read()
+    contents = open_file(path).read()
     try:
         graph_def = extract_sub_graph(GraphDef.FromString(contents), needed)
     except (DecodeError, AssertionError, KeyError) as error:  # the last two: a node is missing
@@ -950,16 +1149,24 @@ def get_folder_checksum(folder: str) -> int:
     paths = sorted(os.path.join(parent, name) for parent, _, names in walk for name in names)
     checksum = 0
     for path in paths:
-        checksum = zlib.crc32(gfile.GFile(path, 'rb').read(), checksum)
+        checksum = zlib.crc32(open_file(path).read(), checksum)
     return checksum
 
 
 def check_final_tensor_name(name: str, backbone: Backbone) -> None:
-    """Raises UserError if a node of the graph has this name already."""
+    """Raises UserError if the graph cannot have one more node with this name."""
     names = {node.name for node in backbone.graph_def.node}
-    if name in names or name.startswith(('final_training_ops/', 'input/')):
+    own_names = FAMILIARITY_NODE, 'final_training_ops', 'input'
+    if name in names or name.split('/')[0] in own_names:
         raise UserError(
             f'--final_tensor_name: the graph already has a node named {name}. Choose another name.'
+        )
+    untrained = FinalLayer(backbone.bottleneck_size, 1, 1, np.zeros(2, int))
+    nodes = create_final_nodes(backbone, Head(untrained, ['']), name)
+    if nodes.node[-1].name != name:
+        raise UserError(
+            f"--final_tensor_name: '{name}' would be named {nodes.node[-1].name}. Choose another "
+            'name, of letters and digits.'
         )
 
 
@@ -1038,10 +1245,10 @@ def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
     return tf_optimizer.OptimizeGraph(config, meta_graph)
 
 
-def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
+def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphDef:
     """Returns a graph for batches, without ops that TensorFlow has removed since 2015.
 
-    It begins at the node `source`, which becomes a placeholder of a shape, and ends at `output`.
+    It begins at the node `source`, which becomes a placeholder of a shape, and ends at `outputs`.
     Batch norms become part of the convolutions before them. CheckNumerics goes, which is of use
     only in training. A reshape to a single row becomes one to any number of rows.
     """
@@ -1063,7 +1270,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
             allow_batches(constants[node.input[1]])
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
-    return extract_sub_graph(folded, [output])
+    return extract_sub_graph(folded, outputs)
 
 
 def drop_checks(node: NodeDef, nodes: dict[str, NodeDef]) -> None:
@@ -1127,23 +1334,89 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
     return structure, weights
 
 
+# Bottlenecks
+
+MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
+# Images per batch of the network: more are not faster on a CPU, and need more memory.
+NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32
+DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
+# FarmHash, which is the same everywhere. A digest is an int64 of 0 or more.
+compute_digest = functools.partial(tf.strings.to_hash_bucket_fast, num_buckets=2**62)
+
+
+def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
+    """Returns a dataset of load(row, contents) of the file of each row, without failures.
+
+    paths[i] is the file of rows[i]. What is not a plain file is not opened.
+    """
+    is_plain = np.array([not is_special(path) for path in paths], bool)
+    names = np.array([to_bytes(path) for path in paths], object)
+    files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
+    loaded = files.map(lambda row, path: load(row, tf.io.read_file(path)), tf.data.AUTOTUNE)
+    return loaded.ignore_errors()
+
+
+def count_pixels(contents: tf.Tensor) -> tf.Tensor:
+    """Returns how many pixels an encoded JPEG, PNG or GIF has by its header, int64 [].
+
+    A PNG has width and height in bytes 16 to 23 (https://www.w3.org/TR/png-3/#11IHDR), a GIF in
+    bytes 6 to 9 (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
+    """
+    start = tf.strings.substr(contents, 0, 2)
+    header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'
+
+    def read_jpeg() -> tf.Tensor:
+        return tf.image.extract_jpeg_shape(contents)[:2]
+
+    def read_png() -> tf.Tensor:
+        sides = tf.strings.substr(header, 16, 8)
+        return tf.io.decode_raw(sides, tf.int32, little_endian=False)
+
+    def read_gif() -> tf.Tensor:
+        sides = tf.strings.substr(header, 6, 4)
+        return tf.cast(tf.io.decode_raw(sides, tf.uint16), tf.int32)
+
+    def fail() -> tf.Tensor:
+        refusal = tf.debugging.Assert(False, ['The image is not JPEG, PNG or still GIF.'])
+        with tf.control_dependencies([refusal] if refusal is not None else []):
+            return tf.zeros([2], tf.int32)
+
+    readers = [
+        (start == b'\xff\xd8', read_jpeg),
+        (start == b'\x89P', read_png),
+        (start == b'GI', read_gif),
+    ]
+    return tf.reduce_prod(tf.cast(tf.case(readers, fail), tf.int64))
+
+
+def decode_image(contents: tf.Tensor) -> tf.Tensor:
+    """Returns an image as the graph decodes it, uint8 [height, width, 3].
+
+    Fails before decoding if the header does not name from 1 to MAX_PIXELS pixels.
+    """
+    pixels = count_pixels(contents)
+    message = f'The image has more than {MAX_PIXELS:,} pixels.'
+    limit = tf.constant(MAX_PIXELS, tf.int64)
+    with tf.control_dependencies([tf.debugging.assert_less_equal(pixels, limit, message)]):
+        return tf.io.decode_jpeg(contents, channels=3)
+
+
 def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator:
-    """Yields (tags, bottlenecks) of each (tags, images): the devices work at once, while the next
-    batches are made.
+    """Yields (rows, digests, bottlenecks) of each batch of (rows, digests, images).
+
+    Each device has a network. They work at once, while the next batches are made.
     """
     iterator = iter(batches.prefetch(2 * len(networks)))
     while group := list(itertools.islice(iterator, len(networks))):
-        results = [
-            (tags, network(images))
-            for (tags, images), network in zip(group, networks, strict=False)
-        ]
-        yield from ((tags.numpy(), bottlenecks.numpy()) for tags, bottlenecks in results)
+        results = []
+        for (rows, digests, images), network in zip(group, networks, strict=False):
+            results.append((rows, digests, network(images)))  # does not wait for the device
+        for result in results:
+            yield tuple(tensor.numpy() for tensor in result)
 
 
 def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Iterator:
-    """Yields (tags, bottlenecks) of each (tags, images), both made by a tf.data service, until it
-    is done or fails.
-    """
+    """Yields what run_networks would, made by a tf.data service, until it is done or fails."""
     host, port = address.removeprefix('grpc://').rsplit(':', 1)
     try:
         socket.create_connection((host, int(port)), timeout=DATA_SERVICE_TIMEOUT).close()
@@ -1153,274 +1426,392 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
         )
     policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
     distribute = tf.data.experimental.service.distribute(policy, address)
-    computed = batches.map(lambda tags, images: (tags, network(images)))
+    computed = batches.map(lambda rows, digests, images: (rows, digests, network(images)))
     try:
         with multiprocessing.pool.ThreadPool(1) as thread:
-            # Each of these may wait forever, for a dispatcher that hangs or a worker that died.
-            results = thread.apply_async(computed.apply, [distribute]).get(DATA_SERVICE_TIMEOUT)
-            iterator = thread.apply_async(results.as_numpy_iterator).get(DATA_SERVICE_TIMEOUT)
-            while batch := thread.apply_async(next, [iterator, None]).get(DATA_SERVICE_TIMEOUT):
+
+            def call(function: Callable, *arguments: Any) -> Any:
+                # It may wait forever, for a dispatcher that hangs or a worker that died.
+                return thread.apply_async(function, arguments).get(DATA_SERVICE_TIMEOUT)
+
+            iterator = call(call(computed.apply, distribute).as_numpy_iterator)
+            while batch := call(next, iterator, None):
                 yield batch
     except (tf.errors.OpError, multiprocessing.TimeoutError) as error:
         reason = getattr(error, 'message', f'nothing came for {DATA_SERVICE_TIMEOUT} s')
         print(f'WARNING: {address} failed ({reason}).')
 
 
-def load_files(paths: list[str], load: Callable) -> tf.data.Dataset:
-    """Returns a dataset of load(index, contents) of each file, without those where it fails."""
-    files = tf.data.Dataset.from_tensor_slices((np.arange(len(paths)), np.array(paths, object)))
-    files = files.map(lambda index, path: load(index, tf.io.read_file(path)), tf.data.AUTOTUNE)
-    return files.ignore_errors()
+def run_ahead(batches: Iterator) -> Iterator:
+    """Yields batches, each of which is computed while the one before it is used."""
+    with multiprocessing.pool.ThreadPool(1) as thread:
+        result = thread.apply_async(next, [batches, None])
+        while batch := result.get():
+            result = thread.apply_async(next, [batches, None])
+            yield batch
 
 
 def compute_bottlenecks(
-    paths: list, backbone: Backbone, distort: Callable | None, service: str | None
+    rows: np.ndarray,
+    paths: list[str],
+    backbone: Backbone,
+    distort: Callable | None = None,
+    service: str | None = None,
 ) -> Iterator:
-    """Yields (tags, bottlenecks) in batches, without the images that cannot be decoded.
+    """Yields (rows, digests, bottlenecks) in batches, without images that cannot be decoded.
 
-    Tags are int64 [N, 2]: the index of a path, and the fingerprint of the file's contents. Images
-    are resized, or are what distort(image, index) makes of them. With a tf.data service, its
-    workers do all this.
+    paths[i] is the image of rows[i], int [N]. Digests, int64 [N], are those of the files' contents.
+    Images are resized, or are what distort(image, row) makes of them. With the address of a tf.data
+    service, its workers do all this.
     """
 
-    def load(index: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        image = tf.io.decode_jpeg(contents, channels=3)
-        image = (
-            distort(image, index)
-            if distort
-            else resize_bilinear(image[tf.newaxis], backbone.pixels.size)[0]
-        )
-        return tf.stack([index, fingerprint(contents)]), image
+    def load(row: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        image = decode_image(contents)
+        if distort:
+            image = distort(image, row)
+        else:
+            image = resize_bilinear(image[tf.newaxis], backbone.pixels.size)[0]
+        return row, compute_digest(contents), image
 
-    batches, networks = load_files(paths, load).batch(NETWORK_BATCH_SIZE), backbone.networks
-    return (
-        run_service(service, networks[0], batches) if service else run_networks(networks, batches)
-    )
+    batches = load_files(rows, paths, load).batch(NETWORK_BATCH_SIZE)
+    if service:
+        return run_service(service, backbone.networks[0], batches)
+    return run_networks(backbone.networks, batches)
 
 
 def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bottlenecks in cache files, float32 [N, size], and fingerprints, int64 [N]: -1 if
-    missing or damaged.
+    """Returns the bottlenecks in cache files, float32 [N, size], and the files' digests, int64 [N].
+
+    The digest of a missing or damaged file is -1.
     """
 
     def parse(row: tf.Tensor, text: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        numbers = tf.ensure_shape(tf.strings.to_number(tf.strings.split(text, ',')), [size])
-        return row, tf.debugging.check_numerics(numbers, ''), fingerprint(text)
+        numbers = tf.strings.to_number(tf.strings.split(text, ','))
+        numbers = tf.debugging.check_numerics(tf.ensure_shape(numbers, [size]), '')
+        return row, compute_digest(text), numbers
 
-    bottlenecks, fingerprints = np.empty([len(paths), size], np.float32), np.full(len(paths), -1)
-    for rows, numbers, found in load_files(paths, parse).batch(256).as_numpy_iterator():
-        bottlenecks[rows], fingerprints[rows] = numbers, found
-    return bottlenecks, fingerprints
+    bottlenecks = np.empty([len(paths), size], np.float32)
+    digests = np.full(len(paths), -1)
+    batches = load_files(np.arange(len(paths)), paths, parse).batch(256)
+    for rows, found_digests, numbers in batches.as_numpy_iterator():
+        digests[rows] = found_digests
+        bottlenecks[rows] = numbers
+    return bottlenecks, digests
 
 
-def get_status(path: str) -> tuple[int, int]:
-    """Returns size in bytes and modification time in ns of a file; -1 and -1 if there is none."""
+# Cache
+
+RECORD_VERSION = 2
+# What decides whether an image can be decoded: another decoder tries again.
+DECODER = f'TensorFlow {tf.__version__}, Pillow {PIL.__version__}, {MAX_PIXELS} pixels'
+
+
+class Status(NamedTuple):
+    """What tells a file from another version of itself without reading it."""
+
+    size: int  # bytes; -1 if there is no file
+    modified: int  # ns; programs can set it, as `touch` and `cp -p` do
+    changed: int  # ns; only the system sets it
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheRecord:
+    """What a cache file was made of, or why there is none; see bottlenecks/README.md."""
+
+    size: int  # of the image, in bytes
+    time: int  # of the image's last modification, in ns
+    digest: int | None  # of the image's contents; None if they were not read
+    model: int  # checksum of the network
+    outcome: int | str  # digest of the cache file, or why the image cannot be decoded
+    orientation: int | None  # EXIF's, 1 to 8; None if there is none, or if it was not read
+    decoder: str
+    version: int = RECORD_VERSION
+
+
+def get_status(path: str) -> Status:
+    """Returns the status of a file; sizes and times of -1 if there is none."""
     with contextlib.suppress(OSError):
-        return (
-            status := os.stat(path.encode())
-        ).st_size, status.st_mtime_ns  # bytes, as LANG may be of ASCII alone
-    # gs:// and its like. Of local files, gfile knows the times in seconds only.
-    with contextlib.suppress(tf.errors.OpError):
-        return (status := gfile.stat(path)).length, status.mtime_nsec
-    return -1, -1
+        status = os.stat(to_bytes(path))
+        return Status(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    with contextlib.suppress(tf.errors.OpError):  # gs:// and its like
+        status = gfile.stat(path)
+        return Status(status.length, status.mtime_nsec, 0)
+    return Status(-1, -1, -1)
 
 
-def read_header(path: str) -> tuple[int, bool]:
-    """Returns how many pixels an image has, and whether its EXIF orientation asks viewers to turn
-    it.
-    """
+def read_orientation(path: str) -> int | None:
+    """Returns the EXIF orientation of an image, 1 to 8: from 2 on, viewers turn or mirror it."""
     # Pillow has many kinds of errors.
-    with contextlib.suppress(Exception), gfile.GFile(path, 'rb') as file, Image.open(file) as image:
-        return image.width * image.height, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return 0, False
+    with contextlib.suppress(Exception), open_file(path) as file, Image.open(file) as image:
+        exif = Image.Image.getexif(image)  # that of PNG would decode the image
+        orientation = exif.get(ExifTags.Base.Orientation, 0)
+        return int(orientation) if orientation in range(1, 9) else None
+    return None
 
 
 def explain_unreadable(path: str) -> tuple[str, int | None]:
-    """Returns why an image could not be used, and, if that is due to its contents, their
-    fingerprint.
-    """
-    mark = None
+    """Returns why an image could not be used, and the digest of its contents if they are why."""
+    if is_special(path):
+        return 'it is not a plain file', None
+    digest = None
     try:
         contents = tf.io.read_file(path)
-        mark, start = int(fingerprint(contents)), tf.strings.substr(contents, 0, 12).numpy()
-        if (pixels := read_header(path)[0]) > MAX_PIXELS:
-            return f'it has {pixels:,} pixels, more than {MAX_PIXELS:,}', mark
-        if start and start[:2] not in (b'\xff\xd8', b'\x89P', b'GI'):
-            return f'it is not JPEG, PNG or still GIF: it starts with {start!r}', mark
-        tf.io.decode_jpeg(contents, channels=3)
+        digest = int(compute_digest(contents))
+        start = tf.strings.substr(contents, 0, 12).numpy()
+        if not start:
+            return 'it is empty', digest
+        if start[:2] not in (b'\xff\xd8', b'\x89P', b'GI'):
+            return f'it is not JPEG, PNG or still GIF: it starts with {start!r}', digest
+        pixels = int(count_pixels(contents))
+        if pixels > MAX_PIXELS:
+            return f'it has {pixels:,} pixels, more than {MAX_PIXELS:,}', digest
+        decode_image(contents)
         return 'it changed while it was read', None
     except tf.errors.OpError as error:
-        return re.sub(r'{{.*?}} *| \[Op:.*', '', error.message, flags=re.DOTALL), mark
+        reason = re.sub(r'{{.*?}} *| \[Op:.*', '', error.message, flags=re.DOTALL).strip(' .')
+        return reason or type(error).__name__, digest
+
+
+def parse_record(text: bytes) -> CacheRecord | None:
+    """Returns the record in a file; None if it is damaged or of another version."""
+    try:
+        record = CacheRecord(**json.loads(text))
+        numbers = record.size, record.time, record.model, record.version
+        is_valid = (
+            all(isinstance(number, int) for number in numbers)
+            and isinstance(record.digest, int | None)
+            and isinstance(record.outcome, int | str)
+            and isinstance(record.orientation, int | None)
+        )
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return record if is_valid and record.version == RECORD_VERSION else None
+
+
+def read_records(paths: list[str]) -> list[CacheRecord | None]:
+    """Returns the record in each file; None for a missing or damaged one."""
+    records: list[CacheRecord | None] = [None] * len(paths)
+    files = load_files(np.arange(len(paths)), paths, lambda row, text: (row, text))
+    for rows, texts in files.batch(256).as_numpy_iterator():
+        for row, text in zip(rows, texts, strict=True):
+            records[row] = parse_record(text)
+    return records
 
 
 class BottleneckCache:
-    """The cache files of some images and one network, and their bottlenecks, float32 [images,
-    bottleneck size].
+    """The cache files of some images and one network, and their bottlenecks.
 
-    Each cache file has a record, .records/<folder>/<file>.rec: a JSON list of facts [outcome, size,
-    time, model, contents]. The outcome is the fingerprint of the cache file, or the reason why the
-    image cannot be decoded; contents is the fingerprint of the image, if it was read. A record is
-    written before its cache file, and keeps what it had: whenever a run is killed, the cache file
-    that is there is in its record.
+    Each cache file has a record, .records/<folder>/<file>.rec. A cache file on disk is always the
+    one of its record: before a record names another one, the cache file is removed, and it is
+    written after its record. So a kill at any moment leaves a missing file, and never a wrong one.
     """
 
     def __init__(self, images: Images, backbone: Backbone, folder: str) -> None:
-        self.images, self.backbone, self.written = images, backbone, 0
         names = [f'{file}{backbone.cache_suffix}' for file in images.files]
+        self.images = images
+        self.backbone = backbone
         self.paths = [os.path.join(folder, f'{name}.txt') for name in names]
-        self.bottlenecks, self.fingerprints = read_bottlenecks(self.paths, backbone.bottleneck_size)
-        # After the cache files: another run first records what a cache file is made of, and then
-        # writes it.
-        self.records = [os.path.join(folder, '.records', f'{name}.rec') for name in names]
-        self.facts: list[list] = [[] for _ in names]
-        for rows, texts in (
-            load_files(self.records, lambda *file: file).batch(256).as_numpy_iterator()
-        ):
-            for row, text in zip(rows, texts, strict=True):
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    facts = json.loads(text)
-                    self.facts[row] = [
-                        fact for fact in facts if len(fact) == 5 and isinstance(fact[0], int | str)
-                    ]
-        self.statuses = list(map(get_status, images.paths))
+        self.record_paths = [os.path.join(folder, '.records', f'{name}.rec') for name in names]
+        # bottlenecks: float32 [images, size]; digests: those of the cache files, -1 if missing
+        self.bottlenecks, self.digests = read_bottlenecks(self.paths, backbone.bottleneck_size)
+        # After the cache files: another run that is writing writes a record before its file.
+        self.records = read_records(self.record_paths)
+        self.statuses = [get_status(path) for path in images.paths]
+        self.written = 0
 
-    def record(self, row: int, outcome: int | str, contents: int | None) -> None:
-        """Adds to a record what an image is now. If it cannot be written, the next run may have to
-        compute again.
+    def record(
+        self, row: int, digest: int | None, outcome: int | str, orientation: int | None
+    ) -> bool:
+        """Records what was found in an image; returns False if it has changed since the run began.
+
+        Then nothing is recorded, as the digest may be that of either version. A record that cannot
+        be written is no error: the next run computes the bottleneck again.
         """
-        others = [fact for fact in self.facts[row] if fact[0] != outcome]
-        self.facts[row] = [
-            *others,
-            (outcome, *self.statuses[row], self.backbone.checksum, contents),
-        ]
+        status = self.statuses[row]
+        if get_status(self.images.paths[row]) != status:
+            return False
+        model = self.backbone.checksum
+        record = CacheRecord(
+            size=status.size,
+            time=status.modified,
+            digest=digest,
+            model=model,
+            outcome=outcome,
+            orientation=orientation,
+            decoder=DECODER,
+        )
+        old = self.records[row]
+        text = json.dumps(dataclasses.asdict(record))
         with contextlib.suppress(tf.errors.OpError):
-            write_whole(self.records[row], json.dumps(self.facts[row]).encode())
+            if old and (old.outcome, old.model) != (outcome, model):
+                with contextlib.suppress(tf.errors.NotFoundError):
+                    gfile.remove(self.paths[row])
+            write_whole(self.record_paths[row], text.encode())
+        self.records[row] = record
+        return True
 
-    def find(self, row: int, contents: int | None = None) -> int | str | None:
-        """Returns the fingerprint of a cache file that is current, or why its image cannot be
-        decoded; else None.
+    def look_up(self, row: int, digest: int | None = None) -> int | str | None:
+        """Returns the digest of a current cache file, or why its image cannot be decoded.
+
+        Returns None if neither is known: then the bottleneck must be computed. The status of the
+        image decides, or the digest of its contents, for which the image must be read.
         """
-        for outcome, size, changed, model, found in self.facts[row]:
-            if isinstance(outcome, str) or (outcome, model) == (
-                self.fingerprints[row],
-                self.backbone.checksum,
-            ):
-                # Contents count, whatever the time of the file says.
-                is_same = contents is not None and found in (contents, None)
-                if (size, changed) == self.statuses[row] or (
-                    is_same and size == self.statuses[row][0]
-                ):
-                    return outcome
+        record = self.records[row]
+        if record is None:
+            return None
+        if isinstance(record.outcome, str):
+            is_usable = record.decoder == DECODER
+        else:
+            is_written = record.outcome == self.digests[row]
+            is_usable = is_written and record.model == self.backbone.checksum
+        status = self.statuses[row]
+        is_same_time = record.time == status.modified
+        is_same_digest = digest is not None and record.digest in (digest, None)
+        if is_usable and record.size == status.size and (is_same_time or is_same_digest):
+            return record.outcome
         return None
 
-    def compare(self) -> np.ndarray:
-        """Returns the rows to compute, and keeps the known reasons of others; reads images only if
-        need be.
-        """
-        for row, cached in enumerate(self.fingerprints.tolist()):
-            if cached >= 0 and not self.facts[row]:  # a cache file of the original is trusted
-                self.record(row, cached, None)
-        known = [self.find(row) for row in range(len(self.paths))]
-        unsure = [row for row, outcome in enumerate(known) if outcome is None and self.facts[row]]
-        images = load_files(
-            [self.images.paths[row] for row in unsure],
-            lambda index, text: (index, fingerprint(text)),
-        )
-        for index, mark in images.as_numpy_iterator():
-            if (outcome := self.find(row := unsure[index], int(mark))) is not None:
-                known[row] = outcome
-                self.record(row, outcome, int(mark))
-        self.reasons = {
-            row: outcome for row, outcome in enumerate(known) if isinstance(outcome, str)
-        }
-        return np.flatnonzero([outcome is None for outcome in known])
+    def compare(self) -> tuple[np.ndarray, dict[int, str]]:
+        """Returns the rows to compute, and {row: reason} of images that cannot be decoded.
 
-    def write(self, rows: np.ndarray, bottlenecks: np.ndarray, contents: np.ndarray) -> None:
-        """Writes bottlenecks, and records of the file contents (fingerprints) that they are made
-        of.
+        Images are read only if their modification time is not the recorded one.
         """
-        if not np.isfinite(bottlenecks).all():
-            raise UserError(
-                f'{self.backbone.source} gives numbers that are not finite. Download the model '
-                'again.'
-            )
-        self.bottlenecks[rows] = bottlenecks
-        texts = [','.join(map(str, values)) for values in bottlenecks]
-        for row, text, cached, mark in zip(
-            rows, texts, fingerprint(texts).numpy(), contents, strict=True
-        ):
-            tqdm.write(f'Creating bottleneck at {self.paths[row]}')
-            self.record(row, int(cached), int(mark))
-            try:
-                write_whole(self.paths[row], text.encode())
-            except tf.errors.InvalidArgumentError as error:  # the name is too long
-                tqdm.write(f'WARNING: {error.message}. Each run computes this bottleneck.')
-            self.written += 1
-            if self.written % 100 == 0:
-                tqdm.write(f'{self.written} bottleneck files created.')
+        for row, digest in enumerate(self.digests.tolist()):
+            if digest >= 0 and self.records[row] is None:  # a cache of the original is trusted
+                self.record(row, None, digest, None)
+        outcomes = [self.look_up(row) for row in range(len(self.paths))]
+        missing = [row for row, outcome in enumerate(outcomes) if outcome is None]
+        unsure = np.array([row for row in missing if self.records[row]], int)
+        paths = [self.images.paths[row] for row in unsure]
+        files = load_files(unsure, paths, lambda row, text: (row, compute_digest(text)))
+        for row, digest in files.as_numpy_iterator():
+            outcomes[row] = self.look_up(row, digest)
+            if outcomes[row] is not None:
+                self.record(row, int(digest), outcomes[row], self.records[row].orientation)
+        reasons = {row: reason for row, reason in enumerate(outcomes) if isinstance(reason, str)}
+        return np.flatnonzero([outcome is None for outcome in outcomes]), reasons
 
-    def compute(self, rows: np.ndarray, data_service: str | None) -> None:
-        """Computes and writes the bottlenecks of some rows; keeps the reasons why others cannot be
-        used.
+    def explain_missing(self, rows: np.ndarray) -> None:
+        """Prints why bottlenecks with a cache file are computed all the same."""
+        for row in rows:
+            path = self.paths[row]
+            record = self.records[row]
+            if gfile.isdir(path):
+                raise UserError(f"--bottleneck_dir: '{path}' is a folder. Delete it.")
+            if self.digests[row] < 0:
+                reason = 'Invalid float found' if gfile.exists(path) else ''
+            elif record and record.outcome == self.digests[row]:
+                reason = 'The image or the model changed'
+            else:
+                reason = 'The cache file is not the one that was written'
+            if reason:
+                print(f'{reason}, recreating bottleneck {escape(path)}')
+
+    def write(self, row: int, digest: int, bottleneck: np.ndarray) -> None:
+        """Writes a bottleneck, and the record that it is of an image with this digest."""
+        path = self.paths[row]
+        tqdm.write(f'Creating bottleneck at {escape(path)}')
+        # The digits are those of str(), which takes ten times as long.
+        text = orjson.dumps(bottleneck, option=orjson.OPT_SERIALIZE_NUMPY).strip(b'[]')
+        outcome = int(compute_digest(text))
+        if not self.record(row, digest, outcome, read_orientation(self.images.paths[row])):
+            return
+        try:
+            write_whole(path, text)
+        except tf.errors.InvalidArgumentError as error:  # the name is too long
+            tqdm.write(f'WARNING: {error.message}. Each run computes this bottleneck.')
+        self.written += 1
+        if self.written % 100 == 0:
+            tqdm.write(f'{self.written} bottleneck files created.')
+
+    def compute(
+        self, rows: np.ndarray, service: str | None, is_strict: bool, bar: tqdm
+    ) -> np.ndarray:
+        """Computes and writes the bottlenecks of some rows; returns those that were left out.
+
+        With `is_strict`, it stops at the first of these.
         """
-        paths, left = self.images.paths, set(rows)
-        headers = {row: read_header(paths[row]) for row in rows}
-        with tqdm(total=len(left), desc='Bottlenecks', unit='image', disable=None) as bar:
-            # What a service does not bring is computed here.
-            for service in dict.fromkeys([data_service, None]):
-                todo = np.array([row for row in sorted(left) if headers[row][0] <= MAX_PIXELS], int)
-                for tags, found in compute_bottlenecks(
-                    [paths[row] for row in todo], self.backbone, None, service
-                ):
-                    self.write(todo[tags[:, 0]], found, tags[:, 1])
-                    left.difference_update(todo[tags[:, 0]])
-                    bar.update(len(found))
-                if service and left:
+        left = set(rows.tolist())
+        paths = [self.images.paths[row] for row in rows]
+        batches = compute_bottlenecks(rows, paths, self.backbone, service=service)
+        for found_rows, digests, bottlenecks in run_ahead(batches):
+            if not np.isfinite(bottlenecks).all():
+                source = self.backbone.source
+                raise UserError(
+                    f'{source} gives numbers that are not finite. Download the model again.'
+                )
+            self.bottlenecks[found_rows] = bottlenecks
+            batch = zip(found_rows.tolist(), digests.tolist(), bottlenecks, strict=True)
+            for row, digest, bottleneck in batch:
+                self.write(row, digest, bottleneck)
+            left.difference_update(found_rows.tolist())
+            bar.update(len(found_rows))
+            if is_strict and not service and left and min(left) < found_rows.max():
+                break
+        return np.array(sorted(left), int)
+
+    def fill(self, rows: np.ndarray, flags: argparse.Namespace) -> dict[int, str]:
+        """Computes and writes the bottlenecks of some rows; returns {row: reason} of failures."""
+        self.explain_missing(rows)
+        with tqdm(total=len(rows), desc='Bottlenecks', unit='image', disable=None) as bar:
+            left = rows
+            if flags.data_service:
+                left = self.compute(left, flags.data_service, False, bar)
+                if left.size:
                     tqdm.write(
-                        f'WARNING: {service} left out {len(left)} of {len(rows)} images. They are '
-                        'tried here.'
+                        f'WARNING: {flags.data_service} left out {len(left)} of {len(rows)} '
+                        'images. They are tried here.'
                     )
-        if turned := sum(is_turned for _, is_turned in headers.values()):
-            advice = 'See data/README.md on how to rotate them.'
-            print(
-                'WARNING: images that the camera stored sideways, and that are used as stored: '
-                f'{turned}. {advice}'
-            )
-        for row in sorted(left):
-            self.reasons[row], contents = explain_unreadable(paths[row])
-            if contents is not None:
-                self.record(row, self.reasons[row], contents)
+            left = self.compute(left, None, flags.strict, bar)
+        reasons = {}
+        for row in left[:1] if flags.strict else left:
+            reasons[row], digest = explain_unreadable(self.images.paths[row])
+            if digest is not None:
+                self.record(row, digest, reasons[row], None)
+        return reasons
+
+
+def report_unreadable(images: Images, reasons: dict[int, str], is_strict: bool) -> None:
+    """Names the images that are left out; raises UserError at the first of them if `is_strict`."""
+    for row, reason in sorted(reasons.items()):
+        line = f'{images.paths[row]!r} is left out: {reason}'
+        if is_strict:
+            raise UserError(f'--strict: {line}. Replace or delete it.')
+        print(f'WARNING: {line}')
+    if reasons:
+        print(
+            f'WARNING: {len(reasons)} of {len(images.files)} images are left out. Replace or '
+            'delete them.'
+        )
+
+
+def report_sideways(records: list[CacheRecord | None]) -> None:
+    """Warns of photographs that look right only in programs that read their EXIF orientation."""
+    sideways = sum(1 for record in records if record and record.orientation in range(2, 9))
+    if sideways:
+        print(
+            'WARNING: images that the camera stored sideways, and that are used as stored: '
+            f'{sideways}. See data/README.md on how to rotate them.'
+        )
 
 
 def cache_bottlenecks(
     images: Images, backbone: Backbone, flags: argparse.Namespace
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns bottlenecks, float32 [images, size], and which exist, bool [images]; UserError if a
-    class has none.
+    """Returns bottlenecks, float32 [images, size], and which of them exist, bool [images].
+
+    Raises UserError if a class has none. What is computed stays in memory while it is written:
+    float32 that is written as text and read again is the same number.
     """
-    # What is computed stays in memory while it is written: float32 written as text and read again
-    # is the same number.
     cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
-    missing = cache.compare()
-    if missing.size:
+    missing, reasons = cache.compare()
+    if missing.size and not (flags.strict and reasons):
         ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
-        for row in missing:
-            if cache.fingerprints[row] >= 0:
-                print(f'The image or the model changed, recreating bottleneck {cache.paths[row]}')
-            elif gfile.exists(cache.paths[row]):
-                print(f'Invalid float found, recreating bottleneck {cache.paths[row]}')
-        cache.compute(missing, flags.data_service)
+        reasons |= cache.fill(missing, flags)
+    report_unreadable(images, reasons, flags.strict)
+    report_sideways(cache.records)
     readable = np.ones(len(images.files), bool)
-    for row, reason in sorted(cache.reasons.items()):
-        line, readable[row] = f'{images.paths[row]!r} is left out: {reason}', False
-        if flags.strict:
-            raise UserError(f'--strict: {line}. Replace or delete it.')
-        print(f'WARNING: {line}')
-    if cache.reasons:
-        print(
-            f'WARNING: {len(cache.reasons)} of {len(images.files)} images are left out. Replace or '
-            'delete them.'
-        )
+    readable[list(reasons)] = False
     for index in np.setdiff1d(images.classes, images.classes[readable]):
         folder = os.path.dirname(images.files[images.classes == index][0])
         raise UserError(
@@ -1429,88 +1820,207 @@ def cache_bottlenecks(
     return cache.bottlenecks, readable
 
 
-def find_near_copies(images: Images, bottlenecks: np.ndarray) -> tuple[list[tuple[int, int]], int]:
-    """Pairs images whose bottlenecks have a cosine similarity of DUPLICATE_SIMILARITY, each with at
-    most one.
+# What the images say
 
-    That is one of another label, if there is any, then a training image for one that is none, then
-    one of the same set, unless the two are variants by `_nohash_`. Of more than MAX_COMPARED
-    images, those for training are not compared. Returns pairs of rows, the worst first, and how
-    many images for validation or test are like a training image.
+DUPLICATE_SIMILARITY = 0.99  # cosine of two bottlenecks
+MAX_COMPARED = 25_000  # images: all pairs of more would take longer than five seconds
+FOLDS = 5  # of the cross-validation
+
+
+def get_scale(bottlenecks: np.ndarray) -> np.ndarray:
+    """Returns what makes each bottleneck a unit vector, float [N, 1].
+
+    It is 0 for a bottleneck of equal numbers, so that this is like no other.
     """
-    classes, is_training, leaked = images.classes, images.sets == 'training', 0
-    stems = np.array([file.split('_nohash_')[0] for file in images.files], object)
-    # The product of two vectors is at most that of the norms of their groups of eight numbers
-    # (Cauchy-Schwarz), so that few pairs need the former. A bottleneck of equal numbers is like no
-    # other: its scale is 0.
-    groups, blocks = (
-        np.arange(0, bottlenecks.shape[1], 8),
-        np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024),
-    )
-    squares = np.concatenate(
-        [np.add.reduceat(np.square(block), groups, axis=1) for block in blocks]
-    )
-    scale = np.where(np.ptp(bottlenecks, axis=1) > 0, 1 / np.sqrt(squares.sum(axis=1)), 0)[:, None]
-    short = tf.constant(np.sqrt(squares) * scale)
-    best, partner = np.zeros(len(classes)), np.zeros(len(classes), int)
-    compared = (
-        np.arange(len(classes)) if len(classes) <= MAX_COMPARED else np.flatnonzero(~is_training)
-    )
-    for rows in np.split(compared, range(512, len(compared), 512)):
-        is_near = (
-            tf.matmul(tf.gather(short, rows), short, transpose_b=True) > DUPLICATE_SIMILARITY - 1e-4
-        ).numpy()
-        is_near[np.arange(len(rows)), rows] = False
-        rows, others = rows[is_near.any(axis=1)], np.flatnonzero(is_near.any(axis=0))
-        if not rows.size:
-            continue
-        units, other_units = (bottlenecks[of] * scale[of] for of in (rows, others))
-        similarity = tf.matmul(
-            units, other_units, transpose_b=True
-        ).numpy()  # on all cores, unlike NumPy here
-        differs, leaks = (
-            classes[rows, None] != classes[others],
-            is_training[others] & ~is_training[rows, None],
-        )
-        is_alike = (similarity >= DUPLICATE_SIMILARITY) & (
-            differs | leaks | (stems[rows, None] != stems[others])
-        )
-        leaked += (is_alike & leaks).any(axis=1).sum()
-        badness = np.where(is_alike, 2 * differs + leaks + similarity, 0)
-        best[rows], partner[rows] = badness.max(axis=1), others[badness.argmax(axis=1)]
-    order = np.argsort(-best, kind='stable')
-    pairs = dict.fromkeys(
-        (min(row, partner[row]), max(row, partner[row])) for row in order if best[row]
-    )
-    return list(pairs), int(leaked)
+    lengths = np.linalg.norm(bottlenecks, axis=1, keepdims=True)
+    is_constant = np.ptp(bottlenecks, axis=1, keepdims=True) == 0
+    return np.where(is_constant, 0, 1 / lengths)
 
 
-def report_near_copies(
-    images: Images, pairs: list[tuple[int, int]], leaked: int, print_all: bool
-) -> None:
+def get_group_norms(bottlenecks: np.ndarray) -> np.ndarray:
+    """Returns the norm of every eight numbers of each bottleneck, float [N, size / 8]."""
+    starts = np.arange(0, bottlenecks.shape[1], 8)
+    blocks = np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024)
+    squares = [np.add.reduceat(np.square(block), starts, axis=1) for block in blocks]
+    return np.sqrt(np.concatenate(squares))
+
+
+def compare_bottlenecks(bottlenecks: np.ndarray, rows: np.ndarray) -> Iterator:
+    """Yields (some of the rows, other rows, their cosine similarities, float [rows, others]).
+
+    Together, they have all pairs of a row and another image whose similarity is
+    DUPLICATE_SIMILARITY or more. The similarity of an image and itself is given as 0.
+
+    The product of two vectors is at most that of the norms of their groups of numbers
+    (Cauchy-Schwarz inequality). This bound is eight times as fast, and rules out most pairs.
+    """
+    scale = get_scale(bottlenecks)
+    norms = tf.constant(get_group_norms(bottlenecks) * scale)
+    for block in np.split(rows, range(512, len(rows), 512)):
+        # The products are TensorFlow's, which uses all cores.
+        bounds = tf.matmul(tf.gather(norms, block), norms, transpose_b=True).numpy()
+        bounds[np.arange(len(block)), block] = 0
+        may_be_near = bounds > DUPLICATE_SIMILARITY - 1e-4
+        near = block[may_be_near.any(axis=1)]
+        others = np.flatnonzero(may_be_near.any(axis=0))
+        if near.size:
+            units = bottlenecks[near] * scale[near]
+            other_units = bottlenecks[others] * scale[others]
+            similarity = tf.matmul(units, other_units, transpose_b=True).numpy()
+            similarity[near[:, None] == others] = 0
+            yield near, others, similarity
+
+
+class NearCopy(NamedTuple):
+    """An image and the worst of its near copies. The larger such tuple is the worse one."""
+
+    has_other_label: bool
+    is_leaked: bool  # the image is for validation or test, and a near copy is for training
+    similarity: float
+    row: int
+    other: int
+
+
+def prefer(candidates: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Returns the wanted candidates of each row if there are any, else all, bool [rows, others]."""
+    wanted_candidates = candidates & wanted
+    has_wanted = wanted_candidates.any(axis=1, keepdims=True)
+    return np.where(has_wanted, wanted_candidates, candidates)
+
+
+def find_near_copies(images: Images, bottlenecks: np.ndarray) -> list[NearCopy]:
+    """Returns each image that has near copies with the worst of them; the worst images come first.
+
+    Of more than MAX_COMPARED images, those for training are not compared with each other.
+    """
+    rows = np.arange(len(images.files))
+    if len(rows) > MAX_COMPARED:
+        rows = np.flatnonzero(images.sets != 'training')
+    blocks = compare_bottlenecks(bottlenecks, rows)
+    found = [copy for block in blocks for copy in choose_worst(images, *block)]
+    return sorted(found, reverse=True)
+
+
+def choose_worst(
+    images: Images, rows: np.ndarray, others: np.ndarray, similarity: np.ndarray
+) -> Iterator[NearCopy]:
+    """Yields the worst near copy of each of the rows that have any.
+
+    It has another label, or else it is for training while the image is for validation or test;
+    among equals, it is the most similar one. Variants by `_nohash_` with one label, in one set, are
+    meant to be alike, and do not count.
+    """
+    has_other_label = images.classes[rows, None] != images.classes[others]
+    is_training = images.sets == 'training'
+    is_leak = is_training[others] & ~is_training[rows, None]
+    is_variant = images.stems[rows, None] == images.stems[others]
+    is_meant = is_variant & ~has_other_label & ~is_leak
+    is_near = (similarity >= DUPLICATE_SIMILARITY) & ~is_meant
+    is_leaked = (is_near & is_leak).any(axis=1)
+    is_worst = prefer(prefer(is_near, has_other_label), is_leak)
+    columns = np.where(is_worst, similarity, -1).argmax(axis=1)
+    for index in np.flatnonzero(is_near.any(axis=1)):
+        column = columns[index]
+        yield NearCopy(
+            has_other_label=has_other_label[index, column],
+            is_leaked=is_leaked[index],
+            similarity=similarity[index, column],
+            row=rows[index],
+            other=others[column],
+        )
+
+
+def get_pairs(near_copies: list[NearCopy]) -> list[tuple[int, int]]:
+    """Returns the pairs of rows. Most of them have been found twice, by both images."""
+    pairs = [sorted([int(copy.row), int(copy.other)]) for copy in near_copies]
+    return list(dict.fromkeys((row, other) for row, other in pairs))
+
+
+def report_near_copies(images: Images, near_copies: list[NearCopy], print_all: bool) -> None:
     """Prints how many near copies of images there are, and names ten pairs or all of them."""
-    if mislabeled := sum(images.classes[row] != images.classes[other] for row, other in pairs):
+    pairs = get_pairs(near_copies)
+    mislabeled = sum(images.classes[row] != images.classes[other] for row, other in pairs)
+    if mislabeled:
         print(
             f'WARNING: pairs of near copies with different labels: {mislabeled}. Delete what is in '
             'the wrong folder.'
         )
+    leaked = sum(copy.is_leaked for copy in near_copies)
     if leaked:
-        advice = 'They make the accuracy look better than it is: delete one of each pair.'
         print(
             f'WARNING: validation or test images with near copies in the training set: {leaked}. '
-            f'{advice}'
+            'They make the accuracy look better than it is: delete one of each pair.'
         )
     for row, other in pairs if print_all else pairs[:10]:
-        print(
-            f'  {images.paths[row]} ({images.sets[row]}), {images.paths[other]} '
-            f'({images.sets[other]})'
-        )
+        first = f'{images.paths[row]} ({images.sets[row]})'
+        second = f'{images.paths[other]} ({images.sets[other]})'
+        print(escape(f'  {first}, {second}'))
     if len(pairs) > 10 and not print_all:
         print(f'  and {len(pairs) - 10} more pairs of near copies, which --print_duplicates names')
     if len(images.files) > MAX_COMPARED:
         print(
             'Training images were not compared with each other for near copies: there are too many.'
         )
+
+
+def cross_validate(
+    images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace
+) -> np.ndarray:
+    """Returns scores of all images, each from a layer that was not trained on it.
+
+    The scores, float [images, classes], come from FOLDS layers. Each is trained on all folds but
+    one, and scores that one.
+    """
+    rng = create_rng(flags.random_seed, 'cross-validation')
+    steps = flags.how_many_training_steps
+    folds = np.arange(len(images.files)) % FOLDS  # each class in all, as rows are sorted by class
+    scores = np.zeros([len(images.files), len(images.labels)], np.float32)
+    with tqdm(
+        total=FOLDS * steps, desc='Cross-validation', unit='step', delay=1, disable=None
+    ) as bar:
+        for fold_index in range(FOLDS):
+            sets = np.where(folds == fold_index, 'testing', 'training')
+            split = dataclasses.replace(images, sets=sets)
+            seed = rng.integers(2**31, size=2)
+            layer = FinalLayer(bottlenecks.shape[1], len(images.labels), flags.learning_rate, seed)
+            for _ in range(steps):
+                rows = split.draw('training', flags.train_batch_size, rng)
+                layer.train(bottlenecks[rows], images.classes[rows])
+                bar.update()
+            rows = split.rows['testing']
+            if rows.size:
+                scores[rows] = layer.evaluate(bottlenecks[rows], images.classes[rows]).scores
+    return scores
+
+
+def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespace) -> None:
+    """Names the images whose own label has the lowest score, and shows them in TensorBoard.
+
+    Of wrong labels put on 2 % of the 3,670 tutorial flowers, 76 % are among as many suspects. By
+    the off-diagonal of confident learning (Northcutt et al. 2021,
+    https://arxiv.org/abs/1911.00068), it is 70 % (tests/benchmark.py).
+    """
+    print('=== SUSPECT IMAGES ===')
+    own_scores = scores[np.arange(len(scores)), images.classes]
+    pictures = {}
+    for row in np.argsort(own_scores, kind='stable')[: flags.find_suspects]:
+        best = scores[row].argmax()
+        own_label = images.labels[images.classes[row]]
+        words = f'{own_label} {own_scores[row]:.2f}  {images.labels[best]} {scores[row, best]:.2f}'
+        print(escape(f'{images.paths[row]:>70}  {words}'))
+        pictures[f'{words}/{images.files[row]}'] = load_thumbnail(images.paths[row], 299)
+    print(
+        'Look at these images, here or in TensorBoard. Move those in a wrong folder, and run the '
+        'same command again.'
+    )
+    single = np.flatnonzero(np.bincount(images.classes) == 1)
+    if single.size:
+        names = name_some([images.labels[index] for index in single])
+        print(f'Of these classes, the only image is always a suspect: {names}')
+    SummaryWriter(os.path.join(flags.summaries_dir, 'suspects')).write(pictures)
+
+
+# Final layer
 
 
 class Evaluation(NamedTuple):
@@ -1523,50 +2033,49 @@ class Evaluation(NamedTuple):
 
 
 class FinalLayer:
-    """The new last layer: softmax(bottlenecks @ weights + biases), with weights [bottleneck size,
-    classes].
+    """The new last layer: softmax(bottlenecks @ weights + biases).
 
-    Weights start from a truncated normal of stddev 0.001, biases from 0. The loss is the softmax
-    cross entropy, mean over the batch; every step is one of plain gradient descent. In NumPy, as a
-    step is two small products of matrices, which take a third of the time of a call into
-    TensorFlow.
+    Weights, [bottleneck size, classes], start from a truncated normal of stddev 0.001, biases from
+    0. The loss is the softmax cross entropy, mean over the batch; every step is one of plain
+    gradient descent. It is in NumPy, as a step is two small products of matrices, which take a
+    third of the time of a call into TensorFlow.
     """
 
     def __init__(
         self, bottleneck_size: int, class_count: int, learning_rate: float, seed: np.ndarray
     ) -> None:
-        self.weights = tf.random.stateless_truncated_normal(
-            [bottleneck_size, class_count], seed, stddev=0.001
-        ).numpy()
+        shape = [bottleneck_size, class_count]
+        self.weights = tf.random.stateless_truncated_normal(shape, seed, stddev=0.001).numpy()
         self.biases = np.zeros(class_count, np.float32)
-        self.learning_rate, self.steps = np.float32(learning_rate), 0
+        self.learning_rate = np.float32(learning_rate)
+        self.steps = 0
 
     def evaluate(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
-        """Evaluates bottlenecks, float [N, size], of classes, int [N]; raises UserError if training
-        has diverged.
+        """Evaluates bottlenecks, float [N, size], of classes, int [N].
+
+        Raises UserError if the training has diverged.
         """
         logits = bottlenecks @ self.weights + self.biases
         # exp() of the logits themselves may overflow.
         shifted = logits - logits.max(axis=1, keepdims=True)
         exponentials = np.exp(shifted)
         sums = exponentials.sum(axis=1, keepdims=True)
-        cross_entropy = (np.log(sums[:, 0]) - shifted[np.arange(len(classes)), classes]).mean()
+        own_logits = shifted[np.arange(len(classes)), classes]
+        cross_entropy = (np.log(sums[:, 0]) - own_logits).mean()
         if not np.isfinite(cross_entropy):
             raise UserError(
                 f'--learning_rate: the cross entropy is not finite after {self.steps} steps. Lower '
                 'it.'
             )
-        return Evaluation(
-            logits, exponentials / sums, cross_entropy, (logits.argmax(axis=1) == classes).mean()
-        )
+        accuracy = (logits.argmax(axis=1) == classes).mean()
+        return Evaluation(logits, exponentials / sums, cross_entropy, accuracy)
 
     def train(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
         """Takes one step, and returns the evaluation of the batch before it."""
         before = self.evaluate(bottlenecks, classes)
+        # The gradient of the cross entropy by the logits is (scores - one-hot labels) / N.
         gradient = before.scores.copy()
-        gradient[np.arange(len(classes)), classes] -= (
-            1  # of the cross entropy, by the logits, times N
-        )
+        gradient[np.arange(len(classes)), classes] -= 1
         gradient *= self.learning_rate / len(classes)
         self.weights -= bottlenecks.T @ gradient
         self.biases -= gradient.sum(axis=0)
@@ -1574,162 +2083,128 @@ class FinalLayer:
         return before
 
 
-def summarize(evaluation: Evaluation, layer: FinalLayer | None = None) -> dict[str, Any]:
-    """Returns the original's summaries of a batch, and of the layer if it is given: {tag: number or
-    array}.
-    """
-    tags: dict[str, Any] = {
-        'cross_entropy_1': evaluation.cross_entropy,
-        'accuracy_1': evaluation.accuracy,
-    }
-    if layer:
-        tags |= {
-            'final_training_ops/Wx_plus_b/pre_activations': evaluation.logits,
-            'activations': evaluation.scores,
-        }
-        for name, values in (('weights', layer.weights), ('biases', layer.biases)):
-            scope = f'final_training_ops/{name}/summaries'
-            tags |= {f'{scope}/mean_1': values.mean(), f'{scope}/stddev_1': values.std()}
-            tags |= {
-                f'{scope}/max_1': values.max(),
-                f'{scope}/min_1': values.min(),
-                f'{scope}/histogram': values,
-            }
-    return tags
+# Familiarity
+
+NEIGHBOR = 3  # an image is as similar as its third nearest training image
+MAX_REFERENCES = 500  # training images in the graph; one per class if there are more classes ...
+MAX_CLASSES = 5_000  # ... up to this number: 40 MB
+MAX_OWN_IMAGES = 2_500
 
 
-def create_value(tag: str, value: Any) -> Summary.Value:
-    """Returns a summary of a number, of a picture, or of an array, whose distribution is shown in
-    30 buckets.
-    """
-    if isinstance(value, Image.Image):
-        value.save(png := io.BytesIO(), 'PNG')
-        image = {
-            'width': value.width,
-            'height': value.height,
-            'encoded_image_string': png.getvalue(),
-        }
-        return Summary.Value(tag=tag, image=image)
-    if not np.ndim(value):
-        return Summary.Value(tag=tag, simple_value=value)
-    values = np.ravel(value).astype(np.float64)
-    counts, edges = np.histogram(values, 30)
-    moments = {'num': values.size, 'sum': values.sum(), 'sum_squares': np.square(values).sum()}
-    buckets = {'min': edges[0], 'max': edges[-1], 'bucket_limit': edges[1:], 'bucket': counts}
-    return Summary.Value(tag=tag, histo=moments | buckets)
+class Familiarity(NamedTuple):
+    """What tells how much an image is like one's own: a share of these that are no more similar.
 
-
-class SummaryWriter:
-    """Writes what TensorBoard reads: a TFRecord file of Event protos
-    (tensorflow/core/util/events_writer.cc).
+    The similarity of an image is the cosine of its bottleneck and that of its third nearest
+    reference. An image's familiarity, in 0..1, is the share of own images whose similarity is at
+    most its own. That is a conformal p-value (Bates et al. 2023, https://arxiv.org/abs/2104.08279)
+    but for 1/n.
     """
 
-    # Not by tf.summary, which takes 0.3 to 5 ms for each tag.
-    def __init__(self, folder: str) -> None:
-        gfile.makedirs(folder)
-        for name in gfile.listdir(folder):
-            if name.startswith('events.out.tfevents.'):  # of an earlier run
-                gfile.remove(os.path.join(folder, name))
-        name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
-        self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
-        self.write(file_version='brain.Event:2')
-
-    def write(self, values: Mapping[str, Any] | None = None, **fields: object) -> None:
-        """Writes an Event of {tag: number, picture or array}, and with other fields."""
-        if self.file:
-            try:
-                summary = (
-                    Summary(value=itertools.starmap(create_value, values.items()))
-                    if values
-                    else None
-                )
-                event = tf.compat.v1.Event(wall_time=time.time(), summary=summary, **fields)
-                self.file.write(event.SerializeToString())
-                self.file.flush()
-            except (tf.errors.OpError, ValueError) as error:
-                self.file = None
-                reason = getattr(error, 'message', error)
-                print(f'WARNING: --summaries_dir: {reason}. The training goes on without logs.')
+    references: np.ndarray  # training images: bottlenecks of length 1, float32 [R, bottleneck size]
+    similarities: np.ndarray  # those of own images, float32 [M]
 
 
-def load_thumbnail(path: str, side: int) -> Image.Image:
-    """Returns an image, at most `side` pixels wide and high; a gray square if Pillow cannot read
-    it.
-    """
-    with contextlib.suppress(Exception), gfile.GFile(path, 'rb') as file, Image.open(file) as image:
-        image.draft('RGB', (side, side))  # decodes a JPEG no larger than needed
-        thumbnail = image.convert('RGB')
-        thumbnail.thumbnail((side, side))
-        return thumbnail
-    return Image.new('RGB', (side, side), 'gray')
+def choose_references(images: Images, rng: np.random.Generator) -> np.ndarray:
+    """Returns rows of training images, as many of each class as possible, in random order."""
+    rows = rng.permutation(images.rows['training'])
+    rows = rows[np.argsort(images.classes[rows], kind='stable')]
+    counts = images.counts['training']
+    first = counts.cumsum() - counts
+    # Of each class, the first ones come first: 0, 1, 2, ... in their class.
+    turns = np.arange(len(rows)) - first[images.classes[rows]]
+    limit = max(MAX_REFERENCES, min(len(images.labels), MAX_CLASSES))
+    return rows[np.argsort(turns, kind='stable')][:limit]
 
 
-def cross_validate(
-    images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace
+def measure_similarities(
+    bottlenecks: np.ndarray, rows: np.ndarray, references: np.ndarray
 ) -> np.ndarray:
-    """Returns the scores of each image from a layer trained on the other folds, float [images,
-    classes].
+    """Returns the similarity of each of the rows to the references, which are rows too: float [N].
+
+    An image does not vouch for itself, and neither does a near copy, such as another picture of a
+    burst: left out, these would make all own images look more familiar than others.
     """
-    count, steps = len(images.files), flags.how_many_training_steps
-    # train() uses the first three.
-    rng = np.random.default_rng(np.random.SeedSequence(flags.random_seed).spawn(4)[3])
-    folds = np.arange(count) % FOLDS  # each class in all of them, as the rows are sorted by class
-    scores = np.zeros([count, len(images.labels)], np.float32)
-    with tqdm(
-        total=FOLDS * steps, desc='Cross-validation', unit='step', delay=1, disable=None
-    ) as bar:
-        for fold in range(FOLDS):
-            split = dataclasses.replace(images, sets=np.where(folds == fold, 'testing', 'training'))
-            layer = FinalLayer(
-                bottlenecks.shape[1],
-                scores.shape[1],
-                flags.learning_rate,
-                rng.integers(2**31, size=2),
-            )
-            for _ in range(steps):
-                rows = split.draw('training', flags.train_batch_size, rng)
-                layer.train(bottlenecks[rows], images.classes[rows])
-                bar.update()
-            if (rows := split.rows['testing']).size:
-                scores[rows] = layer.evaluate(bottlenecks[rows], images.classes[rows]).scores
-    return scores
+    reference_units = bottlenecks[references] * get_scale(bottlenecks[references])
+    similarities = []
+    for block in np.array_split(rows, 1 + len(rows) // 1024):
+        units = bottlenecks[block] * get_scale(bottlenecks[block])
+        cosines = tf.matmul(units, reference_units, transpose_b=True).numpy()
+        is_other = (block[:, None] != references) & (cosines < DUPLICATE_SIMILARITY)
+        cosines = np.where(is_other, cosines, 0)
+        neighbor = min(NEIGHBOR, len(references))
+        similarities.append(np.partition(cosines, -neighbor, axis=1)[:, -neighbor])
+    return np.float32(np.concatenate(similarities))
 
 
-def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespace) -> None:
-    """Names the images whose own label has the lowest score, and shows them in TensorBoard."""
-    # Of wrong labels put on 2 % of the 3,670 tutorial flowers, 76 % are among as many suspects. By
-    # the off-diagonal of confident learning (Northcutt et al. 2021,
-    # https://arxiv.org/abs/1911.00068), it is 70 % (tests/benchmark.py).
-    print('=== SUSPECT IMAGES ===')
-    own, pictures = scores[np.arange(len(scores)), images.classes], {}
-    for row in np.argsort(own, kind='stable')[: flags.find_suspects]:
-        best = scores[row].argmax()
-        label = images.labels[images.classes[row]]
-        words = f'{label} {own[row]:.2f}  {images.labels[best]} {scores[row, best]:.2f}'
-        print(f'{images.paths[row]:>70}  {words}')
-        pictures[f'{words}/{images.files[row]}'] = load_thumbnail(images.paths[row], 299)
-    print(
-        'Look at these images, here or in TensorBoard. Move those in a wrong folder, and run the '
-        'same command again.'
-    )
-    SummaryWriter(os.path.join(flags.summaries_dir, 'suspects')).write(pictures)
+def find_familiarity(
+    images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace
+) -> Familiarity:
+    """Returns what tells how familiar an image is; names the least familiar of one's own.
 
-
-def create_distortion(strengths: tuple, size: tuple[int, int], seed: np.ndarray) -> Callable:
-    """Returns a function that distorts image number `first` + `index` as the original does, to
-    float [*size, 3].
+    That is for --find_suspects: photographs of nothing that belongs there.
     """
-    flip_left_right, random_crop, random_scale, random_brightness = strengths
+    rng = create_rng(flags.random_seed, 'familiarity')
+    references = choose_references(images, rng)
+    rows = np.arange(len(images.files))
+    own = np.sort(rng.permutation(rows)[:MAX_OWN_IMAGES])
+    similarities = measure_similarities(bottlenecks, own, references)
+    if flags.find_suspects:
+        print('=== LEAST FAMILIAR IMAGES ===')
+        all_similarities = measure_similarities(bottlenecks, rows, references)
+        for row in np.argsort(all_similarities, kind='stable')[: flags.find_suspects]:
+            familiarity = (similarities <= all_similarities[row]).mean()
+            label = images.labels[images.classes[row]]
+            print(escape(f'{images.paths[row]:>70}  {label}  familiarity {familiarity:.4f}'))
+    reference_bottlenecks = bottlenecks[references] * get_scale(bottlenecks[references])
+    return Familiarity(np.float32(reference_bottlenecks), similarities)
 
-    def distort(image: tf.Tensor, index: tf.Tensor, first: int) -> tf.Tensor:
-        seeds = tf.unstack(tf.random.split(tf.random.fold_in(seed, first + index), 4))
-        resize_scale = tf.random.stateless_uniform([], seeds[0], 1.0, 1.0 + random_scale / 100.0)
-        precrop_size = tf.cast((1.0 + random_crop / 100.0) * resize_scale * size, tf.int32)
-        image = resize_bilinear(image[tf.newaxis], precrop_size)[0]
+
+def compute_familiarity(bottlenecks: tf.Tensor, familiarity: Familiarity) -> tf.Tensor:
+    """Returns the familiarity of bottlenecks, float [N, size]: float [N].
+
+    Its ops are those that TensorFlow 1.15 has too.
+    """
+    squares = tf.reduce_sum(tf.square(bottlenecks), axis=1, keepdims=True)
+    units = bottlenecks * tf.math.rsqrt(tf.maximum(squares, 1e-30))
+    cosines = tf.matmul(units, familiarity.references, transpose_b=True)
+    nearest = tf.math.top_k(cosines, min(NEIGHBOR, len(familiarity.references))).values
+    similarity = tf.reduce_min(nearest, axis=1, keepdims=True)
+    is_less_familiar = tf.cast(familiarity.similarities <= similarity, tf.float32)
+    return tf.reduce_mean(is_less_familiar, axis=1)
+
+
+# Distortions
+
+
+def create_distortion(flags: argparse.Namespace, size: tuple[int, int]) -> Callable | None:
+    """Returns a function that distorts an image at random; None if the flags ask for none.
+
+    distort(image, index) returns float [*size, 3]; the index decides what is random. It does what
+    the original did:
+
+        +--------- enlarged by --random_crop and --random_scale ---------+
+        |                                                                |
+        |        +----------- size -----------+                          |
+        |        |  cropped at a random place |                          |
+        |        +----------------------------+                          |
+        +----------------------------------------------------------------+
+
+    Then the crop is mirrored or not, and its pixels are multiplied.
+    """
+    spread = flags.random_brightness / 100.0
+    if not (flags.flip_left_right or flags.random_crop or flags.random_scale or spread):
+        return None
+    root = create_rng(flags.random_seed, 'distortions').integers(2**31, size=2)
+
+    def distort(image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+        seeds = tf.unstack(tf.random.split(tf.random.fold_in(root, index), 4))
+        largest_scale = 1.0 + flags.random_scale / 100.0
+        scale = tf.random.stateless_uniform([], seeds[0], 1.0, largest_scale)
+        enlarged = tf.cast((1.0 + flags.random_crop / 100.0) * scale * size, tf.int32)
+        image = resize_bilinear(image[tf.newaxis], enlarged)[0]
         image = tf.image.stateless_random_crop(image, [*size, 3], seeds[1])
-        if flip_left_right:
+        if flags.flip_left_right:
             image = tf.image.stateless_random_flip_left_right(image, seeds[2])
-        spread = random_brightness / 100.0
         return image * tf.random.stateless_uniform([], seeds[3], 1.0 - spread, 1.0 + spread)
 
     return distort
@@ -1738,19 +2213,24 @@ def create_distortion(strengths: tuple, size: tuple[int, int], seed: np.ndarray)
 def compute_distorted(
     draws: Iterator, images: Images, backbone: Backbone, distort: Callable
 ) -> Iterator:
-    """Yields (rows, bottlenecks) of distorted images for each draw of rows, without those that
-    became unreadable.
+    """Yields (rows, bottlenecks) of distorted images for each draw of rows.
+
+    Images that can no longer be read are left out.
     """
     vanished: set[str] = set()
     try:
-        for step, drawn in enumerate(draws):
-            paths, is_found = [images.paths[row] for row in drawn], np.zeros(drawn.size, bool)
-            bottlenecks = np.zeros([drawn.size, backbone.bottleneck_size], np.float32)
-            distort_drawn = functools.partial(distort, first=step * drawn.size)
-            for tags, found in compute_bottlenecks(paths, backbone, distort_drawn, None):
-                is_found[tags[:, 0]], bottlenecks[tags[:, 0]] = True, found
+        for step, rows in enumerate(draws):
+            paths = [images.paths[row] for row in rows]
+            # An image may be in a draw twice: its place in all draws tells it from the other.
+            first = step * rows.size
+            places = np.arange(first, first + rows.size)
+            is_found = np.zeros(rows.size, bool)
+            bottlenecks = np.zeros([rows.size, backbone.bottleneck_size], np.float32)
+            for found, _, some_bottlenecks in compute_bottlenecks(places, paths, backbone, distort):
+                is_found[found - first] = True
+                bottlenecks[found - first] = some_bottlenecks
             vanished.update(itertools.compress(paths, ~is_found))
-            yield drawn[is_found], bottlenecks[is_found]
+            yield rows[is_found], bottlenecks[is_found]
     finally:
         if vanished:
             names = name_some(sorted(vanished))
@@ -1760,86 +2240,84 @@ def compute_distorted(
             )
 
 
-def create_frozen_graph(backbone: Backbone, layer: FinalLayer, final_tensor_name: str) -> GraphDef:
-    """Returns the frozen graph: the backbone's nodes as they are, and the new layer behind them."""
-    with tf.Graph().as_default() as graph:
-        source = tf.compat.v1.placeholder(tf.float32, name=backbone.bottleneck)
-        shape = [None, backbone.bottleneck_size]
-        fed = tf.compat.v1.placeholder_with_default(
-            source, shape, 'input/BottleneckInputPlaceholder'
-        )
-        scope = 'final_training_ops'
-        weights = tf.constant(layer.weights, name=f'{scope}/weights/final_weights')
-        biases = tf.constant(layer.biases, name=f'{scope}/biases/final_biases')
-        weights, biases = (
-            tf.identity(value, f'{value.op.name}/read') for value in (weights, biases)
-        )
-        product = tf.matmul(fed, weights, name=f'{scope}/Wx_plus_b/MatMul')
-        tf.nn.softmax(tf.add(product, biases, f'{scope}/Wx_plus_b/add'), name=final_tensor_name)
-    frozen = GraphDef()
-    # `versions` too: from producer 9 on, TensorFlow refuses the batch norms of 2015.
-    frozen.CopyFrom(backbone.graph_def)
-    frozen.node.extend(
-        node for node in export_graph(graph).node if node.name != backbone.bottleneck
-    )
-    return frozen
+# Training
+
+
+def draw_batches(
+    images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace
+) -> Iterator:
+    """Yields (rows, bottlenecks) of a batch of training images per step."""
+    rng = create_rng(flags.random_seed, 'training')
+    steps = range(flags.how_many_training_steps)
+    draws = (images.draw('training', flags.train_batch_size, rng) for _ in steps)
+    distort = create_distortion(flags, backbone.pixels.size)
+    if distort:
+        return compute_distorted(draws, images, backbone, distort)
+    return ((rows, bottlenecks[rows]) for rows in draws)
 
 
 def train(
     images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace
 ) -> FinalLayer:
-    """Trains the final layer; logs accuracy and cross entropy every --eval_step_interval steps and
-    at the last one.
+    """Trains the final layer, and logs it every --eval_step_interval steps and at the last one.
+
+    Ctrl-C ends the training early. Raises UserError if there was nothing to train on.
     """
-    root = np.random.SeedSequence(flags.random_seed)
-    layer = FinalLayer(
-        backbone.bottleneck_size, len(images.labels), flags.learning_rate, root.generate_state(2)
-    )
-    training_rng, validation_rng, distortion_rng = map(np.random.default_rng, root.spawn(3))
-    steps, interval = flags.how_many_training_steps, flags.eval_step_interval
-    draws = (images.draw('training', flags.train_batch_size, training_rng) for _ in range(steps))
-    strengths = (
-        flags.flip_left_right,
-        flags.random_crop,
-        flags.random_scale,
-        flags.random_brightness,
-    )
-    if any(strengths):
-        distort = create_distortion(
-            strengths, backbone.pixels.size, distortion_rng.integers(2**31, size=2)
-        )
-        batches = compute_distorted(draws, images, backbone, distort)
-    else:
-        batches = ((rows, bottlenecks[rows]) for rows in draws)
-    folders = (os.path.join(flags.summaries_dir, name) for name in ('train', 'validation'))
-    train_writer, validation_writer = map(SummaryWriter, folders)
-    untrained, _ = split_weights(create_frozen_graph(backbone, layer, flags.final_tensor_name))
-    train_writer.write(graph_def=untrained.SerializeToString())
+    layer = create_untrained_layer(images, backbone, flags)
+    rng = create_rng(flags.random_seed, 'validation')
+    train_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'train'))
+    validation_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'validation'))
+    graph = create_frozen_graph(backbone, Head(layer, images.labels), flags.final_tensor_name)
+    train_writer.write(graph_def=split_weights(graph)[0].SerializeToString())
+    last_step = flags.how_many_training_steps - 1
+    batches = draw_batches(images, bottlenecks, backbone, flags)
     try:
         for step, (rows, batch) in enumerate(batches):
-            is_evaluated = step % interval == 0 or step == steps - 1
-            stamp = f'{datetime.datetime.now()}: Step {step}:'
+            is_evaluated = step % flags.eval_step_interval == 0 or step == last_step
             if rows.size:
                 before = layer.train(batch, images.classes[rows])
-                if is_evaluated:
-                    evaluation = layer.evaluate(batch, images.classes[rows])
-                    print(stamp, f'Train accuracy = {100 * evaluation.accuracy:.1f}%')
-                    print(stamp, f'Cross entropy = {evaluation.cross_entropy:f}')
                 train_writer.write(summarize(before, layer if is_evaluated else None), step=step)
-            if (
-                is_evaluated
-                and (
-                    rows := images.draw('validation', flags.validation_batch_size, validation_rng)
-                ).size
-            ):
+            if not is_evaluated:
+                continue
+            if rows.size:
+                report_training(step, layer.evaluate(batch, images.classes[rows]))
+            rows = images.draw('validation', flags.validation_batch_size, rng)
+            if rows.size:
                 evaluation = layer.evaluate(bottlenecks[rows], images.classes[rows])
                 validation_writer.write(summarize(evaluation, layer), step=step)
-                print(
-                    stamp, f'Validation accuracy = {100 * evaluation.accuracy:.1f}% (N={len(rows)})'
-                )
+                report_validation(step, evaluation)
+        if signal.getsignal(signal.SIGINT) is stop_run:
+            on_stop_signals(finish_run)
     except KeyboardInterrupt:
+        if not layer.steps:
+            raise
         print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
+    if flags.how_many_training_steps and not layer.steps:
+        raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
     return layer
+
+
+def create_untrained_layer(
+    images: Images, backbone: Backbone, flags: argparse.Namespace
+) -> FinalLayer:
+    """Returns the final layer as it is before the first training step."""
+    seed = create_rng(flags.random_seed, 'initial weights').integers(2**31, size=2)
+    size = backbone.bottleneck_size
+    return FinalLayer(size, len(images.labels), flags.learning_rate, seed)
+
+
+def report_training(step: int, evaluation: Evaluation) -> None:
+    """Prints the original's lines on a training batch."""
+    start = f'{datetime.datetime.now()}: Step {step}:'
+    print(f'{start} Train accuracy = {100 * evaluation.accuracy:.1f}%')
+    print(f'{start} Cross entropy = {evaluation.cross_entropy:f}')
+
+
+def report_validation(step: int, evaluation: Evaluation) -> None:
+    """Prints the original's line on a validation batch."""
+    count = len(evaluation.scores)
+    accuracy = f'Validation accuracy = {100 * evaluation.accuracy:.1f}% (N={count})'
+    print(f'{datetime.datetime.now()}: Step {step}: {accuracy}')
 
 
 class Tested(NamedTuple):
@@ -1850,38 +2328,45 @@ class Tested(NamedTuple):
     confusion: np.ndarray  # counts, int [true class, predicted class]
     misclassified: list[tuple[int, int]]  # rows and predictions
 
+    def measure(self) -> tuple[int, int, tuple[float, float]]:
+        """Returns how many are right, how many were tested, and the interval of the accuracy."""
+        right = int(np.trace(self.confusion))
+        return right, len(self.rows), get_interval(right, len(self.rows))
+
 
 def test(
     images: Images, bottlenecks: np.ndarray, layer: FinalLayer, flags: argparse.Namespace
 ) -> Tested | None:
     """Tests the layer on images that it was not trained on; returns None if there are none."""
-    rows = images.draw('testing', flags.test_batch_size, np.random.default_rng(flags.random_seed))
+    rows = images.rows['testing']
     if not rows.size:
         return None
+    if 0 < flags.test_batch_size < rows.size:
+        rng = create_rng(flags.random_seed, 'test')
+        rows = np.sort(rng.choice(rows, flags.test_batch_size, replace=False))
     classes = images.classes[rows]
     predictions = layer.evaluate(bottlenecks[rows], classes).logits.argmax(axis=1)
-    wrong = predictions != classes
     confusion = tf.math.confusion_matrix(classes, predictions, len(images.labels)).numpy()
-    return Tested(
-        rows, predictions, confusion, list(zip(rows[wrong], predictions[wrong], strict=True))
-    )
+    is_wrong = predictions != classes
+    misclassified = zip(rows[is_wrong], predictions[is_wrong], strict=True)
+    return Tested(rows, predictions, confusion, list(misclassified))
 
 
 def get_interval(right: int, count: int) -> tuple[float, float]:
     """Returns Wilson's 95 % interval of a share (Wilson 1927, https://doi.org/10.2307/2276774)."""
-    z, share = 1.96, right / count
-    center = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half_width = (
-        z
-        / (1 + z * z / count)
-        * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    )
+    z = 1.96
+    share = right / count
+    widening = 1 + z * z / count
+    center = (share + z * z / (2 * count)) / widening
+    variance = share * (1 - share) / count + z * z / (4 * count * count)
+    half_width = z * math.sqrt(variance) / widening
     return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
 def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace) -> None:
-    """Prints the accuracy on the test set, as a whole and per class, and on demand the
-    misclassified images.
+    """Prints the accuracy on the test set, as a whole and per class.
+
+    --print_misclassified_test_images adds the misclassified images.
     """
     if not tested:
         print(
@@ -1889,220 +2374,439 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
             '--testing_percentage.'
         )
         return
-    right, count = np.trace(tested.confusion), len(tested.rows)
+    right, count, (low, high) = tested.measure()
     print(f'Final test accuracy = {100 * right / count:.1f}% (N={count})')
-    low, high = get_interval(right, count)
-    advice = f' About {4 * count} test images would halve it.' if high - low > 0.1 else ''
+    advice = ''
+    if high - low > 0.1:
+        advice = f' About {4 * count} test images would halve the width of the interval.'
     print(f'95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%.{advice}')
-    width = min(max(map(len, [*images.labels, 'class'])), 24)
-    print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
-    for i, (label, counts) in enumerate(zip(images.labels, tested.confusion, strict=True)):
-        others, called = (
-            np.where(np.arange(len(counts)) == i, 0, counts),
-            tested.confusion[:, i].sum(),
-        )
-        precision = f'{100 * counts[i] / called:8.1f}%' if called else f'{"-":>9}'
-        worst = f'  {images.labels[others.argmax()]} ({others.max()})' if others.any() else ''
-        print(
-            f'{label:{width}}  {counts.sum():6}  {counts[i]:6}  {others.sum():6}  '
-            f'{precision}{worst}'
-        )
+    print_table(tested.confusion, images.labels)
     if flags.print_misclassified_test_images:
         print('=== MISCLASSIFIED TEST IMAGES ===')
         for row, predicted in tested.misclassified:
-            print(f'{images.paths[row]:>70}  {images.labels[predicted]}')
+            print(escape(f'{images.paths[row]:>70}  {images.labels[predicted]}'))
 
 
-def write_outputs(
-    labels: list[str], backbone: Backbone, layer: FinalLayer, flags: argparse.Namespace
-) -> None:
-    """Writes graph and labels; raises UserError if one of them cannot be written."""
-    graph = create_frozen_graph(backbone, layer, flags.final_tensor_name)
-    outputs = {flags.output_graph: graph.SerializeToString(deterministic=True)}
-    outputs[flags.output_labels] = ''.join(f'{label}\n' for label in labels).encode()
+def print_table(confusion: np.ndarray, labels: list[str]) -> None:
+    """Prints a line per class on the counts, int [true class, predicted class]."""
+    width = min(max(map(len, [*labels, 'class'])), 24)
+    print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
+    predicted = confusion.sum(axis=0)
+    for index, counts in enumerate(confusion):
+        right = counts[index]
+        wrong = counts.sum() - right
+        precision = f'{100 * right / predicted[index]:8.1f}%' if predicted[index] else f'{"-":>9}'
+        worst = ''
+        if wrong:
+            others = counts.copy()
+            others[index] = 0
+            worst = f'  {labels[others.argmax()]} ({others.max()})'
+        numbers = f'{counts.sum():6}  {right:6}  {wrong:6}  {precision}'
+        print(f'{labels[index]:{width}}  {numbers}{worst}')
+
+
+# Outputs
+
+
+FAMILIARITY_NODE = 'familiarity'
+
+
+class Head(NamedTuple):
+    """What the training puts behind the backbone."""
+
+    layer: FinalLayer
+    labels: list[str]
+    familiarity: Familiarity | None = None  # None if it could not be found out
+
+
+def create_final_nodes(backbone: Backbone, head: Head, final_tensor_name: str) -> GraphDef:
+    """Returns the nodes of the head: those of the original, with their names, and two more outputs.
+
+    These are the labels, to tell a labels file of another training from the right one, and the
+    familiarity.
+    """
+    scope = 'final_training_ops'
+    tensors = {}
+    with tf.Graph().as_default() as graph:
+        source = tf.compat.v1.placeholder(tf.float32, name=backbone.bottleneck)
+        shape = [None, backbone.bottleneck_size]
+        input_name = 'input/BottleneckInputPlaceholder'
+        fed = tf.compat.v1.placeholder_with_default(source, shape, input_name)
+        for name, value in (('weights', head.layer.weights), ('biases', head.layer.biases)):
+            constant = tf.constant(value, name=f'{scope}/{name}/final_{name}')
+            tensors[name] = tf.identity(constant, f'{constant.op.name}/read')
+        product = tf.matmul(fed, tensors['weights'], name=f'{scope}/Wx_plus_b/MatMul')
+        logits = tf.add(product, tensors['biases'], f'{scope}/Wx_plus_b/add')
+        tf.constant(head.labels, name=f'{scope}/labels')
+        if head.familiarity:
+            with tf.name_scope(f'{FAMILIARITY_NODE}/'):
+                result = compute_familiarity(fed, head.familiarity)
+            tf.identity(result, FAMILIARITY_NODE)
+        tf.nn.softmax(logits, name=final_tensor_name)
+    nodes = export_graph(graph)
+    del nodes.node[0]  # the placeholder that stands for the backbone
+    return nodes
+
+
+def create_frozen_graph(backbone: Backbone, head: Head, final_tensor_name: str) -> GraphDef:
+    """Returns the frozen graph: the backbone's nodes as they are, and the head behind them."""
+    frozen = GraphDef()
+    # `versions` too: from producer 9 on, TensorFlow refuses the batch norms of 2015.
+    frozen.CopyFrom(backbone.graph_def)
+    frozen.node.extend(create_final_nodes(backbone, head, final_tensor_name).node)
+    return frozen
+
+
+def create_writers(
+    backbone: Backbone, head: Head, flags: argparse.Namespace
+) -> dict[str, Callable]:
+    """Returns {path: function that writes this output} of graph, labels and optimized graph."""
+    graph = create_frozen_graph(backbone, head, flags.final_tensor_name)
+
+    def write_graph() -> None:
+        write_whole(flags.output_graph, graph.SerializeToString(deterministic=True))
+
+    def write_labels() -> None:
+        write_whole(flags.output_labels, ''.join(f'{label}\n' for label in head.labels).encode())
+
+    def write_optimized_graph() -> None:
+        shape = [None, *backbone.pixels.size, 3]
+        folded = fold(graph, SCALED_INPUT_NODE, shape, flags.final_tensor_name)
+        write_whole(flags.optimized_graph, folded.SerializeToString(deterministic=True))
+
+    writers = {flags.output_graph: write_graph, flags.output_labels: write_labels}
     if flags.optimized_graph:
-        graph = fold(
-            graph, SCALED_INPUT_NODE, [None, *backbone.pixels.size, 3], flags.final_tensor_name
-        )
-        outputs[flags.optimized_graph] = graph.SerializeToString(deterministic=True)
-    for path, contents in outputs.items():
+        writers[flags.optimized_graph] = write_optimized_graph
+    return writers
+
+
+def write_outputs(writers: dict[str, Callable]) -> dict[str, str]:
+    """Calls a writer per output, whatever becomes of the others; returns {output: failure}."""
+    failures = {}
+    for output, write in writers.items():
         try:
-            write_whole(path, contents)
-        except tf.errors.OpError as error:
-            raise UserError(
-                f'{path} cannot be written ({error.message}). Fix this, and run the same command '
-                'again.'
-            )
+            write()
+        except Exception as error:
+            failures[output] = describe(error)
+    return failures
 
 
 def create_record(
-    images: Images, backbone: Backbone, tested: Tested | None, flags: argparse.Namespace
-) -> dict:
+    images: Images,
+    backbone: Backbone,
+    head: Head,
+    tested: Tested | None,
+    flags: argparse.Namespace,
+) -> dict[str, Any]:
     """Returns what the run did, in the order of trained_model/README.md."""
-    pixels = backbone.pixels._asdict() | {
-        'tensor': f'{JPEG_DATA_NODE}:0',
-        'optimized_tensor': f'{SCALED_INPUT_NODE}:0',
+    record: dict[str, Any] = {'command': sys.argv, 'flags': vars(flags)}
+    record['versions'] = {
+        'python': sys.version.split()[0],
+        'tensorflow': tf.__version__,
+        'numpy': np.__version__,
     }
-    counts = {
-        name: dict(zip(images.labels, of.tolist(), strict=True))
-        for name, of in images.counts.items()
-    }
-    record: dict[str, Any] = {
-        'command': sys.argv,
-        'flags': vars(flags),
-        'versions': {
-            'python': sys.version.split()[0],
-            'tensorflow': tf.__version__,
-            'numpy': np.__version__,
+    record['network'] = {
+        'source': backbone.source,
+        'checksum': backbone.checksum,
+        'input': {
+            **backbone.pixels._asdict(),
+            'tensor': f'{JPEG_DATA_NODE}:0',
+            'optimized_tensor': f'{SCALED_INPUT_NODE}:0',
         },
-        'network': {'source': backbone.source, 'checksum': backbone.checksum, 'input': pixels},
-        'labels': images.labels,
-        'images': counts,
+    }
+    record['labels'] = images.labels
+    record['images'] = {
+        name: dict(zip(images.labels, counts.tolist(), strict=True))
+        for name, counts in images.counts.items()
     }
     if tested:
-        right, count = int(np.trace(tested.confusion)), len(tested.rows)
+        right, count, interval = tested.measure()
         record['test'] = {
             'images': count,
             'accuracy': right / count,
-            'interval': get_interval(right, count),
+            'interval': interval,
+            'confusion': tested.confusion.tolist(),
         }
-        record['test']['confusion'] = tested.confusion.tolist()
+    if head.familiarity:
+        own = head.familiarity.similarities
+        record['familiarity'] = {
+            'images': len(own),
+            'similarities': {str(p): float(np.percentile(own, p)) for p in (1, 5, 50)},
+        }
     return record
 
 
-def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Image:
-    """Draws counts, int [true class, predicted class]: the darker a cell, the larger its share of
-    the true class.
+def write_record(record: dict[str, Any], flags: argparse.Namespace) -> None:
+    """Writes the record of the run beside the graph, which it names by its CRC-32."""
+    record['graph_checksum'] = zlib.crc32(open_file(flags.output_graph).read())
+    text = json.dumps(record, indent=2)
+    write_whole(f'{flags.output_graph}.json', f'{text}\n'.encode())
+
+
+# TensorBoard
+
+SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
+SHOWN_IMAGES = 100  # misclassified images, at most
+
+
+def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
+    """Removes the logs of earlier runs, but not what another run has written since `started`."""
+    is_shared = False
+    for name in SUMMARY_FOLDERS:
+        folder = os.path.join(summaries_dir, name)
+        for file in list_dir(folder):
+            path = os.path.join(folder, file)
+            if not file.startswith('events.out.tfevents.'):
+                continue
+            if get_status(path).modified > started.timestamp() * 1e9:
+                is_shared = True
+                continue
+            with contextlib.suppress(tf.errors.OpError):  # another run may have removed it
+                gfile.remove(path)
+    if is_shared:
+        print(
+            f'WARNING: another run logs to {summaries_dir} at the same time. Name another '
+            '--summaries_dir to tell the two apart in TensorBoard.'
+        )
+
+
+def summarize(evaluation: Evaluation, layer: FinalLayer | None = None) -> dict[str, Any]:
+    """Returns the original's summaries, {tag: number or array}.
+
+    They are those of a batch, and those of the layer if it is given.
     """
-    count, cell = len(labels), max(4, min(48, 1200 // len(labels)))
-    font = ImageFont.load_default(height := min(16, cell))
-    upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
+    tags: dict[str, Any] = {
+        'cross_entropy_1': evaluation.cross_entropy,
+        'accuracy_1': evaluation.accuracy,
+    }
+    if layer:
+        tags['final_training_ops/Wx_plus_b/pre_activations'] = evaluation.logits
+        tags['activations'] = evaluation.scores
+        for name, values in (('weights', layer.weights), ('biases', layer.biases)):
+            scope = f'final_training_ops/{name}/summaries'
+            tags[f'{scope}/mean_1'] = values.mean()
+            tags[f'{scope}/stddev_1'] = values.std()
+            tags[f'{scope}/max_1'] = values.max()
+            tags[f'{scope}/min_1'] = values.min()
+            tags[f'{scope}/histogram'] = values
+    return tags
+
+
+def create_value(tag: str, value: Any) -> Summary.Value:
+    """Returns a summary of a number, a picture, or an array, which becomes 30 buckets."""
+    if isinstance(value, Image.Image):
+        png = io.BytesIO()
+        value.save(png, 'PNG')
+        size = {'width': value.width, 'height': value.height}
+        return Summary.Value(tag=tag, image={**size, 'encoded_image_string': png.getvalue()})
+    if not np.ndim(value):
+        return Summary.Value(tag=tag, simple_value=value)
+    values = np.ravel(value).astype(np.float64)
+    counts, edges = np.histogram(values, 30)
+    histogram = {
+        'num': values.size,
+        'sum': values.sum(),
+        'sum_squares': np.square(values).sum(),
+        'min': edges[0],
+        'max': edges[-1],
+        'bucket_limit': edges[1:],
+        'bucket': counts,
+    }
+    return Summary.Value(tag=tag, histo=histogram)
+
+
+class SummaryWriter:
+    """Writes what TensorBoard reads: a TFRecord file of Event protos.
+
+    The format is that of tensorflow/core/util/events_writer.cc. tf.summary would take 0.3 to 5 ms
+    for each tag.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.file = None
+        name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
+        try:
+            gfile.makedirs(folder)
+            self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
+        except tf.errors.OpError as error:
+            self.give_up(error)
+        self.write(file_version='brain.Event:2')
+
+    def write(self, values: Mapping[str, Any] | None = None, **fields: object) -> None:
+        """Writes an Event of {tag: number, picture or array}, and with other fields."""
+        if self.file is None:
+            return
+        try:
+            summary = Summary(value=itertools.starmap(create_value, (values or {}).items()))
+            event = tf.compat.v1.Event(wall_time=time.time(), **fields)
+            if values:
+                event.summary.CopyFrom(summary)
+            self.file.write(event.SerializeToString())
+            self.file.flush()
+        except (tf.errors.OpError, ValueError) as error:
+            self.give_up(error)
+
+    def give_up(self, error: Exception) -> None:
+        """Stops writing: logs are not worth a training."""
+        self.file = None
+        print(f'WARNING: --summaries_dir: {describe(error)}. The training goes on without logs.')
+
+
+def load_thumbnail(path: str, side: int) -> Image.Image:
+    """Returns an image, at most `side` pixels wide and high.
+
+    What Pillow cannot read becomes a gray square.
+    """
+    with contextlib.suppress(Exception), open_file(path) as file, Image.open(file) as image:
+        image.draft('RGB', (side, side))  # decodes a JPEG no larger than needed
+        thumbnail = image.convert('RGB')
+        thumbnail.thumbnail((side, side))
+        return thumbnail
+    return Image.new('RGB', (side, side), 'gray')
+
+
+def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Image:
+    """Draws counts, int [true class, predicted class].
+
+    The darker a cell is, the larger is its share of the true class.
+    """
+    cell = max(4, min(48, 1200 // len(labels)))  # pixels
+    font = ImageFont.load_default(min(16, cell))
     names = [f'{label[:23]}…' if len(label) > 24 else label for label in labels]
     margin = 12 + int(max(map(font.getlength, names)))
-    picture = Image.new('L', (margin + cell * count, margin + cell * count), 'white')
-    draw = ImageDraw.Draw(picture)
-    for i, name in enumerate(names):
-        middle = margin + cell * (i + 0.5)
-        draw.text((margin - 6, middle), name, 'black', font, 'rm')
-        draw.text((middle - height / 2, margin - 6 - font.getlength(name)), name, 'black', upwards)
+    size = cell * len(labels)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
-    cells = Image.fromarray(np.uint8(255 - 255 * shares)).resize(
-        (cell * count,) * 2, Image.Resampling.NEAREST
-    )
-    picture.paste(cells, (margin, margin))
-    for row, column in np.argwhere(confusion) if cell >= 16 else ():
-        center = margin + cell * (column + 0.5), margin + cell * (row + 0.5)
-        draw.text(
-            center,
-            str(confusion[row, column]),
-            'white' if shares[row, column] > 0.5 else 'black',
-            font,
-            'mm',
-        )
+    cells = Image.fromarray(np.uint8(255 - 255 * shares))
+    picture = Image.new('L', (margin + size, margin + size), 'white')
+    picture.paste(cells.resize((size, size), Image.Resampling.NEAREST), (margin, margin))
+    draw = ImageDraw.Draw(picture)
+    middles = margin + cell * (np.arange(len(labels)) + 0.5)
+    draw_names(draw, names, margin - 6, middles, font)
+    if cell >= 16:
+        for row, column in np.argwhere(confusion):
+            color = 'white' if shares[row, column] > 0.5 else 'black'
+            center = middles[column], middles[row]
+            draw.text(center, str(confusion[row, column]), color, font, 'mm')
     return picture
 
 
-def write_pictures(images: Images, tested: Tested | None, folder: str) -> None:
-    """Writes pictures of the tested images in place of those of an earlier run."""
-    writer = SummaryWriter(folder)
-    if not tested:
-        return
-    pictures = {'confusion_matrix': draw_confusion_matrix(tested.confusion, images.labels)}
-    for row, predicted in tested.misclassified[:SHOWN_IMAGES]:
+def draw_names(
+    draw: ImageDraw.ImageDraw, names: list[str], end: int, middles: np.ndarray, font: Any
+) -> None:
+    """Draws the names of the classes beside their rows, and upwards above their columns."""
+    upwards = ImageFont.TransposedFont(font, Image.Transpose.ROTATE_90)
+    for name, middle in zip(names, middles, strict=True):
+        draw.text((end, middle), name, 'black', font, 'rm')
+        top = end - font.getlength(name)
+        draw.text((middle - font.size / 2, top), name, 'black', upwards)
+
+
+def write_pictures(images: Images, head: Head, tested: Tested | None, folder: str) -> None:
+    """Writes the confusion matrix, misclassified images, and the familiarity of own images."""
+    pictures: dict[str, Any] = {}
+    misclassified: list[tuple[int, int]] = []
+    if head.familiarity:
+        pictures['familiarity'] = head.familiarity.similarities
+    if tested:
+        pictures['confusion_matrix'] = draw_confusion_matrix(tested.confusion, images.labels)
+        misclassified = tested.misclassified[:SHOWN_IMAGES]
+    for row, predicted in misclassified:
         path = images.paths[row]
         label = images.labels[images.classes[row]]
         name = f'{label} classified as {images.labels[predicted]}'
         pictures[f'misclassified/{name}/{os.path.basename(path)}'] = load_thumbnail(path, 299)
-    writer.write(pictures)
+    SummaryWriter(folder).write(pictures)
 
 
-def main(flags: argparse.Namespace, export: Callable = lambda *trained: None) -> None:
-    """Does the whole job. export(backbone, layer, labels) writes what is worth most, and so comes
-    first.
-    """
-    started = datetime.datetime.now()
-    check_outputs(flags)
-    images = list_images(flags)
-    backbone = load_backbone(flags)
-    devices = ', '.join(device.name for device in tf.config.list_logical_devices('GPU')) or 'CPU'
-    print(
-        f'TensorFlow {tf.__version__}, Python {sys.version.split()[0]}, {devices}, network '
-        f'{backbone.source}'
-    )
+# Main
+
+
+def report_start(images: Images, backbone: Backbone) -> None:
+    """Prints what the run works with."""
+    gpus = [device.name for device in tf.config.list_logical_devices('GPU')]
+    devices = ', '.join(gpus) or 'CPU'
+    versions = f'TensorFlow {tf.__version__}, Python {sys.version.split()[0]}'
+    print(f'{versions}, {devices}, network {backbone.source}')
     counts = ', '.join(f'{len(rows)} {name}' for name, rows in images.rows.items())
     print(f'{len(images.labels)} classes, {len(images.files)} images: {counts}')
-    bottlenecks, readable = cache_bottlenecks(images, backbone, flags)
-    if not readable.all():
-        images, bottlenecks = images.keep(readable), bottlenecks[readable]
-    check_sets(images, flags)
-    pairs: list[tuple[int, int]] = []
-    with extra('the search for duplicates'):
-        pairs, leaked = find_near_copies(images, bottlenecks)
-        report_near_copies(images, pairs, leaked, flags.print_duplicates)
-    if flags.find_suspects:
-        with extra('the search for suspects'):
-            report_suspects(images, cross_validate(images, bottlenecks, flags), flags)
-    layer = train(images, bottlenecks, backbone, flags)
-    tested = test(images, bottlenecks, layer, flags)
-    report_test(images, tested, flags)
-    try:
-        export(backbone, layer, images.labels)
-    finally:
-        write_outputs(images.labels, backbone, layer, flags)
-    with extra('the record of the run'):
-        record = create_record(images, backbone, tested, flags)
-        record |= {
-            'unreadable': int((~readable).sum()),
-            'duplicates': len(pairs),
-            'started': str(started),
-        }
-        record['seconds'] = (datetime.datetime.now() - started).total_seconds()
-        write_whole(f'{flags.output_graph}.json', (json.dumps(record, indent=2) + '\n').encode())
-    with extra('the pictures for TensorBoard'):
-        write_pictures(images, tested, os.path.join(flags.summaries_dir, 'test'))
-    graph, labels = shlex.quote(flags.output_graph), shlex.quote(flags.output_labels)
+
+
+def report_end(
+    writers: dict[str, Callable],
+    failures: dict[str, str],
+    head: Head,
+    flags: argparse.Namespace,
+) -> None:
+    """Prints what was written, and what to do next; raises UserError if an output is missing."""
+    if failures:
+        problems = '; '.join(f'{output} ({reason})' for output, reason in failures.items())
+        written = ', '.join(output for output in writers if output not in failures)
+        raise UserError(
+            f'could not be written: {problems}. Written: {written or "nothing"}. Fix this, and run '
+            'the same command again.'
+        )
+    graph = shlex.quote(flags.output_graph)
+    labels = shlex.quote(flags.output_labels)
     print(f'To look at the training: tensorboard --logdir {shlex.quote(flags.summaries_dir)}')
+    if head.familiarity:
+        percentage = 5 if len(head.familiarity.similarities) >= 100 else 10
+        print(
+            f"To get 'unknown' for images unlike yours, add --unknown {percentage}: see README.md."
+        )
     print(f'Wrote the graph {graph} and the labels {labels}. To label an image with them:')
     print(f'python3 tf_test.py <path to image> {graph} {labels}')
 
 
-class Screen(io.TextIOWrapper):
-    """A standard stream that nobody needs to read: if it cannot be written, what is printed is lost
-    without a word.
-    """
+def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> int:
+    """Reports near copies and suspects; returns the number of pairs of near copies."""
+    near_copies = []
+    with extra('the search for near copies'):
+        near_copies = find_near_copies(images, bottlenecks)
+        report_near_copies(images, near_copies, flags.print_duplicates)
+    if flags.find_suspects:
+        with extra('the search for suspects'):
+            scores = cross_validate(images, bottlenecks, flags)
+            report_suspects(images, scores, flags)
+    return len(get_pairs(near_copies))
 
-    def write(self, text: str) -> int:
-        """Writes a text as print() does."""
-        try:
-            return super().write(text)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            return len(text)
 
-
-def run(job: Callable, flags: argparse.Namespace) -> None:
-    """Calls job(flags), and ends the program with a line and an exit code if that fails."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for name in ('stdout', 'stderr'):
-        stream = getattr(sys, name) or open(os.devnull, 'w')
-        setattr(sys, name, Screen(stream.detach(), stream.encoding, 'replace', line_buffering=True))
-    try:
-        job(flags)
-    except UserError as error:
-        sys.exit('ERROR: ' + str(error).replace('\n', ' '))
-    except (tf.errors.OpError, OSError, UnicodeError) as error:
-        reason = getattr(error, 'message', str(error)).replace('\n', ' ')
-        sys.exit(
-            f'ERROR: {reason}. What was computed so far is kept: fix this, and run the same '
-            'command again.'
-        )
-    except KeyboardInterrupt:
-        print(
-            '\nStopped. All bottlenecks computed so far are kept: the same command goes on.',
-            file=sys.stderr,
-        )
-        sys.exit(130)
+def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
+    """Does the whole job. export(backbone, head), if given, writes the SavedModel."""
+    started = datetime.datetime.now()
+    ensure_image_dir(flags.image_dir)
+    check_outputs(flags)
+    images = list_images(flags)
+    backbone = load_backbone(flags)
+    report_start(images, backbone)
+    bottlenecks, readable = cache_bottlenecks(images, backbone, flags)
+    if not readable.all():
+        images = images.keep(readable)
+        bottlenecks = bottlenecks[readable]
+    check_sets(images, flags)
+    clear_events(flags.summaries_dir, started)
+    facts: dict[str, Any] = {'unreadable': int((~readable).sum())}
+    facts['duplicates'] = search_images(images, bottlenecks, flags)
+    facts['started'] = str(started)
+    familiarity = None
+    with extra('the familiarity'):
+        familiarity = find_familiarity(images, bottlenecks, flags)
+    layer = train(images, bottlenecks, backbone, flags)
+    tested = None
+    with extra('the test'):
+        tested = test(images, bottlenecks, layer, flags)
+        report_test(images, tested, flags)
+    head = Head(layer, images.labels, familiarity)
+    writers = create_writers(backbone, head, flags)
+    if export:
+        writers['the SavedModel'] = functools.partial(export, backbone, head)
+    failures = write_outputs(writers)
+    if flags.output_graph not in failures:
+        with extra('the record of the run'):
+            facts['seconds'] = (datetime.datetime.now() - started).total_seconds()
+            write_record(create_record(images, backbone, head, tested, flags) | facts, flags)
+    with extra('the pictures for TensorBoard'):
+        write_pictures(images, head, tested, os.path.join(flags.summaries_dir, 'test'))
+    report_end(writers, failures, head, flags)
 
 
 # SavedModel
@@ -2116,139 +2820,124 @@ def find_free_version(saved_model_dir: str) -> str:
 
 
 def check_saved_model_dir(saved_model_dir: str) -> None:
-    """Raises UserError if the SavedModel could not be written there, or would take the place of
-    another.
-    """
+    """Raises UserError if the SavedModel could not be written there, or would replace another."""
     flag = '--saved_model_dir'
-    if not saved_model_dir.strip('/'):
+    folder = saved_model_dir.rstrip('/')
+    if not folder:
         raise UserError(f'{flag}: name a folder, such as trained_model_serving/1.')
-    if gfile.exists(saved_model_dir) and not gfile.isdir(saved_model_dir):
+    if gfile.exists(folder) and not gfile.isdir(folder):
         raise UserError(
             f"{flag}: '{saved_model_dir}' is a file. Name a folder, such as "
             'trained_model_serving/1.'
         )
-    if list_dir(saved_model_dir):
-        advice = f'The next free version is {flag}={find_free_version(saved_model_dir)}'
+    if list_dir(folder):
+        advice = f'The next free version is {flag}={find_free_version(folder)}'
         raise UserError(
             f"{flag}: '{saved_model_dir}' is not empty, and may be a model that is being served. "
             f'{advice}'
         )
-    ensure_writable_dir(os.path.dirname(saved_model_dir.rstrip('/')), flag)
-    if not os.path.basename(saved_model_dir.rstrip('/')).isdecimal():
+    ensure_writable_dir(os.path.dirname(folder), flag)
+    ensure_no_mount(folder, flag)
+    if not os.path.basename(folder).isdecimal():
         print(
             'WARNING: TensorFlow Serving only serves folders with a number as name, unlike '
             f'{saved_model_dir}'
         )
 
 
-def decode_request(contents: tf.Tensor, size: tuple[int, int]) -> tf.Tensor:
-    """Decodes the contents of an image file, and resizes the image: float [*size, 3].
+def ensure_no_mount(folder: str, flag: str) -> None:
+    """Raises UserError if another folder cannot take the place of an empty one.
 
-    Fails before decoding if they are not JPEG, PNG or GIF, or if the header says more than
-    MAX_PIXELS.
+    That is so for a symbolic link, and for a volume that is mounted there.
     """
-    header = (
-        tf.strings.substr(contents, 0, 24) + 24 * b'\0'
-    )  # PNG has its size in the bytes 16 to 23, GIF in 6 to 9
-    start = tf.strings.substr(header, 0, 2)
-
-    def fail() -> tf.Tensor:
-        with tf.control_dependencies(
-            [tf.debugging.Assert(False, ['The image is not JPEG, PNG or still GIF.'])]
-        ):
-            return tf.zeros([2], tf.int32)
-
-    size_readers = [
-        (start == b'\xff\xd8', lambda: tf.image.extract_jpeg_shape(contents)[:2]),
-        (
-            start == b'\x89P',
-            lambda: tf.io.decode_raw(
-                tf.strings.substr(header, 16, 8), tf.int32, little_endian=False
-            ),
-        ),
-        (
-            start == b'GI',
-            lambda: tf.cast(tf.io.decode_raw(tf.strings.substr(header, 6, 4), tf.uint16), tf.int32),
-        ),
-    ]
-    pixels = tf.reduce_prod(tf.cast(tf.case(size_readers, fail), tf.int64))
-    message = f'The image has more than {MAX_PIXELS:,} pixels.'
-    with tf.control_dependencies(
-        [tf.debugging.assert_less_equal(pixels, tf.constant(MAX_PIXELS, tf.int64), message)]
-    ):
-        return resize_bilinear(tf.io.decode_jpeg(contents, channels=3)[tf.newaxis], size)[0]
+    path = to_bytes(folder)
+    problem = 'a symbolic link' if os.path.islink(path) else ''
+    if not problem and os.path.isdir(path):
+        probe = os.path.join(os.path.dirname(path), f'.{uuid.uuid4().hex[:8]}.tmp'.encode())
+        try:
+            os.mkdir(probe)
+            os.replace(probe, path)
+        except OSError as error:
+            os.rmdir(probe)
+            problem = f'in use as a mount point or otherwise ({error.strerror})'
+    if problem:
+        raise UserError(f"{flag}: '{folder}' is {problem}. Name a new folder in it: {folder}/1")
 
 
 class Classifier(tf.Module):
-    """What the SavedModel has: the folded network, the variables of the final layer, and the
-    labels.
-    """
+    """What the SavedModel has: the folded network, the final layer's variables, and the labels."""
 
-    def __init__(self, backbone: Backbone, layer: FinalLayer, labels: list[str]) -> None:
+    def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()
         self.image_size = backbone.pixels.size
-        folded = fold(
-            backbone.graph_def, SCALED_INPUT_NODE, [None, *self.image_size, 3], backbone.bottleneck
-        )
+        shape = [None, *self.image_size, 3]
+        folded = fold(backbone.graph_def, SCALED_INPUT_NODE, shape, backbone.bottleneck)
         structure, weights = split_weights(folded)
         self.network_weights = {
             name: tf.Variable(value, trainable=False) for name, value in weights.items()
         }
         self.network = backbone.create_network(structure, self.network_weights)
-        self.weights = tf.Variable(layer.weights, name='final_weights')
-        self.biases = tf.Variable(layer.biases, name='final_biases')
-        self.labels = tf.constant(labels)
+        self.weights = tf.Variable(head.layer.weights, name='final_weights')
+        self.biases = tf.Variable(head.layer.biases, name='final_biases')
+        self.labels = tf.constant(head.labels)
+        self.familiarity = head.familiarity and Familiarity(*map(tf.constant, head.familiarity))
 
-    def score(self, contents: tf.Tensor) -> tf.Tensor:
-        """Returns the scores of encoded images, string [N], as one batch: float [N, classes]."""
+    def load(self, contents: tf.Tensor) -> tf.Tensor:
+        """Decodes and resizes an encoded image: float [*size, 3]."""
+        return resize_bilinear(decode_image(contents)[tf.newaxis], self.image_size)[0]
+
+    def compute_bottlenecks(self, contents: tf.Tensor) -> tf.Tensor:
+        """Returns the bottlenecks of encoded images, string [N], as one batch: float [N, size]."""
         spec = tf.TensorSpec([*self.image_size, 3])
-        images = tf.map_fn(
-            functools.partial(decode_request, size=self.image_size),
-            contents,
-            fn_output_signature=spec,
-        )
-        # A convolution refuses an empty batch, so it gets one gray image more than there is, if
-        # there is none.
-        padded = tf.cond(
-            tf.size(contents) > 0, lambda: images, lambda: tf.zeros([1, *self.image_size, 3])
-        )
-        bottlenecks = self.network(padded)[: tf.size(contents)]
+        images = tf.map_fn(self.load, contents, fn_output_signature=spec)
+        # A convolution refuses an empty batch: instead, it gets a gray image.
+        gray = tf.zeros([1, *self.image_size, 3])
+        padded = tf.cond(tf.size(contents) > 0, lambda: images, lambda: gray)
+        return self.network(padded)[: tf.size(contents)]
+
+    def score(self, bottlenecks: tf.Tensor) -> tf.Tensor:
+        """Returns the scores of bottlenecks: float [N, classes]."""
         return tf.nn.softmax(bottlenecks @ self.weights + self.biases)
 
     @tf.function(input_signature=[tf.TensorSpec(None, tf.string, name='image')])
     def predict(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
-        """The original's signature, for an encoded image, string [], and for a batch of them,
-        string [N].
-        """
-        return {'prediction': self.score(tf.reshape(image, [-1])), 'classes': self.labels}
+        """The original's signature, for one encoded image, string [], or a batch, string [N]."""
+        bottlenecks = self.compute_bottlenecks(tf.reshape(image, [-1]))
+        return {'prediction': self.score(bottlenecks), 'classes': self.labels}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name='image')])
     def predict_rows(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
-        """For REST in row format, where each output has one row per image: its best label, and all,
-        best first.
+        """For REST in row format, where each output has one row per image.
+
+        A row has the best label with its score, all of them, the best first, and how familiar the
+        image is.
         """
-        scores = self.score(image)
+        bottlenecks = self.compute_bottlenecks(image)
+        scores = self.score(bottlenecks)
         order = tf.argsort(scores, direction='DESCENDING')
-        labels, scores = tf.gather(self.labels, order), tf.gather(scores, order, batch_dims=1)
-        return {'label': labels[:, 0], 'score': scores[:, 0], 'labels': labels, 'scores': scores}
+        labels = tf.gather(self.labels, order)
+        scores = tf.gather(scores, order, batch_dims=1)
+        row = {'label': labels[:, 0], 'score': scores[:, 0], 'labels': labels, 'scores': scores}
+        if self.familiarity:
+            row['familiarity'] = compute_familiarity(bottlenecks, self.familiarity)
+        return row
 
 
 def write_saved_model(classifier: Classifier, saved_model_dir: str) -> str:
-    """Writes a SavedModel that appears whole or not at all, as a server may be watching; returns
-    its folder.
+    """Writes a SavedModel, and returns its folder.
 
-    That is another free version if `saved_model_dir` is no longer empty.
+    The folder appears whole or not at all, as a server may be watching. It is another free version
+    if `saved_model_dir` is no longer empty.
     """
     saved_model_dir = saved_model_dir.rstrip('/')
     temporary = os.path.join(os.path.dirname(saved_model_dir), f'.{uuid.uuid4().hex[:8]}.tmp')
     signatures = {'serving_default': classifier.predict, 'predict_rows': classifier.predict_rows}
     try:
         tf.saved_model.save(classifier, temporary, signatures)
-        if gfile.exists(saved_model_dir):
-            if not gfile.isdir(saved_model_dir) or list_dir(saved_model_dir):
-                saved_model_dir = find_free_version(saved_model_dir)
-            else:
-                gfile.rmtree(saved_model_dir)
+        if gfile.isdir(saved_model_dir) and not list_dir(saved_model_dir):
+            gfile.rmtree(saved_model_dir)
+        elif gfile.exists(saved_model_dir):
+            saved_model_dir = find_free_version(saved_model_dir)
         gfile.rename(temporary, saved_model_dir)
     except BaseException:
         with contextlib.suppress(tf.errors.OpError):
@@ -2259,13 +2948,13 @@ def write_saved_model(classifier: Classifier, saved_model_dir: str) -> str:
 
 def main_serving(flags: argparse.Namespace) -> None:
     """Does the whole job, and writes the SavedModel; raises UserError for what the user can fix."""
+    ensure_image_dir(flags.image_dir)
     check_saved_model_dir(flags.saved_model_dir)
     written = []
 
-    def export(backbone: Backbone, layer: FinalLayer, labels: list[str]) -> None:
-        written.append(
-            write_saved_model(Classifier(backbone, layer, labels), flags.saved_model_dir)
-        )
+    def export(backbone: Backbone, head: Head) -> None:
+        classifier = Classifier(backbone, head)
+        written.append(write_saved_model(classifier, flags.saved_model_dir))
 
     main(flags, export)
     folder = shlex.quote(os.path.abspath(os.path.dirname(written[0])))

@@ -7,23 +7,23 @@ prints every label of an image with its score, the best first. Several images, o
 give one line each: path, best label and its score.
 """
 
-import signal
-
-if __name__ == '__main__':
-    # Ctrl-C, or a pipe that nobody reads any longer, ends the program without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-
 import argparse
 import contextlib
+import filecmp
 import io
 import itertools
 import json
 import os
+import platform
 import re
 import shutil
+import signal
 import sys
+import uuid
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+# Flags
 
 
 def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
@@ -51,6 +51,7 @@ def create_labeling_parser() -> argparse.ArgumentParser:
     )
     size = checked(int, lambda value: value >= 1, '1 or more')
     score = checked(float, lambda value: 0 <= value <= 1, 'from 0 to 1')
+    percentage = checked(float, lambda value: 0 <= value < 100, 'from 0 to below 100')
     images = (
         'a JPEG, PNG or still GIF file, a folder of them, or - to read paths from standard input'
     )
@@ -58,11 +59,20 @@ def create_labeling_parser() -> argparse.ArgumentParser:
     parser.add_argument('graph', metavar='GRAPH', help='the --output_graph of the training')
     parser.add_argument('labels', metavar='LABELS', help='the --output_labels of the training')
     parser.add_argument(
-        '--top', metavar='N', type=size, help='how many labels to print for each image'
+        '--top',
+        metavar='N',
+        type=size,
+        help='how many labels per image (default: all for one image or with --json, else 1)',
     )
     parser.add_argument('--json', action='store_true', help='print one JSON object per image')
     parser.add_argument(
         '--min_score', metavar='S', type=score, default=0, help="below this, the label is 'unsure'"
+    )
+    parser.add_argument(
+        '--unknown',
+        metavar='P',
+        type=percentage,
+        help="the label is 'unknown' if at most P percent of your images are less familiar",
     )
     parser.add_argument('--sort_into', metavar='DIR', help='link each image into DIR/<label>/')
     parser.add_argument(
@@ -71,31 +81,64 @@ def create_labeling_parser() -> argparse.ArgumentParser:
     return parser
 
 
-if __name__ == '__main__':
-    # Before TensorFlow, which takes seconds to import: help and wrong flags are answered at once.
-    # In any locale, arguments are read as UTF-8.
+# Process
+
+
+def prepare_process() -> None:
+    """Makes the program independent of what the shell has set up, before it opens any file.
+
+    Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are paths,
+    whose bytes decide the split, so they are read as UTF-8 in any locale. Standard streams that the
+    shell has closed are opened again: otherwise the next files would get their numbers, and what
+    TensorFlow's libraries print would end up in these files.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
-    parsed_flags = create_labeling_parser().parse_intermixed_args()
-    # Other files must not get the numbers of closed standard streams.
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
 
-import numpy as np
-from PIL import ExifTags, Image, ImageDraw, ImageFont
-from tqdm import tqdm
+
+@contextlib.contextmanager
+def silenced_libraries() -> Iterator[None]:
+    """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level."""
+    stderr = os.dup(2)
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(silence)
+
+
+if __name__ == '__main__':
+    # Before TensorFlow is imported: help and wrong flags are answered at once.
+    prepare_process()
+    if hasattr(signal, 'SIGPIPE'):  # a pipe that nobody reads any longer ends the program
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    parsed_flags = create_labeling_parser().parse_intermixed_args()
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-# TensorFlow's libraries write to stderr while they are loaded, whatever the log level.
-with open(os.devnull, 'w') as silence, os.fdopen(os.dup(2), 'w') as stderr:
-    os.dup2(silence.fileno(), 2)
-    try:
+if platform.machine() in ('x86_64', 'AMD64'):
+    # By default, TensorFlow uses oneDNN only where the processor has AVX-512 VNNI or the like.
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
+try:
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+    from tqdm import tqdm
+
+    with silenced_libraries():
         import tensorflow as tf
-    finally:
-        os.dup2(stderr.fileno(), 2)
+except ModuleNotFoundError as error:
+    if __name__ != '__main__':
+        raise
+    sys.exit(f'ERROR: {error}. Run `. .venv/bin/activate` first, as README.md shows.')
 
 from google.protobuf.message import DecodeError
 from tensorflow.compat.v1 import AttrValue, GraphDef, NodeDef
 from tensorflow.compat.v1.graph_util import extract_sub_graph
+from tensorflow.compat.v1.image import resize_bilinear
 from tensorflow.core.framework.tensor_pb2 import TensorProto
 from tensorflow.core.protobuf.rewriter_config_pb2 import RewriterConfig
 from tensorflow.io import gfile
@@ -103,14 +146,20 @@ from tensorflow.io import gfile
 tf.get_logger().setLevel('ERROR')
 Image.MAX_IMAGE_PIXELS = None  # Pillow does not warn: MAX_PIXELS decides
 
+HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
+# Images per batch of the network: more are not faster on a CPU, and need more memory.
+NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32
 JPEG_DATA_NODE = 'DecodeJpeg/contents'
 RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
+LABELS_NODE = 'final_training_ops/labels'
+FAMILIARITY_NODE = 'familiarity'
+UNKNOWN = 'unknown'  # in place of a label if the familiarity is at most that of --unknown
+UNFAMILIAR = 0.02  # share of one's own images: at or below it, the scores mean little
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
-HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
-# In images: more are not faster on a CPU, and need more memory.
-NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32
+MAX_LISTED = 4096  # paths that are listed before their images are labeled
+UNSURE = 'unsure'  # what tf_test.py prints below --min_score
 
 
 class UserError(Exception):
@@ -120,13 +169,40 @@ class UserError(Exception):
 # Files
 
 
+def to_bytes(path: str) -> bytes:
+    """Returns a path for the functions of `os`, which would encode it by the locale: in UTF-8."""
+    return path.encode(errors='surrogateescape')
+
+
+def is_special(path: str) -> bool:
+    """Tells whether a path leads to what is neither a file nor a folder, such as a FIFO or device.
+
+    To open one may wait forever, and to replace one may harm the system.
+    """
+    target = to_bytes(path)
+    return os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target)
+
+
+def describe(error: BaseException) -> str:
+    """Returns the message of an error: TensorFlow's own have more than that in their text."""
+    return getattr(error, 'message', '') or str(error) or type(error).__name__
+
+
+def escape(text: str) -> str:
+    """Returns a text in one line: characters such as a tab or a newline become \\t or \\n."""
+    return re.sub(r'[\x00-\x1f\x7f]', lambda match: repr(match[0])[1:-1], text)
+
+
 def load_file(path: str, what: str) -> bytes:
     """Returns a file's contents; raises UserError if it cannot be read."""
+    if is_special(path):
+        raise UserError(f"The {what} '{path}' cannot be read: only plain files are.")
     try:
-        with gfile.GFile(path, 'rb') as file:
-            return file.read()
-    except (tf.errors.OpError, UnicodeError) as error:
-        raise UserError(f"The {what} '{path}' cannot be read: {getattr(error, 'message', error)}")
+        return tf.io.read_file(to_bytes(path)).numpy()
+    except tf.errors.OpError as error:
+        raise UserError(f"The {what} '{path}' cannot be read: {describe(error)}")
+    except UnicodeDecodeError:  # TensorFlow's message has the path
+        raise UserError(f"The {what} '{path}' cannot be read: its name is not UTF-8.")
 
 
 def load_labels(path: str) -> list[str]:
@@ -135,142 +211,283 @@ def load_labels(path: str) -> list[str]:
         return load_file(path, 'labels file').decode('utf-8-sig').rstrip('\r\n').splitlines()
     except UnicodeDecodeError:
         raise UserError(
-            f"The labels file '{path}' is not text. Name the --output_labels of the training."
+            f"The labels file '{path}' is not text. The order is IMAGE GRAPH LABELS, the last two "
+            'as --output_graph and --output_labels of the training.'
         )
 
 
-def load_graph(path: str) -> GraphDef:
-    """Returns the frozen graph up to its last softmax."""
+class Graph(NamedTuple):
+    """A frozen graph up to its outputs."""
+
+    graph_def: GraphDef
+    outputs: list[str]  # the node of the scores, and that of the familiarity if there is one
+    labels: list[str]  # those in the graph; none in the graphs of other programs
+
+
+def load_graph(path: str) -> Graph:
+    """Returns a frozen graph up to its last softmax and the familiarity."""
     graph_def = GraphDef()
     try:
         graph_def.ParseFromString(load_file(path, 'graph'))
     except DecodeError:
         graph_def.Clear()
-    if JPEG_DATA_NODE not in {node.name for node in graph_def.node}:
+    nodes = {node.name: node for node in graph_def.node}
+    if JPEG_DATA_NODE not in nodes:
         raise UserError(
             f"'{path}' is not a graph with a node {JPEG_DATA_NODE}. Name the --output_graph of the "
             'training.'
         )
-    if not (softmaxes := [node.name for node in graph_def.node if node.op == 'Softmax']):
+    outputs = [node.name for node in graph_def.node if node.op == 'Softmax'][-1:]
+    if not outputs:
         raise UserError(
             f"'{path}' has no Softmax, so no scores. Name the --output_graph of the training."
         )
+    if FAMILIARITY_NODE in nodes:
+        outputs.append(FAMILIARITY_NODE)
+    labels = []
+    if LABELS_NODE in nodes:
+        labels = tf.make_ndarray(nodes[LABELS_NODE].attr['value'].tensor).tolist()
     try:
-        return extract_sub_graph(graph_def, softmaxes[-1:])
+        graph_def = extract_sub_graph(graph_def, outputs)
     except (AssertionError, LookupError) as error:
         raise UserError(f"'{path}' is damaged ({error}). Train again.")
+    return Graph(graph_def, outputs, [label.decode() for label in labels])
 
 
-def list_dir(path: str) -> list[str]:
-    """Returns the names in a folder, sorted, if there is one; raises UserError if a name is not
-    Unicode.
+def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
+    """Raises UserError if the labels file is of another training than the graph.
+
+    Other words are a warning, as people translate them.
     """
-    try:
-        return sorted(name.rstrip('/') for name in gfile.listdir(path)) if gfile.isdir(path) else []
-    except UnicodeDecodeError as error:
+    if flags.min_score and UNSURE in labels:
         raise UserError(
-            f"'{path}' has a file whose name is not UTF-8, {error.object!r}. Rename it."
+            f"--min_score: one of the labels is '{UNSURE}', the word for images below this score. "
+            f"Rename the label in '{flags.labels}', or leave the flag out."
         )
+    if flags.unknown is not None and FAMILIARITY_NODE not in graph.outputs:
+        raise UserError(
+            f"--unknown: '{flags.graph}' does not say how familiar an image is. Train again."
+        )
+    trained = graph.labels
+    if not trained or labels == trained:
+        return
+    if sorted(labels) == sorted(trained):
+        raise UserError(
+            f"'{flags.labels}' has the labels of '{flags.graph}' in another order. Name files of "
+            'one training.'
+        )
+    for own, expected in zip(labels, trained, strict=False):
+        if own != expected:
+            print(
+                f"WARNING: '{flags.labels}' says '{own}' where '{flags.graph}' says '{expected}'.",
+                file=sys.stderr,
+            )
+            break
+
+
+def is_folder(path: str) -> bool:
+    """Tells whether a path is a folder, also one such as gs://bucket/folder."""
+    return os.path.isdir(to_bytes(path)) or ('://' in path and gfile.isdir(path))
+
+
+def list_names(folder: str) -> list[str]:
+    """Returns the names in a folder, sorted."""
+    try:
+        names = gfile.listdir(folder)
+    except UnicodeError:  # a name is not UTF-8
+        names = [name.decode(errors='surrogateescape') for name in os.listdir(to_bytes(folder))]
+    return sorted(name.rstrip('/') for name in names)
 
 
 def find_images(folder: str, left_out: str | None) -> Iterator[str]:
-    """Yields the paths of the images in a folder and below it, sorted, without hidden ones and
-    another folder.
+    """Yields the paths of the images in a folder and below it, sorted.
+
+    Hidden ones, and those in the folder `left_out`, are passed over.
     """
-    for name in list_dir(folder):
+    for name in list_names(folder):
         path = os.path.join(folder, name)
-        if (
-            name.startswith('.')
-            or left_out
-            and os.path.realpath(path) == os.path.realpath(left_out)
-        ):
+        if name.startswith('.') or (left_out and is_same_path(path, left_out)):
             continue
-        if gfile.isdir(path):
-            if not os.path.islink(path):  # it may lead back to this folder
+        if is_folder(path):
+            if not os.path.islink(to_bytes(path)):  # it may lead back to this folder
                 yield from find_images(path, left_out)
-        elif os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS:
+        elif name.lower().endswith(IMAGE_EXTENSIONS):
             yield path
+
+
+def is_same_path(first: str, second: str) -> bool:
+    """Tells whether two paths lead to the same place."""
+    return os.path.realpath(to_bytes(first)) == os.path.realpath(to_bytes(second))
+
+
+def read_paths() -> Iterator[str]:
+    """Yields the paths on standard input: one per line, or with NUL after each (find -print0)."""
+    stream = sys.stdin.buffer
+    for line in stream:
+        text = line.removeprefix(b'\xef\xbb\xbf')
+        if b'\0' in text:
+            text += stream.read()
+        paths = text.split(b'\0') if b'\0' in text else [text.rstrip(b'\r\n')]
+        for path in paths:
+            if path.strip():
+                yield path.decode(errors='surrogateescape')
 
 
 def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
     """Yields the paths that IMAGE arguments stand for."""
     for path in images:
         if path == '-':
-            lines = (
-                line.rstrip(b'\r\n').decode(errors='surrogateescape') for line in sys.stdin.buffer
-            )
-            yield from expand((line for line in lines if line not in ('', '-')), left_out)
-        elif gfile.isdir(path):
+            yield from expand((line for line in read_paths() if line != '-'), left_out)
+        elif is_folder(path):
             yield from find_images(path, left_out)
         else:
             yield path
 
 
-def read_header(path: str) -> tuple[int, bool]:
-    """Returns how many pixels an image has, and whether its EXIF orientation asks viewers to turn
-    it.
-    """
-    # Pillow has many kinds of errors.
-    with contextlib.suppress(Exception), gfile.GFile(path, 'rb') as file, Image.open(file) as image:
-        return image.width * image.height, image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return 0, False
-
-
-def load_image(path: str, decode: bool = False) -> bytes:
-    """Returns the contents of an image file; raises UserError if it cannot be used: found by its
-    header, or decoded.
-    """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise UserError(f"The image '{path}' cannot be read: only plain files are.")
-    pixels, _ = read_header(path)
-    if pixels > MAX_PIXELS:
-        raise UserError(
-            f"'{path}' has {pixels:,} pixels. Make it smaller: at most {MAX_PIXELS:,} are read."
-        )
-    contents = load_file(path, 'image')
-    try:
-        if decode:
-            tf.io.decode_jpeg(contents, channels=3)
-    except tf.errors.InvalidArgumentError:
-        raise UserError(
-            f"'{path}' is not an image that the graph decodes. Save it as JPEG, PNG or still GIF."
-        )
-    return contents
-
-
 def place(path: str, label: str, folder: str) -> None:
     """Links an image into a label's folder, or copies it where links are not possible.
 
-    It gets a number if another file has its name; raises UserError if nothing can be written there.
+    It gets a number if another image has its name. Raises UserError if there can be no such folder,
+    and OSError if the image cannot be placed there.
     """
     # A label is a line of a file that anybody may have written: not every line can be the name of a
     # folder.
     folder = os.path.join(folder, re.sub(r'^\.*$', '_', label.replace('/', '_')))
     stem, extension = os.path.splitext(os.path.basename(path))
+    source = os.path.realpath(to_bytes(path))
     try:
-        os.makedirs(folder, exist_ok=True)
-        for number in itertools.count(1):
-            target = os.path.join(
-                folder, f'{stem} {number}{extension}' if number > 1 else stem + extension
-            )
-            if not os.path.lexists(target):
-                break
-            if os.path.exists(target) and os.path.samefile(path, target):
-                return
-        try:
-            os.link(os.path.realpath(path), target)
-        except OSError:
-            with open(path, 'rb') as source, open(target, 'xb') as copy:
-                shutil.copyfileobj(source, copy)
+        os.makedirs(to_bytes(folder), exist_ok=True)
     except OSError as error:
         raise UserError(f'--sort_into: {error}. Fix this, or name another folder.')
+    for number in itertools.count(1):
+        name = f'{stem} {number}{extension}' if number > 1 else f'{stem}{extension}'
+        target = to_bytes(os.path.join(folder, name))
+        if not os.path.lexists(target):
+            return link_or_copy(source, target)
+        if os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):
+            return None
+
+
+def try_to_place(path: str, label: str, folder: str) -> bool:
+    """Does what place() does; returns False, after a line on standard error, if that fails."""
+    try:
+        place(path, label, folder)
+    except OSError as error:
+        reason = f"--sort_into: '{path}' cannot be placed in {folder} ({error.strerror})."
+        tqdm.write(f'ERROR: {escape(reason)} The others go on.', file=sys.stderr)
+        return False
+    return True
+
+
+def link_or_copy(source: bytes, target: bytes) -> None:
+    """Makes a hard link, or a copy that appears whole or not at all."""
+    try:
+        os.link(source, target)
+    except OSError:
+        temporary = os.path.join(os.path.dirname(target), f'.{uuid.uuid4().hex[:8]}.tmp'.encode())
+        try:
+            shutil.copyfile(source, temporary)
+            os.rename(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+
+
+# Images
+
+
+def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
+    """Returns a dataset of load(row, contents) of the file of each row, without failures.
+
+    paths[i] is the file of rows[i]. What is not a plain file is not opened.
+    """
+    is_plain = np.array([not is_special(path) for path in paths], bool)
+    names = np.array([to_bytes(path) for path in paths], object)
+    files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
+    loaded = files.map(lambda row, path: load(row, tf.io.read_file(path)), tf.data.AUTOTUNE)
+    return loaded.ignore_errors()
+
+
+def count_pixels(contents: tf.Tensor) -> tf.Tensor:
+    """Returns how many pixels an encoded JPEG, PNG or GIF has by its header, int64 [].
+
+    A PNG has width and height in bytes 16 to 23 (https://www.w3.org/TR/png-3/#11IHDR), a GIF in
+    bytes 6 to 9 (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
+    """
+    start = tf.strings.substr(contents, 0, 2)
+    header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'
+
+    def read_jpeg() -> tf.Tensor:
+        return tf.image.extract_jpeg_shape(contents)[:2]
+
+    def read_png() -> tf.Tensor:
+        sides = tf.strings.substr(header, 16, 8)
+        return tf.io.decode_raw(sides, tf.int32, little_endian=False)
+
+    def read_gif() -> tf.Tensor:
+        sides = tf.strings.substr(header, 6, 4)
+        return tf.cast(tf.io.decode_raw(sides, tf.uint16), tf.int32)
+
+    def fail() -> tf.Tensor:
+        refusal = tf.debugging.Assert(False, ['The image is not JPEG, PNG or still GIF.'])
+        with tf.control_dependencies([refusal] if refusal is not None else []):
+            return tf.zeros([2], tf.int32)
+
+    readers = [
+        (start == b'\xff\xd8', read_jpeg),
+        (start == b'\x89P', read_png),
+        (start == b'GI', read_gif),
+    ]
+    return tf.reduce_prod(tf.cast(tf.case(readers, fail), tf.int64))
+
+
+def decode_image(contents: tf.Tensor) -> tf.Tensor:
+    """Returns an image as the graph decodes it, uint8 [height, width, 3].
+
+    Fails before decoding if the header does not name from 1 to MAX_PIXELS pixels.
+    """
+    pixels = count_pixels(contents)
+    message = f'The image has more than {MAX_PIXELS:,} pixels.'
+    limit = tf.constant(MAX_PIXELS, tf.int64)
+    with tf.control_dependencies([tf.debugging.assert_less_equal(pixels, limit, message)]):
+        return tf.io.decode_jpeg(contents, channels=3)
+
+
+def load_image(path: str) -> bytes:
+    """Returns the contents of an image file; raises UserError if its header shows no image."""
+    contents = load_file(path, 'image')
+    try:
+        pixels = int(count_pixels(contents))
+    except tf.errors.InvalidArgumentError:
+        raise UserError(
+            f"'{path}' is not an image that the graph decodes. Save it as JPEG, PNG or still GIF."
+        )
+    if pixels > MAX_PIXELS:
+        raise UserError(
+            f"'{path}' has {pixels:,} pixels. Make it smaller: at most {MAX_PIXELS:,} are read."
+        )
+    return contents
+
+
+def explain_failure(path: str) -> str:
+    """Returns why an image cannot be labeled; '' if it can be."""
+    try:
+        decode_image(load_image(path))
+    except UserError as error:
+        return str(error)
+    except tf.errors.OpError:
+        return (
+            f"'{path}' is not an image that the graph decodes. Save it as JPEG, PNG or still GIF."
+        )
+    return ''
 
 
 # Graph
 
 
-def run_graph(graph_def: GraphDef, contents: bytes, tensor: str) -> np.ndarray:
-    """Returns a tensor of the graph for an encoded image."""
+def run_graph(graph_def: GraphDef, contents: bytes, nodes: list[str]) -> list[np.ndarray]:
+    """Returns the output of some nodes of the graph for an encoded image."""
     # Optimizing the graph takes longer than running it once without.
     options = tf.compat.v1.GraphOptions(rewrite_options=RewriterConfig(disable_meta_optimizer=True))
     with (
@@ -278,13 +495,14 @@ def run_graph(graph_def: GraphDef, contents: bytes, tensor: str) -> np.ndarray:
         tf.compat.v1.Session(config=tf.compat.v1.ConfigProto(graph_options=options)) as session,
     ):
         tf.import_graph_def(graph_def, name='')
-        return session.run(f'{tensor}:0', {f'{JPEG_DATA_NODE}:0': contents})
+        tensors = [f'{node}:0' for node in nodes]
+        return session.run(tensors, {f'{JPEG_DATA_NODE}:0': contents})
 
 
-def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef:
+def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphDef:
     """Returns a graph for batches, without ops that TensorFlow has removed since 2015.
 
-    It begins at the node `source`, which becomes a placeholder of a shape, and ends at `output`.
+    It begins at the node `source`, which becomes a placeholder of a shape, and ends at `outputs`.
     Batch norms become part of the convolutions before them. CheckNumerics goes, which is of use
     only in training. A reshape to a single row becomes one to any number of rows.
     """
@@ -306,7 +524,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, output: str) -> GraphDef
             allow_batches(constants[node.input[1]])
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
-    return extract_sub_graph(folded, [output])
+    return extract_sub_graph(folded, outputs)
 
 
 def drop_checks(node: NodeDef, nodes: dict[str, NodeDef]) -> None:
@@ -370,132 +588,63 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
     return structure, weights
 
 
-def create_classifier(graph_def: GraphDef) -> tuple[Callable, np.ndarray]:
-    """Returns a tf.function from images in 0..255, float [N, height, width, 3], to scores, and
-    (height, width).
-    """
-    scores = graph_def.node[-1].name
-    nodes = {node.name: node for node in graph_def.node}
-    size = tf.make_ndarray(nodes[nodes[RESIZED_INPUT_NODE].input[1]].attr['value'].tensor)
-    structure, weights = split_weights(
-        fold(graph_def, RESIZED_INPUT_NODE, [None, *size, 3], scores)
-    )
-    inputs = {f'{name}:0': tf.constant(value) for name, value in weights.items()}
+class Answer(NamedTuple):
+    """What the graph says of an image."""
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *size, 3])])
-    def classify(images: tf.Tensor) -> tf.Tensor:
-        feeds = {name: tf.identity(tensor) for name, tensor in inputs.items()} | {
-            f'{RESIZED_INPUT_NODE}:0': images
-        }
-        return tf.graph_util.import_graph_def(structure, feeds, [f'{scores}:0'])[0]
+    scores: np.ndarray  # float [classes]
+    familiarity: float | None = None  # share of own images that are less familiar, or as much
+
+
+def create_classifier(graph: Graph) -> tuple[Callable, np.ndarray]:
+    """Returns a tf.function from images to the graph's outputs, and the (height, width) of images.
+
+    Images are float [N, height, width, 3], in 0..255.
+    """
+    nodes = {node.name: node for node in graph.graph_def.node}
+    size = tf.make_ndarray(nodes[nodes[RESIZED_INPUT_NODE].input[1]].attr['value'].tensor)
+    shape = [None, *size, 3]
+    folded = fold(graph.graph_def, RESIZED_INPUT_NODE, shape, *graph.outputs)
+    structure, weights = split_weights(folded)
+    constants = {f'{name}:0': tf.constant(value) for name, value in weights.items()}
+
+    @tf.function(input_signature=[tf.TensorSpec(shape)])
+    def classify(images: tf.Tensor) -> list[tf.Tensor]:
+        feeds = {name: tf.identity(tensor) for name, tensor in constants.items()}
+        feeds[f'{RESIZED_INPUT_NODE}:0'] = images
+        tensors = [f'{output}:0' for output in graph.outputs]
+        return tf.graph_util.import_graph_def(structure, feeds, tensors)
 
     return classify, size
 
 
-def score_images(
-    graph_def: GraphDef, paths: Iterable[str]
-) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Yields (path, scores) of images in their order; the scores of those that cannot be decoded
-    are None.
-    """
-    classify, size = create_classifier(graph_def)
-    failures = []
+def score_images(graph: Graph, paths: Iterable[str]) -> Iterator[tuple[str, Answer | None]]:
+    """Yields (path, answer) of images in their order; None for what cannot be decoded."""
+    classify, size = create_classifier(graph)
 
-    def list_paths() -> Iterator[tuple[bytes, bool]]:
-        try:
-            for path in paths:
-                is_usable = os.path.isfile(path) or not os.path.exists(path)
-                yield (
-                    path.encode(errors='surrogateescape'),
-                    is_usable and read_header(path)[0] <= MAX_PIXELS,
-                )
-        except UserError as error:
-            failures.append(error)
+    def load(row: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        return row, resize_bilinear(decode_image(contents)[tf.newaxis], size)[0]
 
-    def load(path: tf.Tensor, is_usable: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        with tf.control_dependencies([tf.debugging.Assert(is_usable, [path])]):
-            image = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)
-        return path, tf.compat.v1.image.resize_bilinear(image[tf.newaxis], size)[0], True
-
-    def load_or_replace(path: tf.Tensor, is_usable: tf.Tensor) -> tf.data.Dataset:
-        image = tf.data.Dataset.from_tensors((path, is_usable))
-        gray = tf.data.Dataset.from_tensors((path, tf.zeros([*size, 3]), False))
-        return image.map(load).ignore_errors().concatenate(gray).take(1)
-
-    signature = tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.bool)
-    dataset = tf.data.Dataset.from_generator(list_paths, output_signature=signature)
-    dataset = dataset.interleave(
-        load_or_replace, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
-    )
-    for batch, images, are_decoded in dataset.batch(NETWORK_BATCH_SIZE).prefetch(2):
-        scores = classify(images).numpy()
-        for path, row, is_decoded in zip(batch.numpy(), scores, are_decoded.numpy(), strict=True):
-            yield path.decode(errors='surrogateescape'), row if is_decoded else None
-    if failures:
-        raise failures[0]
+    remaining = iter(paths)
+    while names := list(itertools.islice(remaining, MAX_LISTED)):
+        images = load_files(np.arange(len(names)), names, load)
+        next_row = 0
+        for rows, batch in images.batch(NETWORK_BATCH_SIZE).prefetch(2):
+            answers = zip(*[output.numpy() for output in classify(batch)], strict=True)
+            for row, outputs in zip(rows.numpy(), answers, strict=True):
+                # Rows that are missing in the batches could not be decoded.
+                for missing in range(next_row, row):
+                    yield names[missing], None
+                yield names[row], Answer(*outputs)
+                next_row = row + 1
+        for missing in range(next_row, len(names)):
+            yield names[missing], None
 
 
-# Heatmap
-
-
-def compute_heatmap(graph_def: GraphDef, contents: bytes, index: int) -> np.ndarray:
-    """Returns what each position of the last map adds to the logit of a class, float [rows,
-    columns].
-
-    That is the class activation map (Zhou et al. 2016, https://arxiv.org/abs/1512.04150): as only
-    affine ops follow the mean over the positions, each position has logits of its own, whose mean
-    are the logits of the image. Raises UserError for a network where that is not so.
-    """
-    nodes = {node.name: node for node in graph_def.node}
-    logits = graph_def.node[-1].input[0]
-    mean = nodes[logits]
-    while mean.op not in ('AvgPool', 'Mean') and mean.input:
-        mean = nodes[mean.input[0]]
-    features = run_graph(graph_def, contents, mean.input[0] if mean.input else mean.name)
-    shape = run_graph(graph_def, contents, mean.name).shape
-    problem = (
-        '--heatmap: this network has no class activation map. Use Inception-v3, or leave the '
-        'flag out.'
-    )
-    if features.ndim != 4 or shape[-1] != features.shape[-1]:
-        raise UserError(problem)
-    rest = fold(graph_def, mean.name, [None, *shape[1:]], logits)
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        tf.import_graph_def(rest, name='')
-        of_positions, of_nothing = (
-            session.run(f'{logits}:0', {f'{mean.name}:0': values.reshape([-1, *shape[1:]])})
-            for values in (features, np.zeros_like(features[:, :1, :1]))
-        )
-    if not np.allclose(
-        of_positions.mean(axis=0), run_graph(graph_def, contents, logits)[0], rtol=1e-3, atol=1e-3
-    ):
-        raise UserError(problem)
-    return (of_positions - of_nothing)[:, index].reshape(features.shape[1:3])
-
-
-def draw_heatmap(path: str, heatmap: np.ndarray, title: str) -> Image.Image:
-    """Draws a photograph in gray, redder where the heatmap is higher, with a title above it."""
-    with gfile.GFile(path, 'rb') as file, Image.open(file) as photograph:
-        gray = photograph.convert('RGB').convert('L').convert('RGB')
-    shares = np.maximum(heatmap, 0) / max(heatmap.max(), 1e-12)
-    mask = Image.fromarray(np.uint8(160 * shares)).resize(gray.size, Image.Resampling.BILINEAR)
-    gray.paste((255, 0, 0), (0, 0), mask)
-    font = ImageFont.load_default(16)
-    picture = Image.new(
-        'RGB', (max(gray.width, 8 + int(font.getlength(title))), gray.height + 24), 'white'
-    )
-    picture.paste(gray, (0, 24))
-    ImageDraw.Draw(picture).text((4, 12), title, 'black', font, 'lm')
-    return picture
-
-
-# Main
-
-
-def score_image(graph_def: GraphDef, path: str) -> Iterator[tuple[str, np.ndarray | None]]:
+def score_image(graph: Graph, path: str) -> Iterator[tuple[str, Answer | None]]:
     """Yields what score_images would yield of one image, sooner."""
     try:
-        yield path, run_graph(graph_def, load_image(path), graph_def.node[-1].name)[0]
+        outputs = run_graph(graph.graph_def, load_image(path), graph.outputs)
+        yield path, Answer(*[output[0] for output in outputs])
     except UserError:
         yield path, None
     except tf.errors.InvalidArgumentError:
@@ -504,27 +653,155 @@ def score_image(graph_def: GraphDef, path: str) -> Iterator[tuple[str, np.ndarra
         yield path, None
 
 
-def explain_failure(path: str) -> str:
-    """Returns why an image cannot be labeled; nothing if it can be."""
+# Heatmap
+
+
+def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
+    """Returns what each position of the last map adds to the logit of a class.
+
+    That is the class activation map (Zhou et al. 2016, https://arxiv.org/abs/1512.04150), float
+    [rows, columns]: as only affine ops follow the mean over the positions, each position has logits
+    of its own, whose mean are the logits of the image. Raises UserError for a network where that is
+    not so.
+    """
+    mean, logits = find_mean(graph)
+    source = mean.input[0] if mean.input else mean.name
+    nodes = [source, mean.name, logits]
+    features, pooled, expected = run_graph(graph.graph_def, contents, nodes)
+    shape = pooled.shape
+    problem = (
+        '--heatmap: this network has no class activation map. Use Inception-v3, or leave the '
+        'flag out.'
+    )
+    if features.ndim != 4 or shape[-1] != features.shape[-1]:
+        raise UserError(problem)
+    rest = fold(graph.graph_def, mean.name, [None, *shape[1:]], logits)
+    positions = features.reshape([-1, *shape[1:]])
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        tf.import_graph_def(rest, name='')
+        position_logits = session.run(f'{logits}:0', {f'{mean.name}:0': positions})
+        zero_logits = session.run(f'{logits}:0', {f'{mean.name}:0': np.zeros_like(positions[:1])})
+    if not np.allclose(position_logits.mean(axis=0), expected[0], rtol=1e-3, atol=1e-3):
+        raise UserError(problem)
+    return (position_logits - zero_logits)[:, index].reshape(features.shape[1:3])
+
+
+def find_mean(graph: Graph) -> tuple[NodeDef, str]:
+    """Returns the last mean over the positions (or what is there instead), and the logits' node."""
+    nodes = {node.name: node for node in graph.graph_def.node}
+    logits = nodes[graph.outputs[0]].input[0]
+    node = nodes[logits]
+    while node.op not in ('AvgPool', 'Mean') and node.input:
+        node = nodes[node.input[0]]
+    return node, logits
+
+
+def draw_heatmap(contents: bytes, heatmap: np.ndarray, title: str) -> Image.Image:
+    """Draws a photograph in gray, redder where the heatmap is higher.
+
+    A title stands above it, and a scale of the colors below it.
+    """
+    with Image.open(io.BytesIO(contents)) as photograph:
+        gray = photograph.convert('RGB').convert('L').convert('RGB')
+    shares = np.maximum(heatmap, 0) / max(heatmap.max(), 1e-12)
+    paint_red(gray, shares)
+    font_size = max(16, gray.width // 40)
+    font = ImageFont.load_default(font_size)
+    line = font_size * 3 // 2
+    width = max(gray.width, 8 + int(font.getlength(title)))
+    picture = Image.new('RGB', (width, gray.height + 2 * line), 'white')
+    picture.paste(gray, (0, line))
+    scale = Image.new('RGB', (max(1, gray.width // 2), font_size), 'gray')
+    paint_red(scale, np.linspace(0, 1, 256)[np.newaxis])
+    bottom = line + gray.height + line // 2
+    picture.paste(scale, ((width - scale.width) // 2, bottom - font_size // 2))
+    draw = ImageDraw.Draw(picture)
+    draw.text((4, line // 2), title, 'black', font, 'lm')
+    draw.text((4, bottom), 'nothing', 'black', font, 'lm')
+    draw.text((width - 4, bottom), 'most', 'black', font, 'rm')
+    return picture
+
+
+def paint_red(picture: Image.Image, shares: np.ndarray) -> None:
+    """Paints a picture red where shares, float [rows, columns] in 0..1, are high."""
+    mask = Image.fromarray(np.uint8(160 * shares))
+    mask = mask.resize(picture.size, Image.Resampling.BILINEAR)
+    picture.paste((255, 0, 0), (0, 0), mask)
+
+
+def save_picture(picture: Image.Image, target: str) -> None:
+    """Writes a picture, whole, in the format that the extension of its file asks for."""
+    folder, name = os.path.split(target)
+    temporary = os.path.join(folder, f'.{uuid.uuid4().hex[:8]}{os.path.splitext(name)[1]}')
     try:
-        load_image(path, decode=True)
-    except UserError as error:
-        return str(error)
-    return ''
+        picture.save(temporary)
+        os.replace(temporary, target)
+    except (OSError, ValueError) as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise UserError(f'--heatmap: {error}. Name a file such as heatmap.png.')
+
+
+# Main
 
 
 def print_ranking(
     path: str, ranking: list[tuple[str, float]], flags: argparse.Namespace, is_single: bool
 ) -> None:
-    """Prints labels of an image with their scores: one per line if it is the only image."""
-    if flags.json:
-        labels, scores = zip(*ranking, strict=True)
-        print(json.dumps({'image': path, 'labels': labels, 'scores': scores}), flush=True)
-    elif is_single:
-        for label, score in ranking:
+    """Prints labels of an image with their scores: one per line if it is the only image.
+
+    --top says how many; without it, all are printed, or only the best of several images.
+    """
+    shown = ranking[: flags.top or (len(ranking) if is_single else 1)]
+    if is_single:
+        for label, score in shown:
             print(f'{label} (score = {score:.5f})')
     else:
-        print(path, *(f'{label}\t{score:.5f}' for label, score in ranking), sep='\t', flush=True)
+        columns = [f'{label}\t{score:.5f}' for label, score in shown]
+        print(escape(path), *columns, sep='\t', flush=True)
+
+
+def print_json(
+    path: str,
+    ranking: list[tuple[str, float]],
+    answer: Answer,
+    flags: argparse.Namespace,
+) -> None:
+    """Prints an image with its labels and scores, all or --top of them, as a JSON object."""
+    labels, scores = zip(*ranking[: flags.top], strict=True)
+    fields: dict[str, Any] = {'image': path, 'labels': labels, 'scores': scores}
+    if answer.familiarity is not None:
+        fields['familiarity'] = round(float(answer.familiarity), 7)
+    print(json.dumps(fields), flush=True)
+
+
+def choose_label(best: tuple[str, float], answer: Answer, flags: argparse.Namespace) -> str:
+    """Returns the label of an image: the best one, or that it is unknown or unsure."""
+    label, score = best
+    if flags.unknown is not None and answer.familiarity <= flags.unknown / 100:
+        return UNKNOWN
+    return label if score >= flags.min_score else UNSURE
+
+
+def warn_of_unfamiliar(answer: Answer) -> None:
+    """Prints a line if nearly all own images are more familiar than this one."""
+    if answer.familiarity is not None and answer.familiarity <= UNFAMILIAR:
+        print(
+            'WARNING: this image is unlike nearly all images of the training, so the scores mean '
+            'little.',
+            file=sys.stderr,
+        )
+
+
+def report_failure(path: str, flags: argparse.Namespace, is_single: bool) -> None:
+    """Prints why an image could not be labeled; raises UserError if it is the only one."""
+    reason = explain_failure(path) or f"'{path}' changed while it was read. Try again."
+    if flags.json:
+        print(json.dumps({'image': path, 'error': reason}), flush=True)
+    elif is_single:
+        raise UserError(reason)
+    else:
+        tqdm.write(f'ERROR: {escape(reason)}', file=sys.stderr)
 
 
 def rank(
@@ -534,8 +811,7 @@ def rank(
     if len(labels) != len(scores):
         raise UserError(
             f"'{flags.labels}' has {len(labels)} labels, but '{flags.graph}' has {len(scores)} "
-            'classes. '
-            'Name files of one training.'
+            'classes. Name files of one training.'
         )
     if not np.isfinite(scores).all():
         raise UserError(
@@ -545,64 +821,92 @@ def rank(
     return [(labels[index], round(float(scores[index]), 7)) for index in np.argsort(-scores)]
 
 
-def save_picture(picture: Image.Image, target: str) -> None:
-    """Writes a picture in the format that the extension of its file asks for."""
-    try:
-        picture.save(target)
-    except (OSError, ValueError) as error:
-        raise UserError(f'--heatmap: {error}. Name a file such as heatmap.png.')
+def check_targets(flags: argparse.Namespace, is_single: bool) -> None:
+    """Raises UserError if what the flags ask to be written would harm what is read."""
+    if flags.heatmap and not is_single:
+        raise UserError('--heatmap: name one image.')
+    for path in (*flags.images, flags.graph, flags.labels):
+        if flags.heatmap and is_same_path(flags.heatmap, path):
+            raise UserError(f"--heatmap: '{path}' is read. Name another file.")
+        if flags.sort_into and is_same_path(flags.sort_into, path):
+            raise UserError(f"--sort_into: '{path}' is read. Name another folder.")
+    if '-' in flags.images and sys.stdin is None:
+        raise UserError('-: standard input is closed. Name images or a folder.')
+
+
+def draw(graph: Graph, path: str, title: str, index: int, target: str) -> None:
+    """Writes the heatmap of an image for a label, given by its index."""
+    contents = load_image(path)
+    heatmap = compute_heatmap(graph, contents, index)
+    save_picture(draw_heatmap(contents, heatmap, title), target)
+
+
+def report_answer(
+    path: str,
+    answer: Answer,
+    labels: list[str],
+    flags: argparse.Namespace,
+    is_single: bool,
+) -> str:
+    """Prints what the graph says of an image; returns the image's label."""
+    ranking = rank(answer.scores, labels, flags)
+    label = choose_label(ranking[0], answer, flags)
+    if flags.json:
+        print_json(path, ranking, answer, flags)
+    else:
+        print_ranking(path, [(label, ranking[0][1]), *ranking[1:]], flags, is_single)
+    if is_single:
+        warn_of_unfamiliar(answer)
+    return label
+
+
+def describe_best(answer: Answer, labels: list[str]) -> str:
+    """Returns the title of a heatmap."""
+    index = answer.scores.argmax()
+    title = f'{labels[index]} {answer.scores[index]:.2f}'
+    if answer.familiarity is not None:
+        title += f', familiarity {answer.familiarity:.2f}'
+    return title
 
 
 def label_images(flags: argparse.Namespace) -> None:
-    """Labels images; raises UserError for what the user can fix, after all images that can be
-    labeled.
-    """
-    is_single = (
-        len(flags.images) == 1 and flags.images[0] != '-' and not gfile.isdir(flags.images[0])
-    )
-    if flags.heatmap and not is_single:
-        raise UserError('--heatmap: name one image.')
-    labels, graph_def, count, failed = load_labels(flags.labels), load_graph(flags.graph), 0, 0
+    """Labels all images that can be labeled; then raises UserError if some could not be."""
+    first = flags.images[0]
+    is_single = len(flags.images) == 1 and first != '-' and not is_folder(first)
+    check_targets(flags, is_single)
+    labels = load_labels(flags.labels)
+    graph = load_graph(flags.graph)
+    check_labels(labels, graph, flags)
     paths = expand(flags.images, flags.sort_into)
-    scored = (
-        score_image(graph_def, flags.images[0]) if is_single else score_images(graph_def, paths)
-    )
-    is_shown = sys.stderr and sys.stderr.isatty() and sys.stdout and not sys.stdout.isatty()
-    for path, scores in tqdm(scored, unit='image', disable=is_single or not is_shown):
+    answers = score_image(graph, first) if is_single else score_images(graph, paths)
+    count = 0
+    failed = 0
+    for path, answer in tqdm(answers, unit='image', disable=is_single or not has_bar()):
         count += 1
-        if scores is None:
-            failed, reason = failed + 1, explain_failure(path)
-            if flags.json:
-                print(json.dumps({'image': path, 'error': reason}), flush=True)
-            elif is_single:
-                raise UserError(reason)
-            else:
-                tqdm.write(f'ERROR: {reason}'.replace('\n', ' '), file=sys.stderr)
+        if answer is None:
+            failed += 1
+            report_failure(path, flags, is_single)
             continue
-        ranking = rank(scores, labels, flags)
-        label = ranking[0][0] if ranking[0][1] >= flags.min_score else 'unsure'
-        shown = ranking if flags.json else [(label, ranking[0][1]), *ranking[1:]]
-        print_ranking(
-            path,
-            shown[: flags.top or (len(labels) if is_single or flags.json else 1)],
-            flags,
-            is_single,
-        )
+        label = report_answer(path, answer, labels, flags, is_single)
         if flags.sort_into:
-            place(path, label, flags.sort_into)
+            failed += not try_to_place(path, label, flags.sort_into)
         if flags.heatmap:
-            index = scores.argmax()
-            heatmap = compute_heatmap(graph_def, load_image(path), index)
-            save_picture(
-                draw_heatmap(path, heatmap, f'{labels[index]} {scores[index]:.2f}'), flags.heatmap
-            )
+            title = describe_best(answer, labels)
+            draw(graph, path, title, answer.scores.argmax(), flags.heatmap)
     if not count:
         raise UserError(
             f'There is no image in {", ".join(flags.images)}. Name a folder with '
             f'{" ".join(IMAGE_EXTENSIONS)}'
         )
     if failed:
-        raise UserError(f'{failed} of {count} images could not be labeled.')
+        what = 'labeled and sorted' if flags.sort_into else 'labeled'
+        raise UserError(f'{failed} of {count} images could not be {what}.')
+
+
+def has_bar() -> bool:
+    """Tells whether a progress bar is of use: in a terminal that does not get the labels, too."""
+    is_terminal = [bool(stream and stream.isatty()) for stream in (sys.stdout, sys.stderr)]
+    return is_terminal == [False, True]
 
 
 if __name__ == '__main__':
@@ -611,10 +915,15 @@ if __name__ == '__main__':
             stream.reconfigure(errors='replace')
     try:
         label_images(parsed_flags)
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
-        sys.exit('ERROR: ' + str(error).replace('\n', ' '))
+        sys.exit('ERROR: ' + escape(str(error).replace('\n', ' ')))
+    except OSError as error:  # such as a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still wants to write
+        sys.exit(f'ERROR: standard output cannot be written: {error.strerror}.')
     except (tf.errors.OpError, LookupError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = describe(error).splitlines()[0]
         sys.exit(
             f"ERROR: '{parsed_flags.graph}' cannot be run: {reason}. Name the --output_graph of "
             'the training.'

@@ -190,7 +190,7 @@ def parse(*arguments):
 
 
 def compute_bottlenecks(paths, backbone):
-    batches = tf_retrain.compute_bottlenecks(paths, backbone, None, None)
+    batches = tf_retrain.compute_bottlenecks(np.arange(len(paths)), paths, backbone)
     assert sum(len(rows) for rows, *_ in batches) == len(paths)
 
 

@@ -70,15 +70,20 @@ def networks(request, tmp_path_factory, model):
     return job
 
 
+def make_clone(folder, model):
+    """Copies the project, with the small model and photographs, into a folder."""
+    for name in ('tf_retrain.py', 'retrain_serving.py', 'tf_test.py'):
+        shutil.copy(ROOT / name, folder)
+    for label, colour in zip(('cat', 'dog'), COLOURS, strict=False):
+        write_photographs(folder / 'data', label, 40, colour)
+    for name in ('inception', 'trained_model', 'trained_model_serving', 'bottlenecks'):
+        (folder / name).mkdir()
+    shutil.copy(model, folder / 'inception')
+    return folder
+
+
 @pytest.fixture
 def clone(tmp_path, model, monkeypatch):
-    """A copy of the project with the small model and photographs, as the working directory."""
-    for name in ('tf_retrain.py', 'retrain_serving.py', 'tf_test.py'):
-        shutil.copy(ROOT / name, tmp_path)
-    for label, colour in zip(('cat', 'dog'), COLOURS, strict=False):
-        write_photographs(tmp_path / 'data', label, 40, colour)
-    for name in ('inception', 'trained_model', 'trained_model_serving', 'bottlenecks'):
-        (tmp_path / name).mkdir()
-    shutil.copy(model, tmp_path / 'inception')
+    """A copy of the project, as the working directory."""
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return make_clone(tmp_path, model)

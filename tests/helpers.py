@@ -218,7 +218,8 @@ def run_v1(graph_def, image_data, tensor):
 
 def get_scores(graph_def, image_data):
     """Returns the scores that tf_test.py gives an encoded image: float [classes]."""
-    return tf_test.run_graph(graph_def, image_data, graph_def.node[-1].name)[0]
+    ((scores,),) = tf_test.run_graph(graph_def, image_data, [graph_def.node[-1].name])
+    return scores
 
 
 def label_images(folder, images, graph=GRAPH, labels=LABELS):

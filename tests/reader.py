@@ -78,6 +78,7 @@ class Reader:
         if command.endswith(CI) or command == '. .venv/bin/activate' or ' pip install ' in command:
             return ''
         command = command.replace('<path to image>', f'"{IMAGE}"')
+        command = command.replace('<folder of images>', 'data/')
         program, *arguments = shlex.split(command)
         if 'ispatch' in command:
             return self.serve_data(arguments)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def record(job, file):
     return job.folder / f'bottlenecks/.records/{file}.rec'
 
 
-def read_facts(job, file):
+def read_record(job, file):
     return json.loads(record(job, file).read_text())
 
 
@@ -49,9 +50,14 @@ def read_cache(job):
 
 
 def test_cache_files_are_those_of_the_original(cached):
-    text = cached.cache_file(CAT).read_text()
+    text = cached.cache_file(CAT).read_text()  # one line, no newline at its end
     numbers = np.array(text.split(','), np.float32)
-    assert text == ','.join(map(str, numbers))  # also: one line, no newline at its end
+    assert np.array_equal(numbers, cached.bottlenecks[3])
+    digits = [number.rstrip('0').replace('.', '').lstrip('0') for number in text.split(',')]
+    # The digits of str(), but 0.00001 in place of 1e-05.
+    assert digits == [
+        f'{Decimal(str(number)):f}'.rstrip('0').replace('.', '').lstrip('0') for number in numbers
+    ]
     cached.check_bottlenecks(CAT, DOG)
 
 
@@ -236,18 +242,64 @@ def test_the_same_images_at_new_times_are_not_computed_again(cached, monkeypatch
     assert not [name for name in read if name.endswith('.jpg')]  # the new times are recorded
 
 
-def test_no_image_is_computed_twice_in_a_run_whatever_is_in_the_records(cached):
-    for path in cached.data.rglob('*.jpg'):
-        file = path.relative_to(cached.data)
-        ((made, size, time, model, contents),) = read_facts(cached, file)
-        # They contradict each other.
-        facts = [[made + i, size + i, time + i, model, contents + i] for i in range(20)]
-        facts.append([made, size, time - 1, model, None])
-        record(cached, file).write_text(json.dumps(facts))
-    copy_without_times(cached)
-    replace(cached, CAT, DOG)
-    assert created(cached.cache()) == [CAT, DOG]
+def test_a_cache_file_that_is_not_the_one_of_its_record_is_made_again(cached):
+    """Two valid files were swapped, or the record of another run was copied."""
+    cat, dog = (cached.cache_file(file).read_text() for file in (CAT, DOG))
+    cached.cache_file(CAT).write_text(dog)
+    cached.cache_file(DOG).write_text(cat)
+    out = cached.cache()
+    assert created(out) == [CAT, DOG]
+    assert out.count('The cache file is not the one that was written, recreating bottleneck') == 2
+    assert cached.cache_file(CAT).read_text() == cat
+
+
+def test_an_image_that_changes_while_it_is_read_is_not_recorded(cached, monkeypatch):
+    """Later it is put back, with the size and time that it had: its bottleneck is right."""
+    path = cached.data / CAT
+    cached.cache_file(CAT).unlink()
+    original = path.read_bytes().ljust(5000)
+    another = (cached.data / DOG).read_bytes().ljust(5000)
+    time = 10**18
+    compute = tf_retrain.compute_bottlenecks
+
+    def put(contents):
+        path.write_bytes(contents)
+        os.utime(path, ns=(time, time))
+
+    def compute_another(*arguments, **options):
+        put(another)
+        yield from compute(*arguments, **options)
+        put(original)
+
+    put(original)
+    monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', compute_another)
+    cached.cache()
+    monkeypatch.undo()
+    monkeypatch.chdir(cached.folder)
+    assert created(cached.cache()) == [CAT]
+    cached.check_bottlenecks(CAT)
+
+
+def test_only_plain_files_are_opened(cached):
+    """To open a FIFO waits for ever: as an image, a cache file and a record."""
+    fifo = cached.data / 'cat/fifo.jpg'
+    os.mkfifo(fifo)
+    for path in (cached.cache_file(CAT), record(cached, DOG)):
+        path.unlink()
+        os.mkfifo(path)
+    (cached.data / 'dog/zero.jpg').symlink_to('/dev/zero')
+    out = cached.cache()
+    for file in ('cat/fifo.jpg', 'dog/zero.jpg'):
+        assert f"'data/{file}' is left out: it is not a plain file" in out
+    assert created(out) == [CAT]
     assert created(cached.cache()) == []
+
+
+def test_a_folder_in_place_of_a_cache_file_is_named(cached):
+    cached.cache_file(CAT).unlink()
+    cached.cache_file(CAT).mkdir()
+    with pytest.raises(UserError, match=f"'bottlenecks/{CAT}.txt' is a folder. Delete it"):
+        cached.cache()
 
 
 @pytest.mark.parametrize('changed', [None, 10**9], ids=['same time', 'older'])
@@ -289,8 +341,7 @@ def test_records_without_contents_get_them(job):
     path.write_bytes(contents + b'xx')
     write_original_cache(job)
     job.cache()
-    (fact,) = read_facts(job, CAT)
-    assert fact[-1] is None
+    assert read_record(job, CAT)['digest'] is None
     copy_without_times(job)
     assert created(job.cache()) == []
     path.write_bytes(contents + b'yy')  # of the same size
@@ -301,7 +352,7 @@ def test_what_cannot_be_decoded_is_tried_once(cached, monkeypatch):
     path = cached.data / 'cat/cut.jpg'
     contents = (cached.data / CAT).read_bytes()
     path.write_bytes(contents[:600])
-    line = "'data/cat/cut.jpg' is left out: jpeg::Uncompress failed."
+    line = "'data/cat/cut.jpg' is left out: Invalid JPEG data"
     assert line in cached.cache()
     monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', None)
     for times in ((1, 1), (2, 2), None):
@@ -326,9 +377,10 @@ NO_RECORDS = [
     b'[1]',
     b'"x"',
     b'{}',
-    b'[[1, 2]]',
-    b'[[[], 1, 2, 3, 4]]',
-    b'[{"1":1,"2":2,"3":3,"4":4,"5":5}]',
+    b'[[1, 2, 3, 4, 5]]',
+    b'{"size": 1}',
+    b'[' * 200_000,
+    b'{"size":[],"time":1,"digest":1,"model":1,"outcome":1,"orientation":1}',
 ]
 
 
@@ -343,28 +395,57 @@ def test_a_damaged_record_counts_for_nothing(job):
     assert created(job.cache()) == files
 
 
-def test_a_record_is_written_before_its_cache_file_and_keeps_what_it_had(cached, monkeypatch):
-    (before,) = read_facts(cached, CAT)
-    written, write_whole = [], tf_retrain.write_whole
+def test_a_cache_file_on_disk_is_always_the_one_of_its_record(cached, monkeypatch):
+    """The old file goes, then the record is written, then the new file."""
+    before = read_record(cached, CAT)
+    done = []
+    write_whole, remove = tf_retrain.write_whole, gfile.remove
 
     def note(path, contents):
-        written.append(path)
+        done.append(('write', path))
         write_whole(path, contents)
 
+    def note_removal(path):
+        done.append(('remove', path))
+        remove(path)
+
     monkeypatch.setattr(tf_retrain, 'write_whole', note)
+    monkeypatch.setattr(gfile, 'remove', note_removal)
     path = cached.data / CAT
     replace(cached, CAT)
     assert created(cached.cache()) == [CAT]
-    written = [path for path in written if CAT in path]
-    assert written == [f'bottlenecks/.records/{CAT}.rec', f'bottlenecks/{CAT}.txt']
-    first, second = read_facts(cached, CAT)
-    assert first == before
-    made, image = (
-        int(tf_retrain.fingerprint(file.read_bytes())) for file in (cached.cache_file(CAT), path)
-    )
-    model = load_backbone(cached.folder / 'inception').checksum
+    cache_file, record_file = f'bottlenecks/{CAT}.txt', f'bottlenecks/.records/{CAT}.rec'
+    assert [step for step in done if CAT in step[1]] == [
+        ('remove', cache_file),
+        ('write', record_file),
+        ('write', cache_file),
+    ]
     status = path.stat()
-    assert second == [made, status.st_size, status.st_mtime_ns, model, image]
+    assert read_record(cached, CAT) == before | {
+        'size': status.st_size,
+        'time': status.st_mtime_ns,
+        'digest': int(tf_retrain.compute_digest(path.read_bytes())),
+        'outcome': int(tf_retrain.compute_digest(cached.cache_file(CAT).read_bytes())),
+    }
+    assert before['model'] == load_backbone(cached.folder / 'inception').checksum
+
+
+def test_a_new_decoder_tries_again_what_could_not_be_decoded(cached, monkeypatch):
+    path = cached.data / 'cat/cut.jpg'
+    path.write_bytes((cached.data / CAT).read_bytes()[:600])
+    cached.cache()
+    tried = []
+    monkeypatch.setattr(tf_retrain, 'DECODER', 'TensorFlow 3')
+    compute = tf_retrain.compute_bottlenecks
+
+    def note(rows, paths, *arguments, **options):
+        tried.extend(paths)
+        return compute(rows, paths, *arguments, **options)
+
+    monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', note)
+    for _ in range(2):
+        assert "'data/cat/cut.jpg' is left out" in cached.cache()
+        assert tried == ['data/cat/cut.jpg']
 
 
 # Folders

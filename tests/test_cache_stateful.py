@@ -30,6 +30,10 @@ NAMES = [f'{label}/{i}.jpg' for label in ('cat', 'dog') for i in range(4)]
 REMOVE, RENAME = gfile.remove, gfile.rename
 
 
+def be_quiet(*arguments):
+    pass
+
+
 class Killed(BaseException):
     """What stands for SIGKILL: no operation on a file succeeds after it."""
 
@@ -46,13 +50,28 @@ def to_text(bottleneck):
 
 
 class Run:
-    """A run in a thread. It is killed after some operations on files, or may not write at all."""
+    """A run in a thread. It is killed after some operations on files, or may not write at all.
+
+    change() is called, if it is given, before step number `changed_at`: an image is read or a file
+    is changed in each step.
+    """
 
     current = threading.local()
 
-    def __init__(self, images, folder, model, operations=None, is_read_only=False):
+    def __init__(
+        self,
+        images,
+        folder,
+        model,
+        operations=None,
+        is_read_only=False,
+        change=be_quiet,
+        changed_at=0,
+    ):
         self.computed, self.result, self.error = Counter(), None, None
         self.operations, self.is_read_only = operations, is_read_only
+        self.steps = itertools.count()
+        self.change, self.changed_at = change, changed_at
         source = types.SimpleNamespace(
             source='model', checksum=model, cache_suffix='', bottleneck_size=SIZE
         )
@@ -66,8 +85,13 @@ class Run:
         except BaseException as error:
             self.error = error
 
+    def step(self):
+        if next(self.steps) == self.changed_at:
+            self.change()
+
     def operate(self):
         """Counts an operation that changes a file; fails where that is not possible any longer."""
+        self.step()
         if self.is_read_only:
             raise tf.errors.PermissionDeniedError(None, None, 'read-only')
         if self.operations is not None:
@@ -96,34 +120,36 @@ class Files(list):
         return ([value.numpy() for value in row] for row in self)
 
 
-def load_files(paths, load):
+def load_files(rows, paths, load):
     """Reads files as the program does, but without a pipeline, which takes long to build."""
     found = Files()
-    for index, path in enumerate(paths):
+    for row, path in zip(rows, paths, strict=True):
         with contextlib.suppress(tf.errors.OpError):
-            found.append(load(tf.constant(index), tf.io.read_file(path)))
+            found.append(load(tf.constant(row), tf.io.read_file(path)))
     return found
 
 
-def compute_bottlenecks(paths, backbone, distort, service):
+def compute_bottlenecks(rows, paths, backbone, service=None):
     """Yields what the program's own yields, in batches of two, and counts it."""
     found = []
-    for index, path in enumerate(paths):
+    for row, path in zip(rows, paths, strict=True):
+        Run.current.run.step()
         content = pathlib.Path(path).read_bytes()
         Run.current.run.computed[path] += 1
         if (bottleneck := compute(content, backbone.checksum)) is not None:
-            found.append(([index, int(tf_retrain.fingerprint(content))], bottleneck))
+            found.append((row, int(tf_retrain.compute_digest(content)), bottleneck))
     for start in range(0, len(found), 2):
         yield map(np.array, zip(*found[start : start + 2], strict=True))
 
 
-def be_quiet(*arguments):
-    pass
-
-
 # All that is replaced in the program.
 PATCHES = [
-    mock.patch.multiple(tf_retrain, load_files=load_files, compute_bottlenecks=compute_bottlenecks),
+    mock.patch.multiple(
+        tf_retrain,
+        load_files=load_files,
+        compute_bottlenecks=compute_bottlenecks,
+        run_ahead=iter,  # each run has its thread
+    ),
     mock.patch.multiple(gfile, remove=remove, rename=rename),
     mock.patch.object(tf_retrain, 'print', be_quiet, create=True),
     mock.patch.object(tf_retrain.tqdm, 'write', be_quiet),
@@ -216,6 +242,8 @@ class Cache(RuleBasedStateMachine):
         before = self.look()
         runs = [self.start(), self.start()]
         for run in runs:
+            run.thread.join()
+        for run in runs:
             self.check_finished(run, before)
 
     @rule(operations=st.integers(0, 20))
@@ -240,6 +268,19 @@ class Cache(RuleBasedStateMachine):
         content = (b'bad' if is_bad else b'\xff\xd8').ljust(next(self.lengths), b'x')
         self.image(name).write_bytes(content)
         self.touch(name)
+
+    @rule(name=st.sampled_from(NAMES), is_bad=st.booleans(), changed_at=st.integers(0, 12))
+    def replace_during_a_run(self, name, is_bad, changed_at):
+        """Afterwards, the image is put back with the time that it had."""
+        path = self.image(name)
+        if not path.exists():
+            return
+        content, time = path.read_bytes(), path.stat().st_mtime_ns
+        run = self.start(change=lambda: self.replace(name, is_bad), changed_at=changed_at)
+        run.thread.join()
+        path.write_bytes(content)
+        os.utime(path, ns=(time, time))
+        self.run_once()
 
     @rule(name=st.sampled_from(NAMES))
     def touch(self, name):
@@ -307,7 +348,7 @@ def test_whatever_users_do():
 @pytest.mark.parametrize('is_reverted', [False, True])
 @pytest.mark.parametrize('operations', range(10))
 def test_a_run_that_is_killed_after_any_operation(operations, is_reverted):
-    """A cache file has a fact in its record: it is not computed again, whichever image it is of."""
+    """A cache file is the one of its record, or it is missing."""
     cache = Cache()
     try:
         before = cache.image(NAMES[0]).read_bytes()

@@ -66,9 +66,9 @@ def test_a_worker_that_dies(job, monkeypatch, small_batches):
     compute, here, writes = tf_retrain.run_networks, [], itertools.count(1)
 
     def count(networks, batches):
-        for tags, bottlenecks in compute(networks, batches):
-            here.extend(tags)
-            yield tags, bottlenecks
+        for rows, *result in compute(networks, batches):
+            here.extend(rows)
+            yield rows, *result
 
     with run_service() as (address, workers):
 
@@ -121,7 +121,7 @@ def test_a_service_that_fails_says_why_at_once(job, monkeypatch, address):
 
     def fail(*arguments):
         return lambda batches: batches.map(
-            lambda tags, images: (tags, tf.debugging.check_numerics(images / 0, 'reason'))
+            lambda *row: (*row[:-1], tf.debugging.check_numerics(row[-1] / 0, 'reason'))
         )
 
     monkeypatch.setattr(tf.data.experimental.service, 'distribute', fail)

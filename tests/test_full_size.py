@@ -39,7 +39,7 @@ def test_cats_and_dogs(job):
     assert len(created(out)) == 40
     count = len(job.test_images())
     assert re.search(rf'Final test accuracy = \d+\.\d% \(N={count}\)', out)
-    assert len(job.graph().node) == 997
+    assert len(job.graph().node) == 998
 
     paths = sorted((job.data / 'dog').iterdir())
     files = job.flags['output_graph'], job.flags['output_labels']

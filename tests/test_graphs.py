@@ -33,15 +33,15 @@ def test_folded_network_equals_the_graph(job):
 
 
 def test_several_devices_share_the_batches():
-    """With two networks, as with two GPUs, every batch comes back once and with its own tags."""
+    """With two networks, as with two GPUs, every batch comes back once and with its own rows."""
     networks = [lambda x: x * 1.0, lambda x: x * 1.0]
-    batches = tf.data.Dataset.range(103).map(lambda i: (i, tf.cast(i, tf.float32))).batch(4)
+    batches = tf.data.Dataset.range(103).map(lambda i: (i, -i, tf.cast(i, tf.float32))).batch(4)
     found = [
-        pair
-        for tags, values in tf_retrain.run_networks(networks, batches)
-        for pair in zip(tags, values, strict=True)
+        row
+        for batch in tf_retrain.run_networks(networks, batches)
+        for row in zip(*batch, strict=True)
     ]
-    assert found == [(i, float(i)) for i in range(103)]
+    assert found == [(i, -i, float(i)) for i in range(103)]
 
 
 def test_frozen_graph(trained):
@@ -56,6 +56,7 @@ def test_frozen_graph(trained):
     added = {
         node.name: (node.op, list(node.input), sorted(node.attr))
         for node in graph_def.node[len(kept) :]
+        if not node.name.startswith('familiarity')
     }
     scope, fed = 'final_training_ops', 'input/BottleneckInputPlaceholder'
     weights, biases = f'{scope}/weights/final_weights', f'{scope}/biases/final_biases'
@@ -69,12 +70,15 @@ def test_frozen_graph(trained):
         f'{biases}/read': ('Identity', [biases], ['T']),
         product: ('MatMul', [fed, f'{weights}/read'], ['T']),
         logits: ('AddV2', [product, f'{biases}/read'], ['T']),
+        f'{scope}/labels': ('Const', [], ['dtype', 'value']),
         'final_result': ('Softmax', [logits], ['T']),
     }
     nodes = {node.name: node for node in graph_def.node}
     shape = nodes[fed].attr['shape'].shape
     assert [dim.size for dim in shape.dim] == [-1, 2048]
     assert tf.make_ndarray(nodes[weights].attr['value'].tensor).shape == (2048, 3)
+    labels = tf.make_ndarray(nodes[f'{scope}/labels'].attr['value'].tensor)
+    assert list(labels) == [b'red fox', b'cat', b'dog']
 
 
 @pytest.fixture(scope='module')

@@ -1,10 +1,14 @@
 """Which files are images, of which class and set; what happens to those that cannot be used."""
 
 import hashlib
+import io
 import os
 import pathlib
 import re
+import shutil
+import struct
 import tempfile
+import zlib
 
 import numpy as np
 import pytest
@@ -248,7 +252,7 @@ GOOD_NAMES = [
 NO_FORMAT = 'it is not JPEG, PNG or still GIF: it starts with '
 # {name: (how it is written, why it is left out)}
 BAD = {
-    'empty.jpg': (lambda p: p.touch(), 'Input is empty'),
+    'empty.jpg': (lambda p: p.touch(), 'it is empty'),
     'truncated.jpg': (lambda p: (save(p), os.truncate(p, 600)), 'Invalid JPEG data'),
     'bmp.jpg': (lambda p: save(p, 'BMP'), NO_FORMAT + "b'BM"),
     'webp.jpg': (lambda p: save(p, 'WEBP'), NO_FORMAT + "b'RIFF"),
@@ -310,20 +314,12 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(job, monkey
     formats = 'GIF', 'JPEG', 'PNG'
     for name in formats:
         save(job.data / f'cat/{name}.jpg', name, Image.new('L', (400, 301)))
-    decoded = []
-    compute_bottlenecks = tf_retrain.compute_bottlenecks
-
-    def note(paths, *arguments):
-        decoded.extend(paths)
-        return compute_bottlenecks(paths, *arguments)
-
-    monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', note)
     out = job.cache()
     for name in formats:
         reason = 'it has 120,400 pixels, more than 120,000'
         assert f"WARNING: 'data/cat/{name}.jpg' is left out: {reason}" in out
     assert 'cat/large.jpg' in created(out)
-    assert len(created(out)) == len(decoded) == 9
+    assert len(created(out)) == 9
 
 
 def test_photographs_that_lie_on_their_side_are_counted(job):
@@ -413,3 +409,55 @@ def test_a_class_without_readable_images(job):
     job.fails(f'^{re.escape(message)}$')
     # What was computed is kept.
     assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 8
+
+
+def add_chunk(png, kind, data):
+    """Adds a chunk after the header of a PNG, which ends at byte 33."""
+    chunk = struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    return png[:33] + chunk + png[33:]
+
+
+@pytest.mark.parametrize(
+    ('kind', 'data'),
+    [
+        (b'eXIf', b'XX*garbage'),
+        (b'zTXt', b'x\0\0' + zlib.compress(bytes(3_000_000))),
+        (b'iCCP', b'x\0\0' + b'no profile'),
+    ],
+)
+def test_the_limit_on_pixels_holds_whatever_else_is_in_the_header(job, monkeypatch, kind, data):
+    """What Pillow cannot read in a PNG does not hide its size."""
+    job.photographs(cat=4, dog=4)
+    monkeypatch.setattr(tf_retrain, 'MAX_PIXELS', 120_000)
+    contents = io.BytesIO()
+    Image.new('L', (400, 301)).save(contents, 'PNG')
+    (job.data / 'cat/bomb.png').write_bytes(add_chunk(contents.getvalue(), kind, data))
+    reason = 'it has 120,400 pixels, more than 120,000'
+    assert f"'data/cat/bomb.png' is left out: {reason}" in job.cache()
+
+
+def test_strict_stops_at_the_first_image_that_cannot_be_read(job, monkeypatch):
+    monkeypatch.setattr(tf_retrain, 'NETWORK_BATCH_SIZE', 4)
+    job.photographs(cat=20, dog=20)
+    (job.data / 'cat/cat 10.jpg').write_text('not an image')
+    out = job.fails(r"^--strict: 'data/cat/cat 10.jpg' is left out: it is not JPEG", '--strict')
+    assert 0 < len(created(out)) <= 8
+    # What is known from the record stops the run before anything is computed.
+    assert created(job.fails('^--strict: ', '--strict')) == []
+
+
+def test_names_that_would_break_a_line_are_escaped(job):
+    job.photographs(cat=20, dog=20)
+    (job.data / 'cat/cat 1.jpg').rename(job.data / 'cat/new\nline\ttab.jpg')
+    shutil.copy(job.data / 'dog/dog 1.jpg', job.data / 'cat/copy\rof.jpg')
+    out = job.main('--find_suspects=41', how_many_training_steps='2')
+    assert '\nCreating bottleneck at bottlenecks/cat/new\\nline\\ttab.jpg.txt\n' in out
+    assert '\r' not in out
+    assert '\t' not in out
+    assert out.count('copy\\rof.jpg') >= 3  # as a bottleneck, a near copy and a suspect
+
+
+def test_a_class_called_unsure_is_a_warning(job):
+    out = job.photographs(cat=4, unsure=4).cache()
+    assert "WARNING: 'unsure' is what tf_test.py --min_score says" in out
+    assert 'Rename data/unsure,' in out

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import os
 import pty
 import shlex
@@ -58,6 +59,62 @@ def test_a_stop_while_training_keeps_what_was_learned(job, signum):
     check_graph(job)
 
 
+@pytest.fixture
+def signals():
+    """The handlers of a run; those of pytest come back."""
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+    tf_retrain.on_stop_signals(tf_retrain.stop_run)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def stop_at(monkeypatch, name, signum):
+    """Sends a signal to this process at the next call of a function; then the default is set."""
+    original = getattr(tf_retrain, name)
+
+    def stop(*arguments, **options):
+        monkeypatch.setattr(tf_retrain, name, original)
+        try:
+            signal.raise_signal(signum)
+        finally:
+            assert signal.getsignal(signum) == signal.SIG_DFL  # a second one ends the program
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(tf_retrain, name, stop)
+
+
+BEFORE_TRAINING = ['list_dir', 'load_backbone', 'read_records', 'read_orientation']
+BEFORE_TRAINING += ['compare_bottlenecks', 'cross_validate', 'draw_batches']
+AFTER_TRAINING = ['get_interval', 'write_outputs', 'create_record', 'draw_confusion_matrix']
+
+
+@pytest.mark.parametrize(('name', 'signum'), [*zip(BEFORE_TRAINING, itertools.cycle(STOPS))])
+def test_a_stop_before_the_training_leaves_the_old_outputs(job, monkeypatch, signals, name, signum):
+    graph = job.folder / 'trained_model/unoptimized_model.pb'
+    graph.parent.mkdir()
+    graph.write_text('old')
+    job.photographs(cat=20, dog=20)
+    stop_at(monkeypatch, name, signum)
+    with pytest.raises(KeyboardInterrupt):
+        job.main('--find_suspects=1')
+    assert graph.read_text() == 'old'
+    assert os.listdir(graph.parent) == ['unoptimized_model.pb']
+
+
+@pytest.mark.parametrize(
+    ('name', 'signum'), [*zip(['report_validation', *AFTER_TRAINING], itertools.cycle(STOPS))]
+)
+def test_a_stop_from_the_training_on_finishes_the_run(job, monkeypatch, signals, name, signum):
+    stop_at(monkeypatch, name, signum)
+    out = job.photographs(cat=20, dog=20).main()
+    assert 'Ctrl-C: what was learned' in out
+    assert ('Step 29:' in out) == (name != 'report_validation')
+    assert out.splitlines()[-1].startswith('python3 tf_test.py')
+    check_graph(job)
+    assert (job.folder / 'trained_model/unoptimized_model.pb.json').exists()
+
+
 def test_a_second_ctrl_c_quits(job):
     """The program waits between the test and what it prints about it."""
     job.photographs(cat=30, dog=30)
@@ -67,7 +124,8 @@ def test_a_second_ctrl_c_quits(job):
         process.wait_for('Ctrl-C: what was learned')
         process.wait_for('Paused')
         process.send_signal(signal.SIGINT)
-        check_stopped(process)
+        process.communicate()
+    assert process.returncode == -signal.SIGINT
     assert not (job.folder / 'trained_model/unoptimized_model.pb').exists()
 
 

@@ -151,13 +151,13 @@ def test_sorting_links_and_never_overwrites(label, tmp_path):
     target.mkdir(parents=True)
     (target / 'cat 1.jpg').write_text('mine')
     before = {path: path.read_bytes() for path in tmp_path.rglob('*.jpg')}
-    for _ in range(2):  # a second run finds the images where they are
+    for _ in range(2):  # a second run finds the images where they are, as does an equal image
         label(tmp_path, f'--sort_into={tmp_path}/sorted')
         assert {path: path.read_bytes() for path in before} == before
         names = sorted(path.name for path in target.iterdir())
-        assert names == [f'cat {name}.jpg' for name in ('0 2', '0', '1 2', '1 3', '1', '2 2', '2')]
+        assert names == [f'cat {name}.jpg' for name in ('0 2', '0', '1 2', '1', '2')]
     linked = {path.stat().st_ino for path in target.iterdir()}
-    assert {path.stat().st_ino for path in before} == linked
+    assert linked < {path.stat().st_ino for path in before}
 
 
 def test_unsure_images_and_copies_where_links_are_impossible(trained, label, tmp_path, monkeypatch):
@@ -174,9 +174,111 @@ def test_unsure_images_and_copies_where_links_are_impossible(trained, label, tmp
         assert label(image, *flags)[0].startswith(f'{name} (score = ')
         assert [line.split('\t')[1] for line in label(image, image, *flags)] == [name, name]
         assert json.loads(label(image, *flags, '--json')[0])['labels'][0] == wanted
-        copies = list((tmp_path / name).iterdir())
-        assert len(copies) == 4
-        assert {path.read_bytes() for path in copies} == {image.read_bytes()}
+        (copy,) = (tmp_path / name).iterdir()
+        assert copy.read_bytes() == image.read_bytes()
+
+
+def test_copies_appear_whole_and_one_that_fails_is_one_line(label, tmp_path, monkeypatch):
+    """Two names are too long for a number behind them; a copy fails half-way."""
+    long_name = 'x' * 251 + '.jpg'
+    for name, colour in (('1', RED), ('2', (60, 60, 200)), ('3', (60, 200, 60))):
+        write_photographs(tmp_path / 'in', name, 1, colour)
+    os.rename(tmp_path / 'in/1/1 0.jpg', tmp_path / 'in/1' / long_name)
+    os.rename(tmp_path / 'in/2/2 0.jpg', tmp_path / 'in/2' / long_name)
+    monkeypatch.setattr(tf_test, 'rank', lambda *arguments: [('cat', 1.0)])
+    out, err = label.fails(
+        '1 of 3 images could not be labeled and sorted',
+        tmp_path / 'in',
+        f'--sort_into={tmp_path}/out',
+    )
+    (line,) = err.splitlines()
+    assert 'ERROR: --sort_into: ' in line and 'File name too long' in line
+    assert len(out.splitlines()) == 3
+    assert sorted(os.listdir(tmp_path / 'out/cat')) == ['3 0.jpg', long_name]
+
+    def fail(*arguments):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(os, 'link', fail)
+    monkeypatch.setattr(os, 'rename', fail)
+    label.fails('3 of 3 images', tmp_path / 'in', f'--sort_into={tmp_path}/full')
+    assert os.listdir(tmp_path / 'full/cat') == []
+
+
+@pytest.mark.parametrize('path', ['image', *FILES])
+def test_nothing_that_is_read_is_written(trained, label, path):
+    image = trained.test_image()
+    path = image if path == 'image' else trained.folder / path
+    before = path.read_bytes()
+    label.fails('^--heatmap: .* is read. Name another file', f'--heatmap={path}', image)
+    assert path.read_bytes() == before
+    label.fails('^--sort_into: .* is read. Name another folder', '--sort_into=data', 'data/')
+
+
+def test_paths_with_nul_after_each(trained):
+    """That is what find -print0 writes, also of names with a newline."""
+    paths = sorted(trained.data.rglob('*.jpg'))[:3]
+    odd = trained.folder / 'odd\nname.jpg'
+    odd.write_bytes(paths[0].read_bytes())
+    text = ''.join(f'{path}\0' for path in (*paths, odd))
+    process = run_new('tf_test.py', '-', *FILES, cwd=trained.folder, input=text)
+    lines = process.stdout.splitlines()
+    assert [line.split('\t')[0] for line in lines[:3]] == list(map(str, paths))
+    assert lines[3].split('\t')[0] == str(odd).replace('\n', '\\n')
+
+
+def test_names_that_are_not_utf_8(trained, tmp_path):
+    """Such an image is labeled as any other, and a missing one is named."""
+    folder = os.fsencode(tmp_path / 'in')
+    os.mkdir(folder)
+    with open(os.path.join(folder, b'\xff.jpg'), 'wb') as file:
+        file.write(trained.test_image().read_bytes())
+    arguments = tmp_path / 'in', os.fsdecode(b'\xfe.jpg'), *FILES
+    process = run('tf_test.py', *arguments, cwd=trained.folder, check=False)
+    assert len(process.stdout.splitlines()) == 1
+    failure, summary = process.stderr.splitlines()
+    assert 'cannot be read' in failure
+    assert summary == 'ERROR: 1 of 2 images could not be labeled.'
+
+
+def test_images_that_do_not_exist_do_not_go_through_the_network(label, monkeypatch):
+    monkeypatch.setattr(tf_test, 'create_classifier', lambda graph_def: (None, [299, 299]))
+    out, err = label.fails('300 of 300 images', *(f'{i}.jpg' for i in range(300)))
+    assert len(err.splitlines()) == 300
+    assert out == ''
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='only Linux has /dev/full')
+@pytest.mark.parametrize('arguments', [['data'], ['--json', 'data/cat/cat 0.jpg']])
+def test_a_full_disk_is_one_line(trained, tmp_path, arguments):
+    command = [ROOT / 'tf_test.py', *arguments, *FILES]
+    errors = tmp_path / 'errors'
+    with forks.Fork(command, trained.folder, ['/dev/full', errors]) as process:
+        process.communicate()
+    assert process.returncode == 1
+    (line,) = errors.read_text().splitlines()
+    assert line == 'ERROR: standard output cannot be written: No space left on device.'
+
+
+def test_a_label_called_unsure(trained, label, tmp_path):
+    (tmp_path / 'l.txt').write_text('red fox\nunsure\ndog\n')
+    files = GRAPH, tmp_path / 'l.txt'
+    label.fails(
+        "^--min_score: one of the labels is 'unsure'", '--min_score=0.5', 'data', files=files
+    )
+
+
+@pytest.mark.parametrize('position', [0, 1, 2])
+def test_only_plain_files_are_opened(trained, label, position):
+    if not (trained.folder / 'fifo').exists():
+        os.mkfifo(trained.folder / 'fifo')
+    files = [trained.test_image(), *FILES]
+    files[position] = 'fifo'
+    label.fails(
+        "The (image|graph|labels file) 'fifo' cannot be read: only plain files are",
+        files[0],
+        files=files[1:],
+    )
 
 
 def test_a_score_equal_to_min_score_is_enough(trained, label):
@@ -342,7 +444,8 @@ def halves(tmp_path_factory):
     direction = cat - nothing * (cat @ nothing) / (nothing @ nothing)  # gray counts for nothing
     layer = tf_retrain.FinalLayer(2048, 2, 0.01, np.array([1, 2]))
     layer.weights = np.stack([direction, -direction], 1)
-    frozen = tf_retrain.create_frozen_graph(backbone, layer, 'final_result')
+    head = tf_retrain.Head(layer, ['cat', 'nothing'])
+    frozen = tf_retrain.create_frozen_graph(backbone, head, 'final_result')
     (folder / 'g.pb').write_bytes(frozen.SerializeToString())
     (folder / 'l.txt').write_text('cat\nnothing\n')
     return folder
@@ -351,18 +454,19 @@ def halves(tmp_path_factory):
 def test_the_heatmap_shows_the_half_that_decides(halves):
     run('tf_test.py', '--heatmap', 'out.png', 'half.png', 'g.pb', 'l.txt', cwd=halves)
     with Image.open(halves / 'out.png') as picture:
-        assert picture.size == (120, 90 + 24)
-        pixels = np.asarray(picture, int)[-90:]
+        assert picture.size == (120, 24 + 90 + 24)  # title, photograph, scale
+        pixels = np.asarray(picture, int)[24:-24]
     red = pixels[:, :, 0] - pixels[:, :, 1]
     assert red[:, 60:].sum() > 0.8 * red.sum() > 0
 
 
 def test_the_mean_of_the_positions_is_the_logit(trained):
     """The class activation map of each class adds up to what the graph itself computes."""
-    graph_def = tf_test.load_graph(str(trained.folder / GRAPH))
+    graph = tf_test.load_graph(str(trained.folder / GRAPH))
+    assert graph.labels == NAMES
     contents = trained.test_image().read_bytes()
-    (logits,) = run_v1(graph_def, contents, 'final_training_ops/Wx_plus_b/MatMul:0')
-    heatmaps = [tf_test.compute_heatmap(graph_def, contents, index) for index in range(3)]
+    (logits,) = run_v1(graph.graph_def, contents, 'final_training_ops/Wx_plus_b/MatMul:0')
+    heatmaps = [tf_test.compute_heatmap(graph, contents, index) for index in range(3)]
     assert np.shape(heatmaps) == (3, 6, 6)
     np.testing.assert_allclose(np.mean(heatmaps, axis=(1, 2)), logits, rtol=1e-3, atol=1e-4)
 
@@ -372,7 +476,7 @@ def test_heatmaps_of_each_network(networks, label, tmp_path):
     files = [networks.folder / name for name in FILES]
     label(f'--heatmap={tmp_path}/h.png', networks.test_image(), files=files)
     with Image.open(tmp_path / 'h.png') as picture:
-        assert picture.height == 30 + 24
+        assert picture.height == 30 + 24 + 24
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,6 @@ def test_main(clone):
         assert not reader.new
         for output in reader.find('--image_dir'):
             assert 'Final test accuracy = ' in output
-        assert '=== SUSPECT IMAGES ===' in reader.outputs[-1][1]
         one, folder = reader.find('tf_test.py')
         assert re.fullmatch(r'dog \(score = 0\.\d+\)\ncat \(score = 0\.\d+\)\n', one)
         assert len(folder.splitlines()) == 80
@@ -239,7 +238,7 @@ def test_readmes_are_found():
     for folder in folders:
         assert (ROOT / folder / 'README.md').exists()
         assert f'({folder}/README.md)' in main
-    assert len(main.splitlines()) <= 400
+    assert len(main.splitlines()) <= 450
 
 
 def list_anchors(page):

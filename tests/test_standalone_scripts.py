@@ -85,11 +85,12 @@ def test_retrain_serving_is_tf_retrain_and_one_section():
     """
     first, second = ((ROOT / name).read_text().split('"""', 2)[2] for name in SCRIPTS[:2])
     before, flags_mark, rest = second.partition('def create_serving_parser()')
-    _, main, rest = rest.partition("if __name__ == '__main__':\n")
+    _, process_mark, rest = rest.partition('# Process\n')
     rest, section_mark, section = rest.partition('# SavedModel\n')
-    assert flags_mark and main and section_mark
+    assert flags_mark and process_mark and section_mark
     own = {'create_serving_parser', *definitions(section)}
     assert own == set(definitions(second)) - set(definitions(first))
     rest = rest.replace('parse_flags(create_serving_parser())', 'parse_flags(create_parser())')
-    assert before + main + rest + main + '    run(main, parsed_flags)\n' == first
-    assert section.endswith(main + '    run(main_serving, parsed_flags)\n')
+    end = "if __name__ == '__main__':\n    run(main, parsed_flags)\n"
+    assert before + process_mark + rest + end == first
+    assert section.endswith(end.replace('main, parsed', 'main_serving, parsed'))

@@ -4,6 +4,7 @@ import collections
 import importlib
 import io
 import json
+import os
 import types
 import urllib.parse
 import urllib.request
@@ -195,7 +196,32 @@ def test_nothing_is_left_of_the_pictures_of_an_earlier_run(job):
     assert 'confusion_matrix' in read_pictures(job)
     out = job.main(testing_percentage='0')
     assert 'Final test accuracy: unknown' in out
-    assert read_pictures(job) == {}
+    assert os.listdir(job.folder / 'logs/test') == []
+
+
+def test_what_another_run_writes_at_the_same_time_is_left_alone(job, monkeypatch):
+    """It may also remove what this run is about to remove."""
+    job.photographs(cat=30, dog=30).main('--find_suspects=2')
+    events = job.folder / 'logs/train/events.out.tfevents.1.other.2'
+    events.write_bytes(b'of another run')
+    os.utime(events, (2**40, 2**40))
+    list_dir, removed = tf_retrain.list_dir, []
+
+    def list_and_remove(path):
+        names = list_dir(path)
+        if path == 'logs/suspects':
+            removed.extend(names)
+            for name in names:
+                os.remove(os.path.join(path, name))
+        return names
+
+    monkeypatch.setattr(tf_retrain, 'list_dir', list_and_remove)
+    out = job.main()
+    assert out.count('WARNING: another run logs to logs at the same time.') == 1
+    assert events.read_bytes() == b'of another run'
+    assert len(list(events.parent.iterdir())) == 2
+    assert removed
+    assert os.listdir(job.folder / 'logs/suspects') == []
 
 
 @pytest.mark.filterwarnings('ignore:html5lib:DeprecationWarning')

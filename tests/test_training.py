@@ -51,7 +51,11 @@ def test_accuracy_and_its_interval(trained):
     assert count == len(trained.test_images())
     bounds = tf_retrain.get_interval(round(accuracy * count / 100), count)
     low, high = (100 * bound for bound in bounds)
-    advice = f' About {4 * count} test images would halve it.' if high - low > 10 else ''
+    advice = (
+        f' About {4 * count} test images would halve the width of the interval.'
+        if high - low > 10
+        else ''
+    )
     assert found[3] == f'95% confidence interval: {low:.1f} to {high:.1f}%.{advice}'
 
 
@@ -231,7 +235,7 @@ def test_an_output_that_cannot_be_written_is_named(job, monkeypatch):
             write(path, contents)
 
         monkeypatch.setattr(tf_retrain, 'write_whole', refuse)
-        message = f'^{failing} cannot be written .*No space left on device.*run the same command'
+        message = f'^could not be written: {failing} .No space left on device.*run the same command'
         job.fails(message, **outputs)
 
 
@@ -250,6 +254,43 @@ def test_final_tensor_name(job):
     files = job.test_image(), job.flags['output_graph'], job.flags['output_labels']
     tf_test.label_images(tf_test.create_labeling_parser().parse_args(map(str, files)))
     assert job.capsys.readouterr().out.count('(score = ') == 2
+
+
+def test_a_test_draws_no_image_twice(trained, monkeypatch):
+    """A batch as large as the test set is the whole set; a smaller one is a part of it."""
+    monkeypatch.chdir(trained.folder)
+    flags = parse(*trained.arguments())
+    images = tf_retrain.list_images(flags)
+    bottlenecks = np.zeros([len(images.files), 5], np.float32)
+    layer = tf_retrain.FinalLayer(5, 3, 0.1, [1, 2])
+    everything = images.rows['testing']
+    for size, expected in ((-1, None), (1000, None), (len(everything), None), (7, 7)):
+        flags.test_batch_size = size
+        rows = tf_retrain.test(images, bottlenecks, layer, flags).rows
+        assert len(set(rows)) == len(rows) == (expected or len(everything))
+        assert set(rows) <= set(everything)
+
+
+@pytest.mark.parametrize(
+    ('error', 'line'),
+    [
+        (MemoryError(), 'the memory is full'),
+        (OSError(28, 'No space left on device'), 'No space left on device. What was computed'),
+        (tf.errors.InternalError(None, None, 'two\nlines.'), 'two lines. What was computed'),
+    ],
+)
+def test_an_unexpected_error_is_one_line(monkeypatch, error, line):
+    def fail(flags):
+        raise error
+
+    for name in ('stdout', 'stderr'):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    monkeypatch.setattr(tf_retrain, 'on_stop_signals', lambda handler: None)
+    with pytest.raises(SystemExit) as exit_info:
+        tf_retrain.run(fail, None)
+    assert line in exit_info.value.code
+    assert exit_info.value.code.startswith('ERROR: ')
+    assert '\n' not in exit_info.value.code
 
 
 # Extras
@@ -276,7 +317,7 @@ def test_an_extra_that_fails_is_a_warning(job, monkeypatch):
     monkeypatch.setattr(tf_retrain, 'find_near_copies', None)
     monkeypatch.setattr(tf_retrain.ImageFont, 'load_default', None)
     out = job.main()
-    extras = ['the search for duplicates', 'the record of the run', 'the pictures for TensorBoard']
+    extras = ['the search for near copies', 'the record of the run', 'the pictures for TensorBoard']
     assert re.findall(r'^WARNING: (.*) left out \(', out, re.MULTILINE) == extras
     assert out.splitlines()[-1].startswith('python3 tf_test.py')
     assert job.graph().node[-1].name == 'final_result'

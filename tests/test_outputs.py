@@ -1,0 +1,222 @@
+"""What a training leaves: each output, whatever becomes of the others, and nothing but files."""
+
+import json
+import os
+import zlib
+
+import numpy as np
+import pytest
+from helpers import parse
+from test_serving import parse as parse_serving
+
+import retrain_serving
+import tf_retrain
+import tf_test
+from tf_retrain import tf
+
+NO_SPACE = tf.errors.ResourceExhaustedError(None, None, 'No space left on device')
+GRAPH, LABELS = 'trained_model/unoptimized_model.pb', 'trained_model/labels.txt'
+OPTIMIZED, RECORD = 'trained_model/o.pb', f'{GRAPH}.json'
+OUTPUTS = {GRAPH, LABELS, OPTIMIZED, RECORD, 'saved/1/saved_model.pb'}
+
+
+def serve(job, monkeypatch):
+    """Does the whole job of retrain_serving.py; returns the error that it ends with, if any."""
+    monkeypatch.chdir(job.folder)
+    flags = job.arguments(optimized_graph=OPTIMIZED, how_many_training_steps='2')
+    try:
+        retrain_serving.main_serving(parse_serving(*flags, '--saved_model_dir=saved/1'))
+    except retrain_serving.UserError as error:
+        return str(error)
+    return None
+
+
+def existing(job):
+    return {path for path in OUTPUTS if (job.folder / path).exists()}
+
+
+@pytest.mark.parametrize('failing', [GRAPH, LABELS, OPTIMIZED, RECORD])
+def test_an_output_that_fails_is_the_only_one_that_is_missing(job, monkeypatch, failing):
+    def refuse(path, contents, write_whole=retrain_serving.write_whole):
+        if path == failing:
+            raise NO_SPACE
+        write_whole(path, contents)
+
+    monkeypatch.setattr(retrain_serving, 'write_whole', refuse)
+    error = serve(job.photographs(cat=20, dog=20), monkeypatch)
+    # A record of a graph that is not there would only mislead.
+    assert existing(job) == OUTPUTS - {failing} - ({RECORD} if failing == GRAPH else set())
+    if failing == RECORD:
+        assert error is None
+    else:
+        assert f'could not be written: {failing} (No space left on device). Written: ' in error
+
+
+@pytest.mark.parametrize(
+    ('function', 'missing'),
+    [('write_saved_model', {'saved/1/saved_model.pb'}), ('fold', {OPTIMIZED})],
+)
+def test_the_same_for_what_fails_while_it_is_made(job, monkeypatch, function, missing):
+    original = getattr(retrain_serving, function)
+
+    def fail(*arguments):
+        if function == 'fold' and arguments[-1] != 'final_result':
+            return original(*arguments)
+        raise ValueError('cannot be')
+
+    monkeypatch.setattr(retrain_serving, function, fail)
+    error = serve(job.photographs(cat=20, dog=20), monkeypatch)
+    assert '(cannot be). Written: ' in error
+    assert existing(job) == OUTPUTS - missing
+
+
+@pytest.mark.parametrize('function', ['test', 'report_test', 'write_pictures', 'create_record'])
+def test_what_only_informs_is_never_what_fails(job, monkeypatch, function):
+    def fail(*arguments):
+        raise MemoryError('too much')
+
+    monkeypatch.setattr(retrain_serving, function, fail)
+    assert serve(job.photographs(cat=20, dog=20), monkeypatch) is None
+    assert 'left out (MemoryError: too much)' in job.capsys.readouterr().out
+    assert existing(job) == OUTPUTS - ({RECORD} if function == 'create_record' else set())
+
+
+def test_the_record_names_its_graph(trained):
+    record = json.loads((trained.folder / RECORD).read_text())
+    assert record['graph_checksum'] == zlib.crc32((trained.folder / GRAPH).read_bytes())
+
+
+# Graph and labels
+
+
+class Killed(BaseException):
+    """What stands for SIGKILL."""
+
+
+def write_training(folder, labels, renames=None):
+    """Writes graph and labels of a tiny network; is killed after some renames of files."""
+    graph_def = tf.compat.v1.GraphDef()
+    graph_def.node.add(name='DecodeJpeg/contents', op='Const')
+    graph_def.node.add(name='bottleneck', op='Identity', input=['DecodeJpeg/contents'])
+    pixels = tf_retrain.Pixels((8, 8), 0, 1)
+    backbone = tf_retrain.Backbone('x', graph_def, 0, 'bottleneck', 3, pixels)
+    layer = tf_retrain.FinalLayer(3, len(labels), 0.1, np.array([0, 1]))
+    head = tf_retrain.Head(layer, labels)
+    paths = f'--output_graph={folder}/g.pb', f'--output_labels={folder}/l.txt'
+    flags = parse('--image_dir=unused', *paths)
+    left = iter(range(99 if renames is None else renames))
+
+    def rename(*arguments, original=tf_retrain.gfile.rename, **options):
+        if next(left, None) is None:
+            raise Killed
+        original(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf_retrain.gfile, 'rename', rename)
+        tf_retrain.write_outputs(tf_retrain.create_writers(backbone, head, flags))
+
+
+def check(folder):
+    """Returns what tf_test.py makes of graph and labels: 'same', or an error or warning."""
+    flags = tf_test.create_labeling_parser().parse_args(
+        ['x.jpg', f'{folder}/g.pb', f'{folder}/l.txt']
+    )
+    labels = tf_test.load_labels(flags.labels)
+    graph = tf_test.load_graph(flags.graph)
+    tf_test.check_labels(labels, graph, flags)
+    return labels == graph.labels
+
+
+@pytest.mark.parametrize('renames', range(3))
+def test_a_kill_between_two_outputs_never_swaps_labels(tmp_path, renames):
+    """The labels of another training, in another order: with them, a cat would be a dog."""
+    write_training(tmp_path, ['dog', 'cat'])
+    assert check(tmp_path)
+    try:
+        write_training(tmp_path, ['cat', 'dog'], renames)
+    except Killed:
+        assert renames < 2
+    if renames == 1:
+        with pytest.raises(tf_test.UserError, match='in another order. Name files of one training'):
+            check(tmp_path)
+    else:
+        assert check(tmp_path)
+
+
+def test_translated_labels_are_a_warning(tmp_path, capsys):
+    write_training(tmp_path, ['dog', 'cat'])
+    (tmp_path / 'l.txt').write_text('dog\nKatze\n')
+    assert not check(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    expected = f"'{tmp_path}/l.txt' says 'Katze' where '{tmp_path}/g.pb' says 'cat'."
+    assert line == f'WARNING: {expected}'
+
+
+# What may be replaced
+
+
+@pytest.mark.parametrize('flag', ['output_graph', 'output_labels', 'optimized_graph'])
+def test_only_files_are_replaced(job, flag):
+    """To replace a device such as /dev/null would break the machine."""
+    os.mkfifo(job.folder / 'fifo')
+    message = f"^--{flag}: 'fifo' is not a plain file. Name another one.$"
+    job.photographs(cat=20, dog=20).fails(message, **{flag: 'fifo'})
+    assert not (job.folder / 'bottlenecks').exists()
+
+
+def test_files_that_may_not_be_replaced(job, monkeypatch):
+    """Those of others in a sticky folder, such as the default /tmp."""
+    path = job.folder / 'graph.pb'
+    path.write_text('of somebody else')
+    rename = os.rename
+
+    def refuse(source, target):
+        if target == os.fsencode(path):
+            raise PermissionError(1, 'Operation not permitted')
+        rename(source, target)
+
+    monkeypatch.setattr(os, 'rename', refuse)
+    message = r"--output_graph: '.*' cannot be replaced \(Operation not permitted\)"
+    job.photographs(cat=20, dog=20).fails(message, output_graph=path)
+    assert path.read_text() == 'of somebody else'
+
+
+def test_a_link_stays_a_link_and_its_target_is_written(job):
+    target = job.folder / 'elsewhere/labels.txt'
+    target.parent.mkdir()
+    target.write_text('old')
+    link = job.folder / 'labels.txt'
+    link.symlink_to(target)
+    job.photographs(cat=20, dog=20).main(output_labels='labels.txt', how_many_training_steps='2')
+    assert link.is_symlink()
+    assert target.read_text() == 'cat\ndog\n'
+    assert os.listdir(target.parent) == ['labels.txt']
+
+
+def test_a_saved_model_does_not_replace_a_mount_or_a_link(job, monkeypatch):
+    job.photographs(cat=20, dog=20)
+    for name in ('mount', 'target'):
+        (job.folder / name).mkdir()
+    (job.folder / 'link').symlink_to('target')
+    (job.folder / 'dangling').symlink_to('nowhere')
+    replace = os.replace
+
+    def refuse(source, target):
+        if target == b'mount':
+            raise OSError(16, 'Device or resource busy')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', refuse)
+    monkeypatch.chdir(job.folder)
+    for name, reason in (('mount', 'busy'), ('link', 'symbolic'), ('dangling', 'symbolic')):
+        flags = job.arguments(f'--saved_model_dir={name}')
+        message = f"^--saved_model_dir: '{name}' is .*{reason}.* Name a new folder in it: {name}/1"
+        with pytest.raises(retrain_serving.UserError, match=message):
+            retrain_serving.main_serving(parse_serving(*flags))
+    assert not (job.folder / 'bottlenecks').exists()
+
+
+@pytest.mark.parametrize('name', ['scores/', 'final_training_ops/x', 'Mul'])
+def test_names_that_the_output_cannot_have_are_known_before_any_work(job, name):
+    job.photographs(cat=20, dog=20).fails('^--final_tensor_name: ', final_tensor_name=name)
+    assert not (job.folder / 'bottlenecks').exists()
