@@ -308,6 +308,7 @@ def is_converted():
 @pytest.mark.parametrize('network', [[], [USE_MOBILENET]])
 def test_bottlenecks_in_bfloat16(job, mobilenet, monkeypatch, network):
     """They are close to those in float32, in files of their own; graph and labels stay float32."""
+    job.flags['how_many_training_steps'] = '100'
     job.photographs(cat=30, dog=30).main(*network)
     plain = {path: path.read_bytes() for path in (job.folder / 'bottlenecks').rglob('*.txt')}
     exact = job.graph()
