@@ -2117,21 +2117,24 @@ def choose_references(images: Images, rng: np.random.Generator) -> np.ndarray:
 
 
 def measure_similarities(
-    bottlenecks: np.ndarray, rows: np.ndarray, references: np.ndarray
+    images: Images, bottlenecks: np.ndarray, rows: np.ndarray, references: np.ndarray
 ) -> np.ndarray:
     """Returns the similarity of each of the rows to the references, which are rows too: float [N].
 
-    An image does not vouch for itself, and neither does a near copy, such as another picture of a
-    burst: left out, these would make all own images look more familiar than others.
+    An image does not vouch for itself. Neither does a near copy, such as another picture of a
+    burst, unless nearly all of the class are: own images must not look more familiar than new ones.
     """
+    neighbor = min(NEIGHBOR, len(references))
     reference_units = bottlenecks[references] * get_scale(bottlenecks[references])
     similarities = []
     for block in np.array_split(rows, 1 + len(rows) // 1024):
         units = bottlenecks[block] * get_scale(bottlenecks[block])
         cosines = tf.matmul(units, reference_units, transpose_b=True).numpy()
-        is_other = (block[:, None] != references) & (cosines < DUPLICATE_SIMILARITY)
-        cosines = np.where(is_other, cosines, 0)
-        neighbor = min(NEIGHBOR, len(references))
+        is_other = block[:, None] != references
+        is_no_copy = is_other & (cosines < DUPLICATE_SIMILARITY)
+        is_own_class = images.classes[block, None] == images.classes[references]
+        has_enough = (is_no_copy & is_own_class).sum(axis=1, keepdims=True) >= neighbor
+        cosines = np.where(np.where(has_enough, is_no_copy, is_other), cosines, 0)
         similarities.append(np.partition(cosines, -neighbor, axis=1)[:, -neighbor])
     return np.float32(np.concatenate(similarities))
 
@@ -2147,10 +2150,10 @@ def find_familiarity(
     references = choose_references(images, rng)
     rows = np.arange(len(images.files))
     own = np.sort(rng.permutation(rows)[:MAX_OWN_IMAGES])
-    similarities = measure_similarities(bottlenecks, own, references)
+    similarities = measure_similarities(images, bottlenecks, own, references)
     if flags.find_suspects:
         print('=== LEAST FAMILIAR IMAGES ===')
-        all_similarities = measure_similarities(bottlenecks, rows, references)
+        all_similarities = measure_similarities(images, bottlenecks, rows, references)
         for row in np.argsort(all_similarities, kind='stable')[: flags.find_suspects]:
             familiarity = (similarities <= all_similarities[row]).mean()
             label = images.labels[images.classes[row]]
@@ -2169,8 +2172,8 @@ def compute_familiarity(bottlenecks: tf.Tensor, familiarity: Familiarity) -> tf.
     cosines = tf.matmul(units, familiarity.references, transpose_b=True)
     nearest = tf.math.top_k(cosines, min(NEIGHBOR, len(familiarity.references))).values
     similarity = tf.reduce_min(nearest, axis=1, keepdims=True)
-    is_less_familiar = tf.cast(familiarity.similarities <= similarity, tf.float32)
-    return tf.reduce_mean(is_less_familiar, axis=1)
+    is_less_similar = tf.less_equal(familiarity.similarities, similarity)
+    return tf.reduce_mean(tf.cast(is_less_similar, tf.float32), axis=1)
 
 
 # Distortions

@@ -689,7 +689,8 @@ def serving(bench):
     size = 32
     paths = bench.whole_batches(size)
     layer = create_layer(bench.backbone)
-    classifier = retrain_serving.Classifier(bench.backbone, layer, CLASSES)
+    head = retrain_serving.Head(layer, CLASSES)
+    classifier = retrain_serving.Classifier(bench.backbone, head)
     folder = str(bench.folder / 'saved_models' / '1')
     model = tf.saved_model.load(retrain_serving.write_saved_model(classifier, folder))
     predict = model.signatures['serving_default']

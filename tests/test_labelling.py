@@ -130,7 +130,7 @@ def test_json_lines(trained, label, tmp_path):
     assert err == ''
     *found, failed = map(json.loads, out.splitlines())
     for image, result, scores in zip(images, found, compute_scores(trained, images), strict=True):
-        assert list(result) == ['image', 'labels', 'scores']
+        assert list(result) == ['image', 'labels', 'scores', 'familiarity']
         assert result['image'] == image
         assert result['labels'] == [NAMES[index] for index in np.argsort(-scores)]
         np.testing.assert_allclose(result['scores'], sorted(scores, reverse=True), atol=1e-5)

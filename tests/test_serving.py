@@ -109,10 +109,13 @@ def test_serving_default(signatures, photographs, which):
 
 
 @pytest.mark.parametrize('which', BATCHES)
-def test_predict_rows(signatures, photographs, which):
+def test_predict_rows(served, signatures, photographs, which):
     images, expected = photographs
     found = signatures['predict_rows'](image=tf.constant(images[which], tf.string))
     check_rows(found, expected[which])
+    if which == slice(None):
+        familiarity = run_v1_on_all(served.graph(), images, 'familiarity:0')
+        np.testing.assert_allclose(found['familiarity'], np.ravel(familiarity), atol=0.008)
 
 
 SAVED_MODEL_CLI = pathlib.Path(sys.executable).with_name('saved_model_cli')
@@ -121,6 +124,7 @@ signature_def['predict_rows']:
   The given SavedModel SignatureDef contains the following input(s):
     inputs['image'] DT_STRING (-1)
   The given SavedModel SignatureDef contains the following output(s):
+    outputs['familiarity'] DT_FLOAT (-1)
     outputs['label'] DT_STRING (-1)
     outputs['labels'] DT_STRING (-1, 3)
     outputs['score'] DT_FLOAT (-1)
@@ -226,8 +230,8 @@ def write_other_version(job):
 
 
 def test_an_existing_version_is_left_alone(job):
-    """It is found before any work, such as listing the images, which would fail here."""
-    write_other_version(job)
+    """It is found before any work."""
+    write_other_version(job.photographs(cat=20, dog=20))
     before = listing(job.folder)
     with pytest.raises(
         retrain_serving.UserError,
@@ -249,8 +253,10 @@ def test_a_version_that_came_meanwhile_is_left_alone(job, monkeypatch):
 
 
 def test_ctrl_c_in_the_training_still_writes_a_version(job, monkeypatch):
-    def interrupt(*arguments):
-        raise KeyboardInterrupt
+    def interrupt(layer, *batch, train=retrain_serving.FinalLayer.train):
+        if layer.steps == 3:
+            raise KeyboardInterrupt
+        return train(layer, *batch)
 
     monkeypatch.setattr(retrain_serving.FinalLayer, 'train', interrupt)
     assert 'Ctrl-C: what was learned' in serve(job.photographs(cat=20, dog=20))
@@ -298,7 +304,8 @@ def test_the_next_free_version_is_named(tmp_path, versions, free):
 @pytest.fixture(scope='module')
 def classifier(model):
     layer = retrain_serving.FinalLayer(2048, 2, 0.1, [1, 2])
-    return retrain_serving.Classifier(load_backbone(model.parent), layer, ['cat', 'dog'])
+    head = retrain_serving.Head(layer, ['cat', 'dog'])
+    return retrain_serving.Classifier(load_backbone(model.parent), head)
 
 
 def test_a_file_that_came_meanwhile_is_left_alone(tmp_path, classifier):

@@ -35,7 +35,8 @@ def test_output(trained):
     counts = collections.Counter(get_set(trained.folder, path) for path in paths)
     sets = ', '.join(f'{counts[name]} {name}' for name in ('training', 'validation', 'testing'))
     assert lines[1] == f'3 classes, 145 images: {sets}'
-    assert lines[-3] == 'To look at the training: tensorboard --logdir logs'
+    assert lines[-4] == 'To look at the training: tensorboard --logdir logs'
+    assert lines[-3] == "To get 'unknown' for images unlike yours, add --unknown 5: see README.md."
     files = 'trained_model/unoptimized_model.pb trained_model/labels.txt'
     assert lines[-1] == f'python3 tf_test.py <path to image> {files}'
     # TensorFlow's chatter is gone, and a bar is only for a terminal.
