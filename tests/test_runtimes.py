@@ -1,8 +1,10 @@
 """Other runtimes: the recipes of trained_model/README.md give the scores of tf_test.py."""
 
-import json
+import os
 import pathlib
+import re
 import shutil
+from unittest import mock
 
 import cv2
 import forks
@@ -12,7 +14,7 @@ import openvino
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 from conftest import make_clone
-from helpers import ROOT
+from helpers import ROOT, label_images
 from PIL import Image
 from reader import Reader, read_blocks
 from selenium import webdriver
@@ -22,8 +24,6 @@ from selenium.webdriver.support.wait import WebDriverWait
 from tf_retrain import tf
 
 RECIPES = 'trained_model/README.md', 'Other runtimes'
-LABEL = 'python3 tf_test.py --json {} trained_model/unoptimized_model.pb trained_model/labels.txt'
-LOSSES = {'dynamic_range': 0.05, 'int8': 0.2}  # of a score, at most
 
 
 @pytest.fixture(scope='module')
@@ -44,74 +44,99 @@ def recipes(tmp_path_factory, model):
                 reader.type(text)
             else:
                 exec(text, reader.names)
+        assert len(reader.recipes) == 7  # each has a test
         yield reader
 
 
-def label(reader, photographs):
-    """Returns the scores of tf_test.py, [photographs, labels], in the order of the labels."""
-    names = pathlib.Path('trained_model/labels.txt').read_text().splitlines()
-    lines = reader.type(LABEL.format(' '.join(f'"{path}"' for path in photographs))).splitlines()
-    answers = [json.loads(line) for line in lines]
-    return np.array(
-        [[answer['scores'][answer['labels'].index(name)] for name in names] for answer in answers]
-    )
+def find(recipes, word):
+    (text,) = (text for text in recipes.recipes if word in text)
+    return text
 
 
-@pytest.mark.slow
-def test_twenty_photographs(recipes):
-    photographs = sorted(map(str, pathlib.Path('data').glob('*/*.jpg')))[::4]
-    expected = label(recipes, photographs)
+def score(recipes, text, images):
+    """Returns the scores that a recipe gives to decoded images."""
+    recipes.names['image'] = images
+    exec(text, recipes.names)
+    return recipes.names.pop('scores')
+
+
+def check_words(text, scores, tolerance):
+    """A text begins with the best label, and has its score."""
+    assert text.startswith(('cat', 'dog')[scores.argmax()])
+    number = re.search(r'[\d.]+', text)[0]
+    assert float(number) == pytest.approx(scores.max(), abs=tolerance)
+
+
+@pytest.fixture(scope='module')
+def photographs(recipes):
+    """Twenty photographs, decoded, and their scores by tf_test.py."""
+    paths = sorted(map(str, pathlib.Path('data').glob('*/*.jpg')))[::4]
+    expected = label_images(recipes.folder, paths)
     assert np.ptp(expected, axis=0).min() > 0.1
-    runs = {text.splitlines()[0]: text for text in recipes.recipes if 'scores' in text}
-    assert len(runs) == 4
-    litert = runs['from ai_edge_litert.interpreter import Interpreter']
-    for name, text in {
-        **runs,
-        **{name: litert.replace('float.tflite', f'{name}.tflite') for name in LOSSES},
-    }.items():
-        found = []
-        for path in photographs:
-            recipes.names['image'] = recipes.names['load'](path)
-            exec(text, recipes.names)
-            found.append(np.ravel(recipes.names.pop('scores')))
-        np.testing.assert_allclose(found, expected, atol=LOSSES.get(name, 1e-5), err_msg=name)
-    sizes = [
-        pathlib.Path(f'trained_model/{name}.tflite').stat().st_size for name in ('float', *LOSSES)
-    ]
-    assert max(sizes[1:]) < sizes[0] / 2
+    return [recipes.names['load'](path) for path in paths], expected
 
 
 @pytest.mark.slow
-def test_batches_in_onnx_runtime(recipes):
-    images = np.concatenate([recipes.names['load'](f'data/cat/cat {i}.jpg') for i in range(5)])
-    (recipe,) = (text for text in recipes.recipes if text.startswith('import onnxruntime'))
-    one_by_one = []
-    for recipes.names['image'] in (*images[:, np.newaxis], images):
-        exec(recipe, recipes.names)
-        one_by_one.append(recipes.names['scores'])
-    np.testing.assert_allclose(one_by_one.pop(), np.concatenate(one_by_one), atol=1e-5)
+@pytest.mark.parametrize(
+    ('word', 'file', 'atol'),
+    [
+        ('InferenceSession', 'float', 1e-5),
+        ('openvino.Core', 'float', 1e-5),
+        ('net.setInput(image', 'float', 1e-5),
+        ('Interpreter(', 'float', 1e-5),
+        ('Interpreter(', 'dynamic_range', 0.05),
+        ('Interpreter(', 'int8', 0.2),
+    ],
+)
+def test_twenty_photographs(recipes, photographs, word, file, atol):
+    images, expected = photographs
+    text = find(recipes, word).replace('float.tflite', f'{file}.tflite')
+    found = [np.ravel(score(recipes, text, image)) for image in images]
+    np.testing.assert_allclose(found, expected, atol=atol)
 
 
 @pytest.mark.slow
-def test_a_video(recipes, monkeypatch):
-    """The webcam is a film of four photographs; what OpenCV would show is looked at."""
-    photographs = [f'data/{name}/{name} {i}.jpg' for i in range(2) for name in ('cat', 'dog')]
-    frames = [cv2.imread(path) for path in photographs]
-    film = cv2.VideoWriter('film.avi', cv2.VideoWriter.fourcc(*'MJPG'), 10, frames[0].shape[1::-1])
-    for frame in frames:
-        film.write(frame)
-    film.release()
-    capture, shown, words = cv2.VideoCapture, [], []
-    monkeypatch.setattr(cv2, 'VideoCapture', lambda number: capture('film.avi'))
-    monkeypatch.setattr(cv2, 'waitKey', lambda milliseconds: -1)  # these two need a screen
-    monkeypatch.setattr(cv2, 'imshow', lambda title, frame: shown.append(frame.copy()))
-    monkeypatch.setattr(cv2, 'putText', lambda frame, text, *rest: words.append(text.split()))
-    (recipe,) = (text for text in recipes.recipes if 'VideoCapture' in text)
-    exec(recipe, recipes.names)
-    assert len(shown) == 4
-    expected = label(recipes, photographs)
-    assert [name for name, _ in words] == [('cat', 'dog')[scores.argmax()] for scores in expected]
-    np.testing.assert_allclose([float(score) for _, score in words], expected.max(axis=1), atol=0.1)
+def test_the_small_models_have_less_than_half_the_size(recipes):
+    models = ('float', 'dynamic_range', 'int8')
+    size, *smaller = (os.path.getsize(f'trained_model/{name}.tflite') for name in models)
+    assert max(smaller) < size / 2
+
+
+@pytest.mark.slow
+def test_batches_in_onnx_runtime(recipes, photographs):
+    images, expected = photographs
+    found = score(recipes, find(recipes, 'InferenceSession'), np.concatenate(images))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_video(recipes):
+    """The webcam takes four photographs; what OpenCV would show is looked at."""
+    paths = [f'data/{name}/{name} {i}.jpg' for i in range(2) for name in ('cat', 'dog')]
+    webcam = mock.Mock()
+    webcam.read.side_effect = [(True, cv2.imread(path)) for path in paths] + [(False, None)]
+    doubles = {'VideoCapture': lambda number: webcam, 'waitKey': lambda milliseconds: -1}
+    with mock.patch.multiple(cv2, **doubles, imshow=mock.DEFAULT, putText=mock.DEFAULT) as calls:
+        exec(find(recipes, 'VideoCapture'), recipes.names)
+    assert calls['imshow'].call_count == 4
+    words = [call.args[1] for call in calls['putText'].mock_calls]
+    for text, scores in zip(words, label_images(recipes.folder, paths), strict=True):
+        check_words(text, scores, 0.1)
+
+
+BROWSER_FLAGS = [
+    'headless',
+    'no-sandbox',
+    'no-first-run',
+    'disable-gpu',
+    'disable-quic',
+    'disable-background-networking',
+    'disable-component-update',
+    'disable-sync',
+    'disable-dev-shm-usage',
+    'use-fake-device-for-media-stream',  # the webcam
+    'use-fake-ui-for-media-stream',
+]
 
 
 @pytest.fixture
@@ -120,17 +145,8 @@ def browser():
         pytest.skip('there is no Chromium here')
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which('chromium')
-    quiet = ('gpu', 'quic', 'background-networking', 'component-update', 'sync', 'dev-shm-usage')
-    for argument in (
-        'headless',
-        'no-sandbox',
-        'no-first-run',
-        *(f'disable-{name}' for name in quiet),
-    ):
-        options.add_argument(f'--{argument}')
-    # The webcam.
-    for argument in ('use-fake-device-for-media-stream', 'use-fake-ui-for-media-stream'):
-        options.add_argument(f'--{argument}')
+    for name in BROWSER_FLAGS:
+        options.add_argument(f'--{name}')
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which('chromedriver')))
     yield driver
     driver.quit()
@@ -138,46 +154,42 @@ def browser():
 
 def wait_for_status(browser, *starts):
     """Returns the line that tells how the page is, as soon as it starts in one of these ways."""
-
-    def find(driver):
-        return driver.find_element(By.ID, 'status').text.startswith(starts)
-
-    WebDriverWait(browser, 60).until(find)
-    return browser.find_element(By.ID, 'status').text
+    status = browser.find_element(By.ID, 'status')
+    WebDriverWait(browser, 60).until(lambda _: status.text.startswith(starts))
+    return status.text
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('npm'), reason='there is no npm here')
 def test_the_page(recipes, browser):
     """Photographs as they come from cameras: a JPEG, one that its camera stored sideways, a PNG;
     and the webcam.
     """
     shutil.copy(ROOT / 'trained_model/index.html', 'trained_model')
-    if not shutil.which('npm'):
-        pytest.skip('there is no npm here')
-    for text in recipes.recipes:
-        if 'npm' in text or 'localhost' in text:
-            recipes.type(text)
+    for word in ('npm', 'localhost'):
+        recipes.type(find(recipes, word))
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open('data/cat/cat 1.jpg') as photograph:
         photograph.crop((0, 0, 31, 20)).save('turned.jpg', exif=exif)
         photograph.save('lossless.png')
+    pathlib.Path('text.jpg').write_text('no photograph')
     photographs = ['data/cat/cat 0.jpg', 'data/dog/dog 0.jpg', 'turned.jpg', 'lossless.png']
     browser.get(f'http://localhost:{recipes.ports["8000"]}')
     assert wait_for_status(browser, 'Ready', 'ERROR') == 'Ready.'
-    for path, scores in zip(photographs, label(recipes, photographs), strict=True):
-        browser.execute_script('document.getElementById("status").textContent = ""')
-        browser.find_element(By.ID, 'file').send_keys(str(recipes.folder / path))
+    clear = 'document.getElementById("status").textContent = ""'
+    chooser = browser.find_element(By.ID, 'file')
+    for path, scores in zip(photographs, label_images(recipes.folder, photographs), strict=True):
+        browser.execute_script(clear)
+        chooser.send_keys(os.path.abspath(path))
         found = wait_for_status(browser, 'cat (', 'dog (', 'ERROR')
-        assert found.startswith(('cat', 'dog')[scores.argmax()])
-        assert float(found.split()[-1].rstrip(')')) == pytest.approx(scores.max(), abs=1e-2)
+        check_words(found, scores, 0.01)
     rows = browser.find_elements(By.CSS_SELECTOR, '#scores tr')
     assert sorted(row.text.split()[0] for row in rows) == ['cat', 'dog']
-    browser.execute_script('document.getElementById("status").textContent = ""')
+    browser.execute_script(clear)
     browser.find_element(By.ID, 'webcam').click()
     wait_for_status(browser, 'cat (', 'dog (')
-    (recipes.folder / 'text.jpg').write_text('no photograph')
-    browser.find_element(By.ID, 'file').send_keys(str(recipes.folder / 'text.jpg'))
+    chooser.send_keys(os.path.abspath('text.jpg'))
     assert wait_for_status(browser, 'ERROR').startswith('ERROR: ')
 
 
