@@ -75,7 +75,7 @@ RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a number above 0, suc
 ADDRESS = checked(str, re.compile(r'grpc://.+:\d{1,5}').fullmatch, 'grpc://HOST:PORT')
 HANDLE = checked(str, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
-NODE_PATTERN = re.compile(r'[A-Za-z0-9.][A-Za-z0-9_.\\/-]*')
+NODE_PATTERN = re.compile(r'[A-Za-z0-9.][A-Za-z0-9_./-]*')
 NODE_NAME = checked(str, NODE_PATTERN.fullmatch, 'of letters, digits, _ . - /')
 
 
@@ -351,10 +351,9 @@ def create_serving_parser() -> argparse.ArgumentParser:
 def prepare_process() -> None:
     """Makes the program independent of what the shell has set up, before it opens any file.
 
-    Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are paths,
-    whose bytes decide the split, so they are read as UTF-8 in any locale. Standard streams that the
-    shell has closed are opened again: otherwise the next files would get their numbers, and what
-    TensorFlow's libraries print would end up in these files.
+    Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are read as
+    UTF-8 in any locale. Standard streams that the shell has closed are opened again: otherwise the
+    next files would get their numbers, and what TensorFlow's libraries print would end up there.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
@@ -550,10 +549,10 @@ def ensure_replaceable(path: str, flag: str) -> None:
     """Raises UserError if a file exists and could not be replaced at the end of the run.
 
     That a folder is writable is not enough: in /tmp, nobody can replace the files of others. So
-    this tries to rename an empty folder to the file. It always fails, and the error tells why.
+    this tries to rename an empty folder to the file. That always fails, and the error tells why.
     """
     target = os.path.realpath(to_bytes(path))
-    if is_special(path):
+    if is_special(path) or os.path.isdir(target):
         raise UserError(f"{flag}: '{path}' is not a plain file. Name another one.")
     if os.name != 'posix' or not os.path.exists(target):  # on Windows, the error tells nothing
         return
@@ -598,7 +597,7 @@ def name_some(names: list[str]) -> str:
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Turns a failure inside into a warning: what the original does not do never stops a run."""
+    """Turns a failure inside into a warning: it must not cost the user the training."""
     try:
         yield
     except Exception as error:
@@ -616,7 +615,10 @@ def check_outputs(flags: argparse.Namespace) -> None:
     record = f'{flags.output_graph}.json'
     paths = [os.path.realpath(to_bytes(path)) for path in (*outputs.values(), record)]
     if len(set(paths)) < len(paths):
-        raise UserError(f'{", ".join(outputs)} must be different files. Name others.')
+        raise UserError(
+            f'{", ".join(outputs)} and FILE.json of --output_graph must be different files. Name '
+            'others.'
+        )
     graph_names = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
     models = [os.path.join(flags.model_dir, name) for name in graph_names]
     taken = {os.path.realpath(to_bytes(path)) for path in models}
@@ -636,7 +638,8 @@ def check_outputs(flags: argparse.Namespace) -> None:
 
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
 SETS = ('training', 'validation', 'testing')
-UNSURE = 'unsure'  # what tf_test.py prints below --min_score
+UNSURE = 'unsure'  # printed in place of a label below --min_score
+UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
 FEW_IMAGES = 20  # per class: with fewer, the original warns
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
 
@@ -782,11 +785,12 @@ def get_labels(image_dir: str, folders: list[str]) -> list[str]:
                 f"{paths[label]} and {path} have the same label '{label}'. Rename or merge them."
             )
         paths[label] = path
-    if UNSURE in paths:
-        print(
-            f"WARNING: '{UNSURE}' is what tf_test.py --min_score says of images that it leaves "
-            f'unlabeled. Rename {paths[UNSURE]}, or it will refuse this flag.'
-        )
+    for word, flag in ((UNSURE, '--min_score'), (UNKNOWN, '--unknown')):
+        if word in paths:
+            print(
+                f"WARNING: '{word}' is what tf_test.py {flag} says of images that it leaves "
+                f'unlabeled. Rename {paths[word]}, or it will refuse this flag.'
+            )
     return list(paths)
 
 
@@ -987,7 +991,7 @@ class Backbone:
     bottleneck_size: int
     pixels: Pixels
     cache_suffix: str = ''  # between the name of an image and the '.txt' of its cache file
-    optimizer: str = ''  # of TensorFlow's, which makes bottlenecks faster and less precise
+    optimizer: str = ''  # of Grappler, for bottlenecks that are faster to compute and less precise
 
     def create_network(
         self, structure: GraphDef, weights: dict, device: str | None = None
@@ -1126,14 +1130,14 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, Pixels, int
         arguments = tf.nest.flatten(function.structured_input_signature)
         inputs = [argument.shape for argument in arguments if isinstance(argument, tf.TensorSpec)]
         outputs = [output.shape for output in tf.nest.flatten(function.structured_outputs)]
-        ranks = [len(shape) for shape in (*inputs, *outputs) if shape.rank]
+        ranks = [shape.rank for shape in inputs], [shape.rank for shape in outputs]
         is_for_training = True in arguments
-        if ranks == [4, 2] and not is_for_training:
+        if ranks == ([4], [2]) and outputs[0][1] and not is_for_training:
             sides = inputs[0][1:3]
             height, width = (side or 224 for side in sides)
             if None in sides:
                 print(
-                    '--tfhub_module: it takes images of any size, and gets '
+                    '--tfhub_module: it takes images of any size. They are resized to '
                     f'{height} x {width} pixels.'
                 )
             return function, Pixels((height, width), 0, 255), outputs[0][1]
@@ -1157,9 +1161,9 @@ def check_final_tensor_name(name: str, backbone: Backbone) -> None:
     """Raises UserError if the graph cannot have one more node with this name."""
     names = {node.name for node in backbone.graph_def.node}
     own_names = FAMILIARITY_NODE, 'final_training_ops', 'input'
-    if name in names or name.split('/')[0] in own_names:
+    if name in names or name.split('/')[0].lower() in own_names:
         raise UserError(
-            f'--final_tensor_name: the graph already has a node named {name}. Choose another name.'
+            f"--final_tensor_name: '{name}' is taken by the graph's own nodes. Choose another name."
         )
     untrained = FinalLayer(backbone.bottleneck_size, 1, 1, np.zeros(2, int))
     nodes = create_final_nodes(backbone, Head(untrained, ['']), name)
@@ -1173,18 +1177,17 @@ def check_final_tensor_name(name: str, backbone: Backbone) -> None:
 def use_bfloat16(backbone: Backbone) -> Backbone:
     """Returns a network that computes in bfloat16, with cache files of its own.
 
-    Without instructions for it, the network stays as it is.
+    Without instructions for it, and on a GPU, the network stays as it is.
     """
-    if HAS_GPU:
-        optimizer = 'auto_mixed_precision'
-    elif has_bfloat16():
-        optimizer = 'auto_mixed_precision_onednn_bfloat16'
-    else:
-        print(
-            '--precision: this processor has no bfloat16 instructions (or oneDNN is off). '
-            'float32 is used.'
-        )
+    problem = ''
+    if tf.config.get_visible_devices('GPU'):
+        problem = 'it is for CPUs only'
+    elif not has_bfloat16():
+        problem = 'this processor has no bfloat16 instructions (or oneDNN is off)'
+    if problem:
+        print(f'--precision: {problem}. float32 is used.')
         return backbone
+    optimizer = 'auto_mixed_precision_onednn_bfloat16'
     return dataclasses.replace(
         backbone,
         optimizer=optimizer,
@@ -1219,7 +1222,7 @@ def export_graph(graph: tf.Graph) -> GraphDef:
 def prepend_decoding(
     graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: str = ''
 ) -> GraphDef:
-    """Returns a graph, under a prefix, whose `tensor` comes from the decoding nodes of 2015."""
+    """Puts the decoding nodes of 2015 before the input `tensor` of a graph, which gets a prefix."""
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
         decoded = tf.io.decode_jpeg(contents, 3, name='DecodeJpeg')
@@ -1264,7 +1267,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
         if node.op == 'BatchNormWithGlobalNormalization':
             fold_batch_norm(node, nodes, constants)
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
-            attributes = {'T': float32}
+            attributes = {'T': node.attr['dtype']}
             node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr=attributes))
         elif node.op == 'Reshape' and node.input[1] in constants:
             allow_batches(constants[node.input[1]])
@@ -1345,7 +1348,7 @@ compute_digest = functools.partial(tf.strings.to_hash_bucket_fast, num_buckets=2
 
 
 def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
-    """Returns a dataset of load(row, contents) of the file of each row, without failures.
+    """Returns a dataset of load(row, contents) of the file of each row; skips files that fail.
 
     paths[i] is the file of rows[i]. What is not a plain file is not opened.
     """
@@ -1363,7 +1366,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
     bytes 6 to 9 (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
     """
     start = tf.strings.substr(contents, 0, 2)
-    header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'
+    header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'  # a short file has sides of 0
 
     def read_jpeg() -> tf.Tensor:
         return tf.image.extract_jpeg_shape(contents)[:2]
@@ -1378,7 +1381,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
 
     def fail() -> tf.Tensor:
         refusal = tf.debugging.Assert(False, ['The image is not JPEG, PNG or still GIF.'])
-        with tf.control_dependencies([refusal] if refusal is not None else []):
+        with tf.control_dependencies([refusal]):
             return tf.zeros([2], tf.int32)
 
     readers = [
@@ -1392,7 +1395,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
 def decode_image(contents: tf.Tensor) -> tf.Tensor:
     """Returns an image as the graph decodes it, uint8 [height, width, 3].
 
-    Fails before decoding if the header does not name from 1 to MAX_PIXELS pixels.
+    Fails before decoding if the header names more than MAX_PIXELS pixels.
     """
     pixels = count_pixels(contents)
     message = f'The image has more than {MAX_PIXELS:,} pixels.'
@@ -1666,6 +1669,7 @@ class BottleneckCache:
             is_usable = is_written and record.model == self.backbone.checksum
         status = self.statuses[row]
         is_same_time = record.time == status.modified
+        # A trusted cache file has a record without a digest: only the size can differ.
         is_same_digest = digest is not None and record.digest in (digest, None)
         if is_usable and record.size == status.size and (is_same_time or is_same_digest):
             return record.outcome
@@ -1677,13 +1681,14 @@ class BottleneckCache:
         Images are read only if their modification time is not the recorded one.
         """
         for row, digest in enumerate(self.digests.tolist()):
-            if digest >= 0 and self.records[row] is None:  # a cache of the original is trusted
-                self.record(row, None, digest, None)
+            # A cache file without a usable record is trusted (bottlenecks/README.md).
+            if digest >= 0 and self.records[row] is None:
+                self.record(row, digest=None, outcome=digest, orientation=None)
         outcomes = [self.look_up(row) for row in range(len(self.paths))]
         missing = [row for row, outcome in enumerate(outcomes) if outcome is None]
         unsure = np.array([row for row in missing if self.records[row]], int)
         paths = [self.images.paths[row] for row in unsure]
-        files = load_files(unsure, paths, lambda row, text: (row, compute_digest(text)))
+        files = load_files(unsure, paths, lambda row, image: (row, compute_digest(image)))
         for row, digest in files.as_numpy_iterator():
             outcomes[row] = self.look_up(row, digest)
             if outcomes[row] is not None:
@@ -1691,8 +1696,11 @@ class BottleneckCache:
         reasons = {row: reason for row, reason in enumerate(outcomes) if isinstance(reason, str)}
         return np.flatnonzero([outcome is None for outcome in outcomes]), reasons
 
-    def explain_missing(self, rows: np.ndarray) -> None:
-        """Prints why bottlenecks with a cache file are computed all the same."""
+    def report_recomputed(self, rows: np.ndarray) -> None:
+        """Prints why bottlenecks are computed although there is a cache file.
+
+        Raises UserError if a folder is in the place of a cache file.
+        """
         for row in rows:
             path = self.paths[row]
             record = self.records[row]
@@ -1718,8 +1726,10 @@ class BottleneckCache:
             return
         try:
             write_whole(path, text)
-        except tf.errors.InvalidArgumentError as error:  # the name is too long
-            tqdm.write(f'WARNING: {error.message}. Each run computes this bottleneck.')
+        except tf.errors.InvalidArgumentError:
+            problem = 'the name is too long. Each run computes this bottleneck.'
+            tqdm.write(f'WARNING: {escape(path)}: {problem}')
+            return
         self.written += 1
         if self.written % 100 == 0:
             tqdm.write(f'{self.written} bottleneck files created.')
@@ -1746,13 +1756,15 @@ class BottleneckCache:
                 self.write(row, digest, bottleneck)
             left.difference_update(found_rows.tolist())
             bar.update(len(found_rows))
-            if is_strict and not service and left and min(left) < found_rows.max():
+            # Rows come in order: one that was passed over has failed.
+            has_failure = bool(left) and min(left) < found_rows.max()
+            if is_strict and not service and has_failure:
                 break
         return np.array(sorted(left), int)
 
     def fill(self, rows: np.ndarray, flags: argparse.Namespace) -> dict[int, str]:
         """Computes and writes the bottlenecks of some rows; returns {row: reason} of failures."""
-        self.explain_missing(rows)
+        self.report_recomputed(rows)
         with tqdm(total=len(rows), desc='Bottlenecks', unit='image', disable=None) as bar:
             left = rows
             if flags.data_service:
@@ -1812,8 +1824,9 @@ def cache_bottlenecks(
     report_sideways(cache.records)
     readable = np.ones(len(images.files), bool)
     readable[list(reasons)] = False
-    for index in np.setdiff1d(images.classes, images.classes[readable]):
-        folder = os.path.dirname(images.files[images.classes == index][0])
+    lost = np.setdiff1d(images.classes, images.classes[readable])
+    if lost.size:
+        folder = os.path.dirname(images.files[images.classes == lost[0]][0])
         raise UserError(
             f"No image in the class folder '{folder}' can be read. Add some, or remove the folder."
         )
@@ -2086,34 +2099,34 @@ class FinalLayer:
 # Familiarity
 
 NEIGHBOR = 3  # an image is as similar as its third nearest training image
-MAX_REFERENCES = 500  # training images in the graph; one per class if there are more classes ...
-MAX_CLASSES = 5_000  # ... up to this number: 40 MB
-MAX_OWN_IMAGES = 2_500
+MAX_REFERENCES = 500  # training images in the graph, or one per class if that is more
+MAX_CLASSES = 5_000  # at most this many training images: 40 MB
+MAX_OWN_IMAGES = 2_500  # whose similarities are in the graph
 
 
 class Familiarity(NamedTuple):
-    """What tells how much an image is like one's own: a share of these that are no more similar.
+    """What tells how familiar a new image is, in 0..1.
 
+    That is the share of the user's images whose similarity is no higher than that of the new image.
     The similarity of an image is the cosine of its bottleneck and that of its third nearest
-    reference. An image's familiarity, in 0..1, is the share of own images whose similarity is at
-    most its own. That is a conformal p-value (Bates et al. 2023, https://arxiv.org/abs/2104.08279)
-    but for 1/n.
+    reference. This is a conformal p-value (Bates et al. 2023, https://arxiv.org/abs/2104.08279)
+    without the 1 that is added to numerator and denominator.
     """
 
     references: np.ndarray  # training images: bottlenecks of length 1, float32 [R, bottleneck size]
-    similarities: np.ndarray  # those of own images, float32 [M]
+    similarities: np.ndarray  # those of the user's images, float32 [M]
 
 
 def choose_references(images: Images, rng: np.random.Generator) -> np.ndarray:
-    """Returns rows of training images, as many of each class as possible, in random order."""
+    """Returns rows of training images, drawn class by class until there are enough."""
     rows = rng.permutation(images.rows['training'])
     rows = rows[np.argsort(images.classes[rows], kind='stable')]
     counts = images.counts['training']
     first = counts.cumsum() - counts
-    # Of each class, the first ones come first: 0, 1, 2, ... in their class.
-    turns = np.arange(len(rows)) - first[images.classes[rows]]
+    # Sorted by their place in their class (0, 1, 2, ...), the images of all classes take turns.
+    places = np.arange(len(rows)) - first[images.classes[rows]]
     limit = max(MAX_REFERENCES, min(len(images.labels), MAX_CLASSES))
-    return rows[np.argsort(turns, kind='stable')][:limit]
+    return rows[np.argsort(places, kind='stable')][:limit]
 
 
 def measure_similarities(
@@ -2134,7 +2147,8 @@ def measure_similarities(
         is_no_copy = is_other & (cosines < DUPLICATE_SIMILARITY)
         is_own_class = images.classes[block, None] == images.classes[references]
         has_enough = (is_no_copy & is_own_class).sum(axis=1, keepdims=True) >= neighbor
-        cosines = np.where(np.where(has_enough, is_no_copy, is_other), cosines, 0)
+        counts = np.where(has_enough, is_no_copy, is_other)
+        cosines = np.where(counts, cosines, -1)
         similarities.append(np.partition(cosines, -neighbor, axis=1)[:, -neighbor])
     return np.float32(np.concatenate(similarities))
 
@@ -2142,9 +2156,10 @@ def measure_similarities(
 def find_familiarity(
     images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace
 ) -> Familiarity:
-    """Returns what tells how familiar an image is; names the least familiar of one's own.
+    """Returns what tells how familiar a new image is.
 
-    That is for --find_suspects: photographs of nothing that belongs there.
+    With --find_suspects, names the least familiar images of the user: they may show nothing that
+    belongs to any class.
     """
     rng = create_rng(flags.random_seed, 'familiarity')
     references = choose_references(images, rng)
@@ -2279,17 +2294,18 @@ def train(
             is_evaluated = step % flags.eval_step_interval == 0 or step == last_step
             if rows.size:
                 before = layer.train(batch, images.classes[rows])
+                # The scores are those before the step, and the weights those after it.
                 train_writer.write(summarize(before, layer if is_evaluated else None), step=step)
             if not is_evaluated:
                 continue
             if rows.size:
                 report_training(step, layer.evaluate(batch, images.classes[rows]))
-            rows = images.draw('validation', flags.validation_batch_size, rng)
-            if rows.size:
-                evaluation = layer.evaluate(bottlenecks[rows], images.classes[rows])
+            drawn = images.draw('validation', flags.validation_batch_size, rng)
+            if drawn.size:
+                evaluation = layer.evaluate(bottlenecks[drawn], images.classes[drawn])
                 validation_writer.write(summarize(evaluation, layer), step=step)
                 report_validation(step, evaluation)
-        if signal.getsignal(signal.SIGINT) is stop_run:
+        if signal.getsignal(signal.SIGINT) is stop_run:  # not so in a notebook's thread
             on_stop_signals(finish_run)
     except KeyboardInterrupt:
         if not layer.steps:
@@ -2327,9 +2343,8 @@ class Tested(NamedTuple):
     """The result of the test of N images."""
 
     rows: np.ndarray  # int [N]
-    predictions: np.ndarray  # indices into labels, int [N]
     confusion: np.ndarray  # counts, int [true class, predicted class]
-    misclassified: list[tuple[int, int]]  # rows and predictions
+    misclassified: list[tuple[int, int]]  # rows, and the classes that they were taken for
 
     def measure(self) -> tuple[int, int, tuple[float, float]]:
         """Returns how many are right, how many were tested, and the interval of the accuracy."""
@@ -2352,7 +2367,7 @@ def test(
     confusion = tf.math.confusion_matrix(classes, predictions, len(images.labels)).numpy()
     is_wrong = predictions != classes
     misclassified = zip(rows[is_wrong], predictions[is_wrong], strict=True)
-    return Tested(rows, predictions, confusion, list(misclassified))
+    return Tested(rows, confusion, list(misclassified))
 
 
 def get_interval(right: int, count: int) -> tuple[float, float]:
@@ -2445,8 +2460,10 @@ def create_final_nodes(backbone: Backbone, head: Head, final_tensor_name: str) -
             with tf.name_scope(f'{FAMILIARITY_NODE}/'):
                 result = compute_familiarity(fed, head.familiarity)
             tf.identity(result, FAMILIARITY_NODE)
+        # The last node: tf_test.py finds the scores by this place, whatever their name is.
         tf.nn.softmax(logits, name=final_tensor_name)
     nodes = export_graph(graph)
+    assert nodes.node[0].name == backbone.bottleneck
     del nodes.node[0]  # the placeholder that stands for the backbone
     return nodes
 
@@ -2705,7 +2722,7 @@ def draw_names(
 
 
 def write_pictures(images: Images, head: Head, tested: Tested | None, folder: str) -> None:
-    """Writes the confusion matrix, misclassified images, and the familiarity of own images."""
+    """Writes the confusion matrix, misclassified images, and the similarities of the images."""
     pictures: dict[str, Any] = {}
     misclassified: list[tuple[int, int]] = []
     if head.familiarity:
@@ -2855,14 +2872,8 @@ def ensure_no_mount(folder: str, flag: str) -> None:
     """
     path = to_bytes(folder)
     problem = 'a symbolic link' if os.path.islink(path) else ''
-    if not problem and os.path.isdir(path):
-        probe = os.path.join(os.path.dirname(path), f'.{uuid.uuid4().hex[:8]}.tmp'.encode())
-        try:
-            os.mkdir(probe)
-            os.replace(probe, path)
-        except OSError as error:
-            os.rmdir(probe)
-            problem = f'in use as a mount point or otherwise ({error.strerror})'
+    if os.path.ismount(path):
+        problem = 'a mount point'
     if problem:
         raise UserError(f"{flag}: '{folder}' is {problem}. Name a new folder in it: {folder}/1")
 
@@ -2883,13 +2894,15 @@ class Classifier(tf.Module):
         self.weights = tf.Variable(head.layer.weights, name='final_weights')
         self.biases = tf.Variable(head.layer.biases, name='final_biases')
         self.labels = tf.constant(head.labels)
-        self.familiarity = head.familiarity and Familiarity(*map(tf.constant, head.familiarity))
+        self.familiarity = None
+        if head.familiarity:
+            self.familiarity = Familiarity(*[tf.constant(array) for array in head.familiarity])
 
     def load(self, contents: tf.Tensor) -> tf.Tensor:
         """Decodes and resizes an encoded image: float [*size, 3]."""
         return resize_bilinear(decode_image(contents)[tf.newaxis], self.image_size)[0]
 
-    def compute_bottlenecks(self, contents: tf.Tensor) -> tf.Tensor:
+    def embed(self, contents: tf.Tensor) -> tf.Tensor:
         """Returns the bottlenecks of encoded images, string [N], as one batch: float [N, size]."""
         spec = tf.TensorSpec([*self.image_size, 3])
         images = tf.map_fn(self.load, contents, fn_output_signature=spec)
@@ -2905,7 +2918,7 @@ class Classifier(tf.Module):
     @tf.function(input_signature=[tf.TensorSpec(None, tf.string, name='image')])
     def predict(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
         """The original's signature, for one encoded image, string [], or a batch, string [N]."""
-        bottlenecks = self.compute_bottlenecks(tf.reshape(image, [-1]))
+        bottlenecks = self.embed(tf.reshape(image, [-1]))
         return {'prediction': self.score(bottlenecks), 'classes': self.labels}
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name='image')])
@@ -2915,7 +2928,7 @@ class Classifier(tf.Module):
         A row has the best label with its score, all of them, the best first, and how familiar the
         image is.
         """
-        bottlenecks = self.compute_bottlenecks(image)
+        bottlenecks = self.embed(image)
         scores = self.score(bottlenecks)
         order = tf.argsort(scores, direction='DESCENDING')
         labels = tf.gather(self.labels, order)
@@ -2951,7 +2964,7 @@ def write_saved_model(classifier: Classifier, saved_model_dir: str) -> str:
 
 def main_serving(flags: argparse.Namespace) -> None:
     """Does the whole job, and writes the SavedModel; raises UserError for what the user can fix."""
-    ensure_image_dir(flags.image_dir)
+    ensure_image_dir(flags.image_dir)  # before a folder for the SavedModel is made
     check_saved_model_dir(flags.saved_model_dir)
     written = []
 

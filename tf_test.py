@@ -87,10 +87,9 @@ def create_labeling_parser() -> argparse.ArgumentParser:
 def prepare_process() -> None:
     """Makes the program independent of what the shell has set up, before it opens any file.
 
-    Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are paths,
-    whose bytes decide the split, so they are read as UTF-8 in any locale. Standard streams that the
-    shell has closed are opened again: otherwise the next files would get their numbers, and what
-    TensorFlow's libraries print would end up in these files.
+    Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are read as
+    UTF-8 in any locale. Standard streams that the shell has closed are opened again: otherwise the
+    next files would get their numbers, and what TensorFlow's libraries print would end up there.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
@@ -153,13 +152,13 @@ JPEG_DATA_NODE = 'DecodeJpeg/contents'
 RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
 LABELS_NODE = 'final_training_ops/labels'
 FAMILIARITY_NODE = 'familiarity'
-UNKNOWN = 'unknown'  # in place of a label if the familiarity is at most that of --unknown
 UNFAMILIAR = 0.02  # share of one's own images: at or below it, the scores mean little
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 MAX_LISTED = 4096  # paths that are listed before their images are labeled
-UNSURE = 'unsure'  # what tf_test.py prints below --min_score
+UNSURE = 'unsure'  # printed in place of a label below --min_score
+UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
 
 
 class UserError(Exception):
@@ -196,7 +195,7 @@ def escape(text: str) -> str:
 def load_file(path: str, what: str) -> bytes:
     """Returns a file's contents; raises UserError if it cannot be read."""
     if is_special(path):
-        raise UserError(f"The {what} '{path}' cannot be read: only plain files are.")
+        raise UserError(f"The {what} '{path}' cannot be read: it is not a plain file.")
     try:
         return tf.io.read_file(to_bytes(path)).numpy()
     except tf.errors.OpError as error:
@@ -220,7 +219,7 @@ class Graph(NamedTuple):
     """A frozen graph up to its outputs."""
 
     graph_def: GraphDef
-    outputs: list[str]  # the node of the scores, and that of the familiarity if there is one
+    outputs: list[str]  # the nodes of an Answer's fields: scores, and familiarity if there is one
     labels: list[str]  # those in the graph; none in the graphs of other programs
 
 
@@ -259,11 +258,16 @@ def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> 
 
     Other words are a warning, as people translate them.
     """
-    if flags.min_score and UNSURE in labels:
-        raise UserError(
-            f"--min_score: one of the labels is '{UNSURE}', the word for images below this score. "
-            f"Rename the label in '{flags.labels}', or leave the flag out."
-        )
+    flags_and_words = (
+        ('--min_score', flags.min_score, UNSURE),
+        ('--unknown', flags.unknown, UNKNOWN),
+    )
+    for flag, value, word in flags_and_words:
+        if value and word in labels:
+            raise UserError(
+                f"{flag}: one of the labels is '{word}', the word for images that get no label. "
+                f"Rename the label in '{flags.labels}', or leave the flag out."
+            )
     if flags.unknown is not None and FAMILIARITY_NODE not in graph.outputs:
         raise UserError(
             f"--unknown: '{flags.graph}' does not say how familiar an image is. Train again."
@@ -304,7 +308,12 @@ def find_images(folder: str, left_out: str | None) -> Iterator[str]:
 
     Hidden ones, and those in the folder `left_out`, are passed over.
     """
-    for name in list_names(folder):
+    try:
+        names = list_names(folder)
+    except (tf.errors.OpError, OSError):
+        yield folder  # fails as an image that cannot be read
+        return
+    for name in names:
         path = os.path.join(folder, name)
         if name.startswith('.') or (left_out and is_same_path(path, left_out)):
             continue
@@ -322,15 +331,12 @@ def is_same_path(first: str, second: str) -> bool:
 
 def read_paths() -> Iterator[str]:
     """Yields the paths on standard input: one per line, or with NUL after each (find -print0)."""
-    stream = sys.stdin.buffer
-    for line in stream:
-        text = line.removeprefix(b'\xef\xbb\xbf')
-        if b'\0' in text:
-            text += stream.read()
-        paths = text.split(b'\0') if b'\0' in text else [text.rstrip(b'\r\n')]
-        for path in paths:
-            if path.strip():
-                yield path.decode(errors='surrogateescape')
+    stream: Any = sys.stdin.buffer
+    lines = stream.read().split(b'\0') if b'\0' in stream.peek() else stream
+    for line in lines:
+        path = line.removeprefix(b'\xef\xbb\xbf').rstrip(b'\r\n')
+        if path:
+            yield path.decode(errors='surrogateescape')
 
 
 def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
@@ -398,7 +404,7 @@ def link_or_copy(source: bytes, target: bytes) -> None:
 
 
 def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
-    """Returns a dataset of load(row, contents) of the file of each row, without failures.
+    """Returns a dataset of load(row, contents) of the file of each row; skips files that fail.
 
     paths[i] is the file of rows[i]. What is not a plain file is not opened.
     """
@@ -416,7 +422,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
     bytes 6 to 9 (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
     """
     start = tf.strings.substr(contents, 0, 2)
-    header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'
+    header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'  # a short file has sides of 0
 
     def read_jpeg() -> tf.Tensor:
         return tf.image.extract_jpeg_shape(contents)[:2]
@@ -431,7 +437,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
 
     def fail() -> tf.Tensor:
         refusal = tf.debugging.Assert(False, ['The image is not JPEG, PNG or still GIF.'])
-        with tf.control_dependencies([refusal] if refusal is not None else []):
+        with tf.control_dependencies([refusal]):
             return tf.zeros([2], tf.int32)
 
     readers = [
@@ -445,7 +451,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
 def decode_image(contents: tf.Tensor) -> tf.Tensor:
     """Returns an image as the graph decodes it, uint8 [height, width, 3].
 
-    Fails before decoding if the header does not name from 1 to MAX_PIXELS pixels.
+    Fails before decoding if the header names more than MAX_PIXELS pixels.
     """
     pixels = count_pixels(contents)
     message = f'The image has more than {MAX_PIXELS:,} pixels.'
@@ -455,7 +461,10 @@ def decode_image(contents: tf.Tensor) -> tf.Tensor:
 
 
 def load_image(path: str) -> bytes:
-    """Returns the contents of an image file; raises UserError if its header shows no image."""
+    """Returns the contents of an image file.
+
+    Raises UserError if its header shows no image, or one of too many pixels.
+    """
     contents = load_file(path, 'image')
     try:
         pixels = int(count_pixels(contents))
@@ -518,7 +527,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
         if node.op == 'BatchNormWithGlobalNormalization':
             fold_batch_norm(node, nodes, constants)
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
-            attributes = {'T': float32}
+            attributes = {'T': node.attr['dtype']}
             node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr=attributes))
         elif node.op == 'Reshape' and node.input[1] in constants:
             allow_batches(constants[node.input[1]])
@@ -794,7 +803,10 @@ def warn_of_unfamiliar(answer: Answer) -> None:
 
 
 def report_failure(path: str, flags: argparse.Namespace, is_single: bool) -> None:
-    """Prints why an image could not be labeled; raises UserError if it is the only one."""
+    """Prints why an image could not be labeled.
+
+    Raises UserError if it is the only one, unless JSON is printed.
+    """
     reason = explain_failure(path) or f"'{path}' changed while it was read. Try again."
     if flags.json:
         print(json.dumps({'image': path, 'error': reason}), flush=True)
@@ -818,11 +830,12 @@ def rank(
             f"'{flags.graph}' is damaged: its scores are not finite. Train again, or get another "
             'copy.'
         )
-    return [(labels[index], round(float(scores[index]), 7)) for index in np.argsort(-scores)]
+    order = np.argsort(-scores, kind='stable')  # of equal ones the first, as argmax() does
+    return [(labels[index], round(float(scores[index]), 7)) for index in order]
 
 
-def check_targets(flags: argparse.Namespace, is_single: bool) -> None:
-    """Raises UserError if what the flags ask to be written would harm what is read."""
+def check_flags(flags: argparse.Namespace, is_single: bool) -> None:
+    """Raises UserError if the flags do not fit together, or would overwrite what is read."""
     if flags.heatmap and not is_single:
         raise UserError('--heatmap: name one image.')
     for path in (*flags.images, flags.graph, flags.labels):
@@ -838,7 +851,11 @@ def draw(graph: Graph, path: str, title: str, index: int, target: str) -> None:
     """Writes the heatmap of an image for a label, given by its index."""
     contents = load_image(path)
     heatmap = compute_heatmap(graph, contents, index)
-    save_picture(draw_heatmap(contents, heatmap, title), target)
+    try:
+        picture = draw_heatmap(contents, heatmap, title)
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, which refuses more than the op
+        raise UserError(f"--heatmap: '{path}' cannot be drawn ({error}). Save it again as PNG.")
+    save_picture(picture, target)
 
 
 def report_answer(
@@ -873,7 +890,7 @@ def label_images(flags: argparse.Namespace) -> None:
     """Labels all images that can be labeled; then raises UserError if some could not be."""
     first = flags.images[0]
     is_single = len(flags.images) == 1 and first != '-' and not is_folder(first)
-    check_targets(flags, is_single)
+    check_flags(flags, is_single)
     labels = load_labels(flags.labels)
     graph = load_graph(flags.graph)
     check_labels(labels, graph, flags)
@@ -904,7 +921,7 @@ def label_images(flags: argparse.Namespace) -> None:
 
 
 def has_bar() -> bool:
-    """Tells whether a progress bar is of use: in a terminal that does not get the labels, too."""
+    """Tells whether to show a progress bar: on a terminal, while the labels go elsewhere."""
     is_terminal = [bool(stream and stream.isatty()) for stream in (sys.stdout, sys.stderr)]
     return is_terminal == [False, True]
 

@@ -490,7 +490,7 @@ def test_names_up_to_the_longest_that_there_can_be(cached):
     for files in ([fits, *too_long], too_long):
         out = cached.cache()
         assert created(out) == files
-        assert out.count('File name too long. Each run computes this bottleneck.') == 2
+        assert out.count('the name is too long. Each run computes this bottleneck.') == 2
     assert not list((cached.folder / 'bottlenecks').rglob('*.tmp'))
 
 

@@ -208,16 +208,44 @@ def test_nothing_that_is_read_is_written(trained, label, path):
     label.fails('^--sort_into: .* is read. Name another folder', '--sort_into=data', 'data/')
 
 
+def test_a_folder_that_cannot_be_read_is_one_line(trained, label, monkeypatch):
+    """The images of the others are labeled."""
+
+    def list_names(folder, original=tf_test.list_names):
+        if folder.endswith('cat'):
+            raise tf.errors.PermissionDeniedError(None, None, 'Permission denied')
+        return original(folder)
+
+    monkeypatch.setattr(tf_test, 'list_names', list_names)
+    out, err = label.fails('1 of 86 images could not be labeled', 'data')
+    assert len(out.splitlines()) == 85
+    assert err.startswith("ERROR: The image 'data/cat' cannot be read: ")
+
+
+def test_what_pillow_cannot_draw_is_one_line(trained, label, tmp_path):
+    """TensorFlow decodes a PNG with a damaged chunk of text, and Pillow does not."""
+    contents = io.BytesIO()
+    with Image.open(trained.test_image()) as image:
+        image.save(contents, 'PNG')
+    png = contents.getvalue()
+    chunk = b'\0\0\0\x01tEXtx\0\0\0\0'  # with a wrong checksum
+    (tmp_path / 'x.png').write_bytes(png[:33] + chunk + png[33:])
+    flag = f'--heatmap={tmp_path}/h.png'
+    label.fails(
+        "^--heatmap: '.*x.png' cannot be drawn .*Save it again as PNG", flag, tmp_path / 'x.png'
+    )
+
+
 def test_paths_with_nul_after_each(trained):
     """That is what find -print0 writes, also of names with a newline."""
     paths = sorted(trained.data.rglob('*.jpg'))[:3]
     odd = trained.folder / 'odd\nname.jpg'
     odd.write_bytes(paths[0].read_bytes())
-    text = ''.join(f'{path}\0' for path in (*paths, odd))
+    text = ''.join(f'{path}\0' for path in (odd, *paths))
     process = run_new('tf_test.py', '-', *FILES, cwd=trained.folder, input=text)
     lines = process.stdout.splitlines()
-    assert [line.split('\t')[0] for line in lines[:3]] == list(map(str, paths))
-    assert lines[3].split('\t')[0] == str(odd).replace('\n', '\\n')
+    names = [str(path).replace('\n', '\\n') for path in (odd, *paths)]
+    assert [line.split('\t')[0] for line in lines] == names
 
 
 def test_names_that_are_not_utf_8(trained, tmp_path):
@@ -268,7 +296,7 @@ def test_only_plain_files_are_opened(trained, label, position):
     files = [trained.test_image(), *FILES]
     files[position] = 'fifo'
     label.fails(
-        "The (image|graph|labels file) 'fifo' cannot be read: only plain files are",
+        "The (image|graph|labels file) 'fifo' cannot be read: it is not a plain file",
         files[0],
         files=files[1:],
     )
@@ -314,8 +342,8 @@ ERRORS = [  # image, graph and labels
     ('folder graph labels', 'There is no image in folder. '),
     ('labels graph labels', f"'labels' {NO_IMAGE}"),
     ('empty graph labels', f"'empty' {NO_IMAGE}"),
-    ('pipe graph labels', "The image 'pipe' cannot be read: only plain files are."),
-    ('/dev/null graph labels', "The image '/dev/null' cannot be read: only plain files are."),
+    ('pipe graph labels', "The image 'pipe' cannot be read: it is not a plain file."),
+    ('/dev/null graph labels', "The image '/dev/null' cannot be read: it is not a plain file."),
     ('huge.png graph labels', "'huge.png' has 400,000,000 pixels. Make it smaller: "),
     ('cat.jpg absent labels', "The graph 'absent' cannot be read: "),
     ('cat.jpg labels labels', f"'labels' {NO_GRAPH}"),
@@ -361,7 +389,7 @@ def test_images_that_are_refused_do_not_stop_the_others(odd_files, label, monkey
     images = 'pipe', 'cat.jpg', 'huge.png', 'absent.jpg', 'graph', 'labels'
     out, err = label.fails('3 of 4 images could not be labeled', files=images)
     assert re.fullmatch(r'cat\.jpg\tcat\t.*\n', out)
-    reasons = 'only plain files are', 'has 400,000,000 pixels', 'No such file'
+    reasons = 'it is not a plain file', 'has 400,000,000 pixels', 'No such file'
     assert re.fullmatch(''.join(rf'ERROR: .*{reason}.*\n' for reason in reasons), err)
 
 

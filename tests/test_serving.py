@@ -115,7 +115,7 @@ def test_predict_rows(served, signatures, photographs, which):
     check_rows(found, expected[which])
     if which == slice(None):
         familiarity = run_v1_on_all(served.graph(), images, 'familiarity:0')
-        np.testing.assert_allclose(found['familiarity'], np.ravel(familiarity), atol=0.008)
+        np.testing.assert_allclose(found['familiarity'], np.ravel(familiarity), atol=0.02)
 
 
 SAVED_MODEL_CLI = pathlib.Path(sys.executable).with_name('saved_model_cli')

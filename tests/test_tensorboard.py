@@ -73,7 +73,7 @@ def test_table_of_classes(capsys):
     labels = ['cat', 'dog', 'none', 'wolf' * 8]
     confusion = np.array([[3, 1, 2, 0], [0, 5, 0, 0], [0, 0, 0, 0], [0, 4, 5, 0]])
     images = tf_retrain.Images('data', labels, None, None, None)
-    tested = tf_retrain.Tested(np.arange(20), None, confusion, [])
+    tested = tf_retrain.Tested(np.arange(20), confusion, [])
     flags = types.SimpleNamespace(print_misclassified_test_images=False)
     tf_retrain.report_test(images, tested, flags)
     assert capsys.readouterr().out == TABLE

@@ -198,8 +198,8 @@ ABSENT_MODEL = 'inception/mobilenet_v1_0.25_128/frozen_graph.pb'
         ('optimized_graph', ABSENT_MODEL, f'{ABSENT_MODEL} is the pretrained model'),
         ('bottleneck_dir', 'file', "nothing can be written in 'file'"),
         ('summaries_dir', 'file', "nothing can be written in 'file/train'"),
-        ('final_tensor_name', 'mixed/join', 'the graph already has a node named mixed/join.'),
-        ('final_tensor_name', 'input/x', 'the graph already has a node named input/x.'),
+        ('final_tensor_name', 'mixed/join', ''mixed/join' is taken by the graph'),
+        ('final_tensor_name', 'input/x', ''input/x' is taken by the graph'),
     ],
 )
 def test_outputs_are_tried_before_any_work(job, flag, value, message):
@@ -211,6 +211,7 @@ def test_outputs_are_tried_before_any_work(job, flag, value, message):
 
 @pytest.mark.parametrize('labels', ['x', 'x.json'])
 def test_outputs_must_not_overwrite_each_other(job, labels):
+    job.photographs(cat=1, dog=1)
     job.fails('must be different files', output_graph='x', output_labels=labels)
 
 
@@ -287,7 +288,8 @@ def test_an_extra_that_fails_is_a_warning(job, monkeypatch):
     monkeypatch.setattr(tf_retrain, 'DUPLICATE_SIMILARITY', None)
     monkeypatch.setattr(tf_retrain.ImageFont, 'load_default', None)
     out = job.photographs(cat=30, dog=30).main()
-    extras = ['the search for near copies', 'the record of the run', 'the pictures for TensorBoard']
+    extras = ['the search for near copies', 'the familiarity', 'the record of the run']
+    extras.append('the pictures for TensorBoard')
     assert re.findall(r'^WARNING: (.*) left out \(', out, re.MULTILINE) == extras
     assert out.splitlines()[-1].startswith('python3 tf_test.py')
     assert job.graph().node[-1].name == 'final_result'
@@ -342,7 +344,7 @@ def test_accuracy_and_its_interval(trained):
     assert (
         f'Final test accuracy = {100 * right / count:.1f}% (N={count})\n'
         f'95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%. '
-        f'About {4 * count} test images would halve it.\n'
+        f'About {4 * count} test images would halve the width of the interval.\n'
     ) in trained.process.stdout
 
 
