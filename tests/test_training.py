@@ -198,8 +198,8 @@ ABSENT_MODEL = 'inception/mobilenet_v1_0.25_128/frozen_graph.pb'
         ('optimized_graph', ABSENT_MODEL, f'{ABSENT_MODEL} is the pretrained model'),
         ('bottleneck_dir', 'file', "nothing can be written in 'file'"),
         ('summaries_dir', 'file', "nothing can be written in 'file/train'"),
-        ('final_tensor_name', 'mixed/join', ''mixed/join' is taken by the graph'),
-        ('final_tensor_name', 'input/x', ''input/x' is taken by the graph'),
+        ('final_tensor_name', 'mixed/join', "'mixed/join' is taken by the graph"),
+        ('final_tensor_name', 'input/x', "'input/x' is taken by the graph"),
     ],
 )
 def test_outputs_are_tried_before_any_work(job, flag, value, message):
