@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import openvino
 import pytest
-from helpers import ROOT, build_model, get_scores, load_backbone
+from helpers import ROOT, build_model, get_scores, load_backbone, run_v1_on_all
 
 import tf_retrain
 
@@ -174,11 +174,20 @@ def tensorflow_1(tmp_path_factory):
 
 @pytest.mark.slow
 def test_tensorflow_1_runs_the_graph(networks, tensorflow_1):
-    """Python 3.7 with TensorFlow 1.15 gives the scores that we get, for every test image."""
+    """Python 3.7 with TensorFlow 1.15 gives what we get, for every test image.
+
+    The familiarity may differ by a step, and by more where all images are alike, as for the small
+    MobileNet: cosines of nearly 1 have few digits that differ.
+    """
     python, environment = tensorflow_1
     images = networks.test_images()
     graph = networks.folder / networks.flags['output_graph']
     command = [python, ROOT / 'tests/programs/score_v1.py', graph, *images]
     out = subprocess.run(command, env=environment, check=True, capture_output=True).stdout
+    found = np.array([json.loads(line) for line in out.splitlines()])
     ours = [get_scores(networks.graph(), path.read_bytes()) for path in images]
-    np.testing.assert_allclose([json.loads(line) for line in out.splitlines()], ours, atol=1e-5)
+    np.testing.assert_allclose(found[:, :-1], ours, atol=1e-5)
+    contents = [path.read_bytes() for path in images]
+    familiarity = run_v1_on_all(networks.graph(), contents, 'familiarity:0')
+    tolerance = 0.2 if 'mobilenet' in networks.folder.name else 1.01 / 145
+    np.testing.assert_allclose(found[:, -1], np.ravel(familiarity), atol=tolerance)

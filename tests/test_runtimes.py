@@ -7,8 +7,12 @@ import shutil
 from unittest import mock
 
 import cv2
+import forks
 import numpy as np
+import onnxruntime
+import openvino
 import pytest
+from ai_edge_litert.interpreter import Interpreter
 from conftest import make_clone
 from helpers import ROOT, label_images
 from PIL import Image
@@ -16,6 +20,8 @@ from reader import Reader, read_blocks
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
+
+from tf_retrain import tf
 
 RECIPES = 'trained_model/README.md', 'Other runtimes'
 
@@ -185,3 +191,35 @@ def test_the_page(recipes, browser):
     wait_for_status(browser, 'cat (', 'dog (')
     chooser.send_keys(os.path.abspath('text.jpg'))
     assert wait_for_status(browser, 'ERROR').startswith('ERROR: ')
+
+
+def test_familiarity_in_other_runtimes(recipes, tmp_path):
+    """The graph with both outputs, in three runtimes and as tf_test.py says it."""
+    for _, text in read_blocks('trained_model/README.md', 'Familiarity'):
+        exec(text, recipes.names)
+    path = 'trained_model/optimized_with_familiarity.pb'
+    outputs = ['final_result', 'familiarity']
+    converter = tf.compat.v1.lite.TFLiteConverter.from_frozen_graph(path, ['Mul'], outputs)
+    interpreter = Interpreter(model_content=converter.convert())
+    interpreter.allocate_tensors()
+    onnx = f'{tmp_path}/both.onnx'
+    convert = '-m tf2onnx.convert --opset 17 --inputs Mul:0 --outputs final_result:0,familiarity:0'
+    forks.run([*convert.split(), '--graphdef', path, '--output', onnx], recipes.folder)
+    session = onnxruntime.InferenceSession(onnx)
+    network = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    photographs = sorted(map(str, pathlib.Path('data').glob('*/*.jpg')))[::9]
+    lines = recipes.type(LABEL.format(' '.join(f'"{path}"' for path in photographs))).splitlines()
+    expected = [json.loads(line)['familiarity'] for line in lines]
+    assert np.ptp(expected) > 0.3
+    found = []
+    for photograph in photographs:
+        image = recipes.names['load'](photograph)
+        interpreter.set_tensor(interpreter.get_input_details()[0]['index'], image)
+        interpreter.invoke()
+        by_lite = [interpreter.get_tensor(d['index']) for d in interpreter.get_output_details()]
+        by_onnx = session.run(['familiarity:0'], {'Mul:0': image})[0][0]
+        # The order of the outputs is that of the runtime: the familiarity has one dimension.
+        pairs = by_lite, network(image).values()
+        others = [next(values[0] for values in pair if values.ndim == 1) for pair in pairs]
+        found.append([by_onnx, *others])
+    np.testing.assert_allclose(found, np.transpose([expected] * 3), atol=2.01 / 80)
