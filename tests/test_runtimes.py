@@ -1,5 +1,6 @@
 """Other runtimes: the recipes of trained_model/README.md give the scores of tf_test.py."""
 
+import json
 import os
 import pathlib
 import re
@@ -14,7 +15,7 @@ import openvino
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 from conftest import make_clone
-from helpers import ROOT, label_images
+from helpers import GRAPH, LABELS, ROOT, label_images, run
 from PIL import Image
 from reader import Reader, read_blocks
 from selenium import webdriver
@@ -208,8 +209,8 @@ def test_familiarity_in_other_runtimes(recipes, tmp_path):
     session = onnxruntime.InferenceSession(onnx)
     network = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     photographs = sorted(map(str, pathlib.Path('data').glob('*/*.jpg')))[::9]
-    lines = recipes.type(LABEL.format(' '.join(f'"{path}"' for path in photographs))).splitlines()
-    expected = [json.loads(line)['familiarity'] for line in lines]
+    printed = run('tf_test.py', '--json', *photographs, GRAPH, LABELS, cwd=recipes.folder).stdout
+    expected = [json.loads(line)['familiarity'] for line in printed.splitlines()]
     assert np.ptp(expected) > 0.3
     found = []
     for photograph in photographs:
