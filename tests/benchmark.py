@@ -4,26 +4,22 @@
     python tests/benchmark.py
 
 prints a markdown table, row by row, in some 30 minutes. --quick takes a minute or two, and only
-shows that everything runs; --only=cold,warm measures some rows; --help lists the rows and their
-sizes. Photographs, caches, and a model with the size and structure of the Inception-v3 of 2015 but
-random weights are made in a temporary folder, and take 3 GB.
+shows that everything runs; --only=cold,warm measures some rows; --help lists the rows. Photographs,
+caches, and a model with the size and structure of the Inception-v3 of 2015 but random weights are
+made in a temporary folder, and take 3 GB.
 
-In a row, the original's way and ours take turns, --repeats times, in the same run. The ratio says
-how many times faster ours was: the median and the range of the repeats. Memory is in units of
-1,024.
+In a row, the original's way and ours take turns, three times, in the same run. The ratio says how
+many times faster ours was: the median and the range of the repeats. Memory is in units of 1,024.
 """
 
 import argparse
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import pathlib
 import platform
 import random
-import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,7 +29,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -47,21 +42,38 @@ import tf_test
 tf = tf_retrain.tf
 v1 = tf.compat.v1
 
-# Each size: how much a row does, how much it does with --quick, and what that is.
-SIZES = {
-    'repeats': (3, 1, 'how often each row is measured'),
-    'photographs': (256, 32, 'photographs of 500 x 375 for the rows cold and decoding'),
-    'large_photographs': (64, 2, 'photographs of 12 megapixels for the row large'),
-    'trained_images': (3670, 500, 'cached images for the row warm'),
-    'steps': (4000, 200, 'training steps for the row warm'),
-    'original_steps': (100, 20, "of them, done the original's way; the rest is extrapolated"),
-    'cached_images': (25000, 1000, 'cached images for the rows cache and memory_warm'),
-    'distorted_images': (100, 8, 'images in the training step of the row distortions'),
-    'computed_images': (1000, 20, 'images without a cache for the row memory_cold'),
-    'listed_files': (200000, 5000, 'files for the row listing'),
-    'growth_images': (100000, 500, 'cached images of 100 classes for the row growth'),
-    'labeled_photographs': (300, 20, 'photographs for the row labeling'),
-}
+
+class Sizes(NamedTuple):
+    """How much the rows do."""
+
+    repeats: int = 3
+    photographs: int = 256  # of 500 x 375
+    large_photographs: int = 64  # of 12 megapixels
+    labeled_photographs: int = 300
+    distorted_images: int = 100  # in a training step
+    trained_images: int = 3670  # cached
+    steps: int = 4000
+    original_steps: int = 100  # of them, done the original's way; the rest is extrapolated
+    cached_images: int = 25_000
+    computed_images: int = 1000  # without a cache
+    listed_files: int = 200_000
+    growth_images: int = 100_000  # cached, of 100 classes
+
+
+QUICK = Sizes(
+    repeats=1,
+    photographs=32,
+    large_photographs=2,
+    labeled_photographs=20,
+    distorted_images=8,
+    trained_images=500,
+    steps=200,
+    original_steps=20,
+    cached_images=1000,
+    computed_images=20,
+    listed_files=5000,
+    growth_images=600,
+)
 PROGRAMS = ROOT / 'tests/programs'
 TRAINING = ROOT / 'tf_retrain.py'
 CLASSES = ('daisy', 'dandelion', 'roses', 'sunflowers', 'tulips')
@@ -113,14 +125,15 @@ class OriginalLayer:
 
     def __init__(self):
         self.bottlenecks = v1.placeholder(tf.float32, [None, BOTTLENECK_SIZE])
-        self.truth = v1.placeholder(tf.float32, [None, len(CLASSES)])
+        self.classes = v1.placeholder(tf.int64, [None])
         weights = v1.truncated_normal([BOTTLENECK_SIZE, len(CLASSES)], stddev=0.001)
         weights = v1.Variable(weights)
         biases = v1.Variable(tf.zeros([len(CLASSES)]))
         logits = tf.matmul(self.bottlenecks, weights) + biases
-        losses = tf.nn.softmax_cross_entropy_with_logits(self.truth, logits)
+        truth = tf.one_hot(self.classes, len(CLASSES))
+        losses = tf.nn.softmax_cross_entropy_with_logits(truth, logits)
         self.cross_entropy = tf.reduce_mean(losses)
-        is_right = tf.equal(tf.argmax(logits, 1), tf.argmax(self.truth, 1))
+        is_right = tf.equal(tf.argmax(logits, 1), self.classes)
         self.accuracy = tf.reduce_mean(tf.cast(is_right, tf.float32))
         self.summarize_variable(weights)
         self.summarize_variable(biases)
@@ -132,9 +145,9 @@ class OriginalLayer:
         self.train_step = v1.train.GradientDescentOptimizer(0.01).minimize(self.cross_entropy)
 
     def summarize_variable(self, variable):
-        average = tf.reduce_mean(variable)
-        v1.summary.scalar('mean', average)
-        v1.summary.scalar('stddev', tf.sqrt(tf.reduce_mean(tf.square(variable - average))))
+        mean, variance = tf.nn.moments(tf.reshape(variable, [-1]), 0)
+        v1.summary.scalar('mean', mean)
+        v1.summary.scalar('stddev', tf.sqrt(variance))
         v1.summary.scalar('max', tf.reduce_max(variable))
         v1.summary.scalar('min', tf.reduce_min(variable))
         v1.summary.histogram('histogram', variable)
@@ -143,7 +156,7 @@ class OriginalLayer:
         """Reads a batch of the cache files of each class."""
         classes = random.choices(range(len(CLASSES)), k=100)
         bottlenecks = [read_bottleneck(random.choice(cache_paths[index])) for index in classes]
-        return {self.bottlenecks: bottlenecks, self.truth: np.eye(len(CLASSES))[classes]}
+        return {self.bottlenecks: bottlenecks, self.classes: classes}
 
 
 def read_bottleneck(path):
@@ -157,21 +170,19 @@ def train_as_the_original(cache_paths, logs, steps):
     with tf.Graph().as_default() as graph, v1.Session() as session:
         layer = OriginalLayer()
         session.run(v1.global_variables_initializer())
-        with (
-            v1.summary.FileWriter(logs / 'train', graph) as train_log,
-            v1.summary.FileWriter(logs / 'val') as val_log,
-        ):
-            start = time.perf_counter()
-            for step in range(steps):
+        train_log = v1.summary.FileWriter(logs / 'train', graph)
+        val_log = v1.summary.FileWriter(logs / 'val')
+        start = time.perf_counter()
+        for step in range(steps):
+            batch = layer.draw(cache_paths)
+            summaries, _ = session.run([layer.summaries, layer.train_step], batch)
+            train_log.add_summary(summaries, step)
+            if step % 10 == 0:
+                session.run([layer.accuracy, layer.cross_entropy], batch)
                 batch = layer.draw(cache_paths)
-                summaries, _ = session.run([layer.summaries, layer.train_step], batch)
-                train_log.add_summary(summaries, step)
-                if step % 10 == 0:
-                    session.run([layer.accuracy, layer.cross_entropy], batch)
-                    batch = layer.draw(cache_paths)
-                    summaries, _ = session.run([layer.summaries, layer.accuracy], batch)
-                    val_log.add_summary(summaries, step)
-            return (time.perf_counter() - start) / steps
+                summaries, _ = session.run([layer.summaries, layer.accuracy], batch)
+                val_log.add_summary(summaries, step)
+        return (time.perf_counter() - start) / steps
 
 
 def list_as_the_original(image_dir):
@@ -194,20 +205,24 @@ def compute_bottlenecks(paths, backbone):
     assert sum(len(rows) for rows, *_ in batches) == len(paths)
 
 
+def create_images(files, classes, labels, sets='training'):
+    sets = np.broadcast_to(sets, len(files))
+    return tf_retrain.Images('', list(labels), np.array(files, object), classes, sets)
+
+
 def distort(paths, backbone):
     """Computes the bottlenecks of a training step with all four distortions."""
-    count = len(paths)
-    sets = np.full(count, 'training')
-    images = tf_retrain.Images('', ['all'], np.array(paths, object), np.zeros(count, int), sets)
-    strengths = (True, DISTORTION, DISTORTION, DISTORTION)
-    distortion = tf_retrain.create_distortion(strengths, backbone.pixels.size, np.array([1, 2]))
-    draws = iter([np.arange(count)])
-    ((found, _),) = tf_retrain.compute_distorted(draws, images, backbone, distortion)
-    assert len(found) == count
+    flags = ['--image_dir=unused', '--how_many_training_steps=1', '--flip_left_right']
+    flags += [f'--random_{name}={DISTORTION}' for name in ('crop', 'scale', 'brightness')]
+    flags = parse(*flags, f'--train_batch_size={len(paths)}')
+    images = create_images(paths, np.zeros(len(paths), int), ['all'])
+    ((rows, _),) = tf_retrain.draw_batches(images, None, backbone, flags)
+    assert len(rows) == len(paths)
 
 
-def create_layer(backbone):
-    return tf_retrain.FinalLayer(backbone.bottleneck_size, len(CLASSES), 0.01, np.array([1, 2]))
+def create_head(backbone):
+    layer = tf_retrain.FinalLayer(backbone.bottleneck_size, len(CLASSES), 0.01, [1, 2])
+    return tf_retrain.Head(layer, CLASSES)
 
 
 def read_cache(paths):
@@ -245,9 +260,8 @@ def run_process(*arguments, **options):
     return finished
 
 
-def process(*arguments, result='seconds'):
-    """Returns a function that runs Python with these arguments, and returns the seconds or peak."""
-    return lambda: getattr(run_process(*arguments), result)
+def time_process(*arguments):
+    return run_process(*arguments).seconds
 
 
 def timed(work, *arguments):
@@ -261,10 +275,6 @@ def timed(work, *arguments):
     return seconds
 
 
-def span(values, show):
-    return f'{show(min(values))} to {show(max(values))}'
-
-
 show_seconds = '{:.2f} s'.format
 show_share = '{:.0%}'.format
 
@@ -273,31 +283,20 @@ def show_megabytes(size):
     return f'{size / 2**20:,.0f} MB'
 
 
+def span(values, show):
+    return f'{show(min(values))} to {show(max(values))}'
+
+
 def compare(what, original, ours, show=show_seconds, show_ratio='{:.2f}'.format):
     """Returns a row from the seconds of all repeats."""
-    ratios = [a / b for a, b in zip(original, ours, strict=True)]
-    cells = [show(median(seconds)) for seconds in (original, ours)]
-    return Row(what, *cells, show_ratio(median(ratios)), span(ratios, show_ratio))
+    ratios = np.divide(original, ours)
+    medians = show(median(original)), show(median(ours))
+    return Row(what, *medians, show_ratio(median(ratios)), span(ratios, show_ratio))
 
 
-def compare_speed(what, original, ours, count, **options):
+def compare_speed(what, timings, count, **options):
     """Returns a row that shows the seconds of `count` images as images per second."""
-
-    def show(seconds):
-        return f'{count / seconds:.1f} images/s'
-
-    return compare(what, original, ours, show, **options)
-
-
-def compare_memory(what, counts, peaks):
-    """Returns a row from the peaks, in bytes, of all repeats: with few and with many images."""
-    few, many = counts
-    unit = (many - few) * 1024
-    each = [(larger - smaller) / unit for smaller, larger in zip(*peaks, strict=True)]
-    medians = ' and '.join(show_megabytes(median(of)) for of in peaks)
-    what = f'peak memory of tf_retrain.py, {few:,} and {many:,} images{what}'
-    ours = f'{medians}: {median(each):.1f} KB per image'
-    return Row(what, ours=ours, spread=span(each, '{:.1f} KB'.format))
+    return compare(what, *timings, lambda seconds: f'{count / seconds:.1f} images/s', **options)
 
 
 def write_photograph(path, seed, width, height):
@@ -315,6 +314,7 @@ class Workbench:
     def __init__(self, folder, flags):
         self.folder = folder
         self.flags = flags
+        self.sizes = QUICK if flags.quick else Sizes()
 
     @functools.cached_property
     def graph(self):
@@ -331,22 +331,22 @@ class Workbench:
 
     @functools.cached_property
     def backbone(self):
-        return self.load_backbone()
+        return self.load_backbone('float32')
 
     @functools.cached_property
     def bfloat16(self):
-        return self.load_backbone('--precision=bfloat16')
+        return self.load_backbone('bfloat16')
 
-    def load_backbone(self, *flags):
-        model = f'--model_dir={self.graph.parent}'
-        backbone = tf_retrain.load_backbone(parse('--image_dir=unused', model, *flags))
-        batches = self.photographs(len(backbone.networks) * tf_retrain.NETWORK_BATCH_SIZE)
-        compute_bottlenecks(batches, backbone)  # the first run takes longer
+    def load_backbone(self, precision):
+        flags = f'--model_dir={self.graph.parent}', f'--precision={precision}'
+        backbone = tf_retrain.load_backbone(parse('--image_dir=unused', *flags))
+        paths = self.photographs(len(backbone.networks) * tf_retrain.NETWORK_BATCH_SIZE)
+        compute_bottlenecks(paths, backbone)  # the first run takes longer
         return backbone
 
     def alternate(self, *ways, warm_up=0):
-        """Calls all ways in turn, --repeats times; returns what each of them returned."""
-        repeats = [[way() for way in ways] for _ in range(warm_up + self.flags.repeats)]
+        """Calls all ways in turn, again and again; returns what each of them returned."""
+        repeats = [[way() for way in ways] for _ in range(warm_up + self.sizes.repeats)]
         return list(zip(*repeats[warm_up:], strict=True))
 
     def photographs(self, count, width=500, height=375, different=32):
@@ -357,11 +357,11 @@ class Workbench:
         for seed, path in enumerate(paths):
             if not path.exists():
                 write_photograph(path, seed, width, height)
-        return [str(path) for path in itertools.islice(itertools.cycle(paths), count)]
+        return [str(paths[i % different]) for i in range(count)]
 
     def whole_batches(self, size):
         """Returns paths of photographs, as many as fill batches of a size."""
-        return self.photographs(max(1, self.flags.photographs // size) * size)
+        return self.photographs(max(1, self.sizes.photographs // size) * size)
 
     def images(self, count, classes=CLASSES):
         """Returns a folder with images in data/, and a cache to learn from in bottlenecks/."""
@@ -375,7 +375,6 @@ class Workbench:
             data.mkdir(parents=True)
             cache.mkdir(parents=True)
             values = rng.exponential(0.3, [20, BOTTLENECK_SIZE]).astype(np.float32)
-            values[:, index :: len(classes)] *= np.float32(1.2)
             contents = [','.join(map(str, numbers)) for numbers in values]
             for image in range(index, count, len(classes)):
                 os.link(photographs[image % 32], data / f'{image}.jpg')
@@ -400,30 +399,47 @@ class Workbench:
 
 
 def ordinary_photographs(bench):
-    paths = bench.photographs(bench.flags.photographs)
+    paths = bench.photographs(bench.sizes.photographs)
     return f'bottlenecks of {len(paths)} photographs of 500 x 375', paths
 
 
 def large_photographs(bench):
-    paths = bench.photographs(bench.flags.large_photographs, 4000, 3000, 2)
+    paths = bench.photographs(bench.sizes.large_photographs, 4000, 3000, 2)
     return f'bottlenecks of {len(paths)} photographs of 4000 x 3000', paths
 
 
 def distorted_photographs(bench):
-    paths = bench.photographs(bench.flags.distorted_images)
+    paths = bench.photographs(bench.sizes.distorted_images)
     return f'a training step with distortions, batch of {len(paths)}', paths
 
 
 def compare_bottlenecks(bench, what, paths):
     original = timed(bench.original.compute_bottlenecks, paths)
     timings = bench.alternate(original, timed(compute_bottlenecks, paths, bench.backbone))
-    return compare_speed(what, *timings, len(paths))
+    return compare_speed(what, timings, len(paths))
 
 
 def compare_precisions(bench, what, paths, work=compute_bottlenecks):
     ways = [timed(work, paths, backbone) for backbone in (bench.backbone, bench.bfloat16)]
     timings = bench.alternate(*ways, warm_up=1)
-    return compare_speed(f'float32, and bfloat16: {what}', *timings, len(paths))
+    return compare_speed(f'float32, and bfloat16: {what}', timings, len(paths))
+
+
+def compare_with_bottlenecks(bench, what, paths, work):
+    """Returns which share of the speed of our bottlenecks another work on the same images has."""
+    timings = bench.alternate(timed(compute_bottlenecks, paths, bench.backbone), timed(work))
+    return compare_speed(what, timings, len(paths), show_ratio=show_share)
+
+
+def compare_memory(bench, what, counts, measure):
+    """Returns a row from the peaks, in bytes, with few and with many images."""
+    few, many = counts
+    peaks = bench.alternate(*(functools.partial(measure, count) for count in counts))
+    each = np.subtract(peaks[1], peaks[0]) / 1024 / (many - few)
+    what = f'peak memory of tf_retrain.py, {few:,} and {many:,} images, {what}'
+    medians = ' and '.join(show_megabytes(median(of)) for of in peaks)
+    ours = f'{medians}: {median(each):.1f} KB per image'
+    return Row(what, ours=ours, spread=span(each, '{:.1f} KB'.format))
 
 
 def cold(bench):
@@ -459,52 +475,52 @@ def bfloat16_distortions(bench):
     return compare_precisions(bench, *distorted_photographs(bench), distort)
 
 
-def load_image(path):
-    image = tf.io.decode_jpeg(tf.io.read_file(path), 3)
-    return v1.image.resize_bilinear(image[tf.newaxis], [SIDE, SIDE])[0]
-
-
 def decoding(bench):
     """What reading and decoding leave of the network's speed on batches decoded before."""
     size = tf_retrain.NETWORK_BATCH_SIZE
     paths = bench.whole_batches(size)
-    images = tf.stack([load_image(path) for path in paths[:size]])
-    batches = tf.data.Dataset.from_tensors((tf.range(size), images)).repeat(len(paths) // size)
+    images = tf.random.uniform([size, SIDE, SIDE, 3], 0, 255)
+    batch = tf.data.Dataset.from_tensors((tf.range(size), tf.range(size), images))
+    batches = batch.repeat(len(paths) // size)
     alone = timed(lambda: list(tf_retrain.run_networks(bench.backbone.networks, batches)))
     timings = bench.alternate(alone, timed(compute_bottlenecks, paths, bench.backbone))
     what = f'decoding hidden: ours on decoded batches, and on {len(paths)} photographs of 500 x 375'
-    return compare_speed(what, *timings, len(paths), show_ratio=show_share)
+    return compare_speed(what, timings, len(paths), show_ratio=show_share)
+
+
+def import_alone():
+    return time_process('-c', 'import tensorflow')
 
 
 def warm(bench):
     """A whole run of tf_retrain.py, all cached. The original reads the batch of each step."""
-    images = bench.images(bench.flags.trained_images)
-    steps, original_steps = bench.flags.steps, bench.flags.original_steps
+    sizes = bench.sizes
+    images = bench.images(sizes.trained_images)
     cache_paths = [sorted((images / 'bottlenecks' / name).iterdir()) for name in CLASSES]
-    logs = images / 'original_logs'
-    original, ours, imports = bench.alternate(
-        lambda: train_as_the_original(cache_paths, logs, original_steps) * steps,
-        process(TRAINING, *bench.training(images, steps)),
-        process('-c', 'import tensorflow'),
+    flags = bench.training(images, sizes.steps)
+    step, ours, imports = bench.alternate(
+        lambda: train_as_the_original(cache_paths, images / 'original_logs', sizes.original_steps),
+        lambda: time_process(TRAINING, *flags),
+        import_alone,
     )
-    what = f'tf_retrain.py, {bench.flags.trained_images:,} cached images, {steps:,} steps'
-    alone = f'import tensorflow alone: {show_seconds(median(imports))}'
-    step = f'{1000 * median(original) / steps:.1f} ms'
-    extrapolated = f'the original is extrapolated from {original_steps} steps of {step}'
-    return compare(f'{what}, whole process ({alone}; {extrapolated})', original, ours)
+    what = (
+        f'tf_retrain.py, {sizes.trained_images:,} cached images, {sizes.steps:,} steps, whole '
+        f'process (import tensorflow alone: {show_seconds(median(imports))}; the original is '
+        f'extrapolated from {sizes.original_steps} steps of {1000 * median(step):.1f} ms)'
+    )
+    return compare(what, np.multiply(step, sizes.steps), ours)
+
+
+def parse_cache(paths):
+    """Reads a cache in Python, as the original does."""
+    return np.array([read_bottleneck(path) for path in paths], np.float32)
 
 
 def cache(bench):
     """Reading a whole cache into an array, parsed in Python or our way."""
-    folder = bench.images(bench.flags.cached_images) / 'bottlenecks'
+    folder = bench.images(bench.sizes.cached_images) / 'bottlenecks'
     paths = sorted(folder.glob('*/*.txt'))
-
-    def parse_in_python():
-        bottlenecks = np.empty([len(paths), BOTTLENECK_SIZE], np.float32)
-        for index, path in enumerate(paths):
-            bottlenecks[index] = read_bottleneck(path)
-
-    timings = bench.alternate(timed(parse_in_python), timed(read_cache, paths))
+    timings = bench.alternate(timed(parse_cache, paths), timed(read_cache, paths))
     return compare(f'reading the cache of {len(paths):,} images', *timings)
 
 
@@ -513,27 +529,19 @@ def bfloat16_accuracy(bench):
     if not bench.flags.images:
         return Row('bfloat16_accuracy: skipped, as --images is not given')
     folder = bench.folder / 'accuracy'
-    flags = {
-        'image_dir': bench.flags.images,
-        'model_dir': bench.flags.model_dir,
-        'architecture': 'mobilenet_1.0_224',
-        'bottleneck_dir': folder,
-        'summaries_dir': folder / 'logs',
-        'output_graph': folder / 'graph.pb',
-        'output_labels': folder / 'labels.txt',
-        'testing_percentage': 60,
-        'how_many_training_steps': 500,
-    }
-    arguments = [f'--{name}={value}' for name, value in flags.items()]
-    accuracies = {'float32': [], 'bfloat16': []}
-    for seed, precision in itertools.product(range(5), accuracies):
-        variant = f'--precision={precision}', f'--random_seed={seed}'
-        run_process(TRAINING, *arguments, *variant)
-        test = json.loads((folder / 'graph.pb.json').read_text())['test']
-        accuracies[precision].append(test['accuracy'])
-    show = '{:.1%}'.format
-    cells = [f'{show(mean(of))} ({span(of, show)})' for of in accuracies.values()]
-    what = f'accuracy on {test["images"]} images, {flags["architecture"]}, 5 seeds'
+    flags = bench.training(folder, 500)
+    flags += [f'--image_dir={bench.flags.images}', f'--model_dir={bench.flags.model_dir}']
+    flags += ['--architecture=mobilenet_1.0_224', '--testing_percentage=60']
+    cells = []
+    for precision in ('float32', 'bfloat16'):
+        accuracies = []
+        for seed in range(5):
+            variant = f'--precision={precision}', f'--random_seed={seed}'
+            run_process(TRAINING, *flags, *variant)
+            test = json.loads((folder / 'graph.pb.json').read_text())['test']
+            accuracies.append(test['accuracy'])
+        cells.append(f'{mean(accuracies):.1%} ({span(accuracies, "{:.1%}".format)})')
+    what = f'accuracy on {test["images"]} images, mobilenet_1.0_224, 5 seeds'
     return Row(f'float32, and bfloat16: {what}', *cells)
 
 
@@ -543,55 +551,48 @@ def label(bench):
     labels.write_text(''.join(f'class {index}\n' for index in range(1008)))
     arguments = bench.photographs(1)[0], bench.graph, labels
     original, ours, imports = bench.alternate(
-        process(PROGRAMS / 'label_as_the_original.py', *arguments),
-        process(ROOT / 'tf_test.py', *arguments),
-        process('-c', 'import tensorflow'),
+        lambda: time_process(PROGRAMS / 'label_as_the_original.py', *arguments),
+        lambda: time_process(ROOT / 'tf_test.py', *arguments),
+        import_alone,
     )
-    size = f'{bench.graph.stat().st_size / 1e6:.0f} MB'
-    alone = f'import tensorflow alone: {show_seconds(median(imports))}'
-    what = f'tf_test.py, one photograph, model of {size}, whole process ({alone})'
+    what = (
+        f'tf_test.py, one photograph, model of {bench.graph.stat().st_size / 1e6:.0f} MB, whole '
+        f'process (import tensorflow alone: {show_seconds(median(imports))})'
+    )
     return compare(what, original, ours)
 
 
 def labeling(bench):
     """Labeling a folder with tf_test.py, beside our bottlenecks of the same; without the import."""
-    count = bench.flags.labeled_photographs
-    paths = bench.photographs(count, different=300)
-    layer = create_layer(bench.backbone)
-    graph = tf_retrain.create_frozen_graph(bench.backbone, layer, 'final_result')
-    alone = timed(compute_bottlenecks, paths, bench.backbone)
-    timings = bench.alternate(alone, timed(lambda: list(tf_test.score_images(graph, paths))))
+    paths = bench.photographs(bench.sizes.labeled_photographs, different=300)
+    head = create_head(bench.backbone)
+    graph_def = tf_retrain.create_frozen_graph(bench.backbone, head, 'final_result')
+    graph = tf_test.Graph(graph_def, ['final_result'], [])
     what = 'tf_retrain.py computes bottlenecks, and tf_test.py labels'
-    what = f'{what}, {count} photographs of 500 x 375'
-    return compare_speed(what, *timings, count, show_ratio=show_share)
+    what += f', {len(paths)} photographs of 500 x 375'
+    return compare_with_bottlenecks(
+        bench, what, paths, lambda: list(tf_test.score_images(graph, paths))
+    )
 
 
 def cached_table(count):
     """Returns a table of images without files, and bottlenecks of them, no two alike."""
     rng = np.random.default_rng(0)
     classes = np.sort(rng.integers(len(CLASSES), size=count))
-    files = [f'{CLASSES[of]}/{index}.jpg' for index, of in enumerate(classes)]
-    sets = rng.choice(['training', 'validation', 'testing'], count, p=[0.8, 0.1, 0.1])
+    files = [f'{index}.jpg' for index in range(count)]
+    sets = rng.choice(tf_retrain.SETS, count, p=[0.8, 0.1, 0.1])
     values = rng.exponential(0.3, [count, BOTTLENECK_SIZE]).astype(np.float32)
-    return tf_retrain.Images('', list(CLASSES), np.array(files, object), classes, sets), values
+    return create_images(files, classes, CLASSES, sets), values
 
 
 def near_copies(bench):
     """The search for near copies among few and many images."""
-    counts = bench.flags.trained_images, bench.flags.cached_images
+    counts = bench.sizes.trained_images, bench.sizes.cached_images
     ways = [timed(tf_retrain.find_near_copies, *cached_table(count)) for count in counts]
     timings = bench.alternate(*ways)
     what = 'search for near copies among {:,} and {:,} images'.format(*counts)
     ours = ' and '.join(show_seconds(median(seconds)) for seconds in timings)
     return Row(what, ours=ours, spread=span(timings[1], show_seconds))
-
-
-def change_labels(classes, count, rng):
-    """Changes 2 % of the labels at random; returns the labels, and which were changed."""
-    changed = rng.choice(len(classes), len(classes) // 50, replace=False)
-    classes = classes.copy()
-    classes[changed] += rng.integers(1, count, len(changed))
-    return classes % count, changed
 
 
 def rank_by_own_score(scores, classes):
@@ -602,7 +603,7 @@ def rank_by_own_score(scores, classes):
 def rank_by_confident_learning(scores, classes):
     """Returns the same, but those first that are off the diagonal of confident learning."""
     means = [scores[classes == index, index].mean() for index in range(scores.shape[1])]
-    above = np.where(scores >= np.array(means), scores, 0)
+    above = np.where(scores >= means, scores, 0)
     is_off_diagonal = above.any(axis=1) & (above.argmax(axis=1) != classes)
     return rank_by_own_score(scores, classes) + ~is_off_diagonal
 
@@ -610,16 +611,18 @@ def rank_by_confident_learning(scores, classes):
 def read_flowers(folder):
     """Returns a table of cached flowers, all for training, and their bottlenecks."""
     paths = sorted(pathlib.Path(folder).glob('*/*.txt'))
-    files = np.array([f'{path.parent.name}/{path.stem}' for path in paths], object)
     labels, classes = np.unique([path.parent.name for path in paths], return_inverse=True)
-    sets = np.full(len(paths), 'training')
-    return tf_retrain.Images('', list(labels), files, classes, sets), read_cache(paths)
+    return create_images([path.stem for path in paths], classes, labels), read_cache(paths)
 
 
 def find_changed(images, bottlenecks, seed):
-    """Returns which share of labels changed at random each way of ranking finds."""
+    """Changes 2 % of the labels at random; returns which share each way of ranking finds."""
     rng = np.random.default_rng(100 + seed)
-    classes, changed = change_labels(images.classes, len(images.labels), rng)
+    count = len(images.files)
+    changed = rng.choice(count, count // 50, replace=False)
+    classes = images.classes.copy()
+    classes[changed] += rng.integers(1, len(images.labels), len(changed))
+    classes %= len(images.labels)
     flags = '--image_dir=unused', '--how_many_training_steps=2000', f'--random_seed={seed}'
     images = dataclasses.replace(images, classes=classes)
     scores = tf_retrain.cross_validate(images, bottlenecks, parse(*flags))
@@ -635,17 +638,18 @@ def suspects(bench):
     if not bench.flags.flowers:
         return Row('suspects: skipped, as --flowers is not given')
     images, bottlenecks = read_flowers(bench.flags.flowers)
-    seeds = [find_changed(images, bottlenecks, seed) for seed in range(5)]
-    confident, own = zip(*seeds, strict=True)
-    what = f'of labels of 2 % of {len(images.files):,} flowers changed at random, those among as'
-    what += ' many suspects, by the off-diagonal of confident learning (left)'
-    what += ' and by the score of the own label (right)'
-    return Row(what, show_share(mean(confident)), show_share(mean(own)), '', span(own, show_share))
+    shares = np.array([find_changed(images, bottlenecks, seed) for seed in range(5)])
+    what = (
+        f'of labels of 2 % of {len(images.files):,} flowers changed at random, those among as many '
+        'suspects, by the off-diagonal of confident learning (left) and by the score of the own '
+        'label (right)'
+    )
+    return Row(what, *map(show_share, shares.mean(axis=0)), '', span(shares[:, 1], show_share))
 
 
 def growth(bench):
     """A whole run on very many cached images of 100 classes, with the seconds of its parts."""
-    count, steps = bench.flags.growth_images, bench.flags.steps
+    count, steps = bench.sizes.growth_images, bench.sizes.steps
     folder = bench.images(count, [f'class {index:02}' for index in range(100)])
     flags = bench.training(folder, steps)
     took = run_process(PROGRAMS / 'time_parts.py', *flags, cwd=folder)
@@ -657,59 +661,49 @@ def growth(bench):
 
 def memory_warm(bench):
     """The peak memory of tf_retrain.py with few and with many cached images."""
-    counts = 100, bench.flags.cached_images
-    flags = [bench.training(bench.images(count), 50) for count in counts]
-    peaks = bench.alternate(*(process(TRAINING, *of, result='peak') for of in flags))
-    return compare_memory(', all cached', counts, peaks)
+
+    def measure(count):
+        return run_process(TRAINING, *bench.training(bench.images(count), 50)).peak
+
+    return compare_memory(bench, 'all cached', [100, bench.sizes.cached_images], measure)
 
 
 def memory_cold(bench):
-    """The peak memory after many computed bottlenecks, and after fewer, of one run. Linux only."""
-    many = bench.flags.computed_images
-    counts = many * 2 // 5, many  # by default 400, which fill the buffers ahead of the network
-    images = bench.images(many)
-    command = [sys.executable, '-u', TRAINING, *bench.training(images, 50, 'computed')]
+    """The same, none cached: by default 400 fill the buffers ahead of the network."""
+    many = bench.sizes.computed_images
 
-    def find_peaks():
-        shutil.rmtree(images / 'computed', ignore_errors=True)
-        pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.DEVNULL, 'text': True}
-        with subprocess.Popen(command, **pipes) as running:
-            lines = (line for line in running.stdout if line.startswith('Creating bottleneck at '))
-            for count, _ in enumerate(lines, 1):
-                if count in counts:
-                    status = pathlib.Path(f'/proc/{running.pid}/status').read_text()
-                    yield 1024 * int(re.search(r'VmHWM:\s+(\d+) kB', status)[1])
+    def measure(count):
+        empty = tempfile.mkdtemp(dir=bench.folder)
+        return run_process(TRAINING, *bench.training(bench.images(count), 50, empty)).peak
 
-    repeats = [list(find_peaks()) for _ in range(bench.flags.repeats)]
-    return compare_memory(' of a run, none cached', counts, list(zip(*repeats, strict=True)))
+    return compare_memory(bench, 'none cached', [many * 2 // 5, many], measure)
 
 
 def serving(bench):
     """Batches of encoded photographs through the SavedModel, beside our bottlenecks of the same."""
     size = 32
     paths = bench.whole_batches(size)
-    layer = create_layer(bench.backbone)
-    head = retrain_serving.Head(layer, CLASSES)
-    classifier = retrain_serving.Classifier(bench.backbone, head)
+    classifier = retrain_serving.Classifier(bench.backbone, create_head(bench.backbone))
     folder = str(bench.folder / 'saved_models' / '1')
     model = tf.saved_model.load(retrain_serving.write_saved_model(classifier, folder))
     predict = model.signatures['serving_default']
-    batches = [tf.stack(list(map(tf.io.read_file, of))) for of in np.reshape(paths, [-1, size])]
+    images = list(map(tf.io.read_file, paths))
+    batches = [tf.stack(images[start : start + size]) for start in range(0, len(paths), size)]
     predict(image=batches[0])  # the first run takes longer
-    alone = timed(compute_bottlenecks, paths, bench.backbone)
-    timings = bench.alternate(alone, timed(lambda: [predict(image=of) for of in batches]))
     what = 'SavedModel: tf_retrain.py computes bottlenecks, and the SavedModel scores'
-    what = f'{what}, of {len(paths)} photographs in batches of {size}'
-    return compare_speed(what, *timings, len(paths), show_ratio=show_share)
+    what += f', of {len(paths)} photographs in batches of {size}'
+    return compare_with_bottlenecks(
+        bench, what, paths, lambda: [predict(image=batch) for batch in batches]
+    )
 
 
 def listing(bench):
     """Listing the images of ten classes, and splitting them into sets."""
-    folder, count = bench.folder / 'listed', bench.flags.listed_files
+    folder, count = bench.folder / 'listed', bench.sizes.listed_files
     for index in range(10):
-        (folder / f'class {index}').mkdir(parents=True)
+        (folder / str(index)).mkdir(parents=True)
     for index in range(count):
-        (folder / f'class {index % 10}' / f'{index}.jpg').touch()
+        (folder / str(index % 10) / f'{index}.jpg').touch()
     ours = timed(tf_retrain.list_images, parse(f'--image_dir={folder}'))
     timings = bench.alternate(timed(list_as_the_original, str(folder)), ours)
     return compare(f'listing and splitting {count:,} files', *timings)
@@ -721,53 +715,37 @@ OTHER_ROWS = label, labeling, serving, memory_warm, memory_cold, near_copies, su
 ROWS = {row.__name__: row for row in (*BOTTLENECK_ROWS, *TRAINING_ROWS, *OTHER_ROWS)}
 
 
-def create_parser():
-    rows = '\n'.join(f'  {name:12} {row.__doc__}' for name, row in ROWS.items())
+def parse_flags():
+    rows = '\n'.join(f'  {name:20} {row.__doc__}' for name, row in ROWS.items())
     parser = argparse.ArgumentParser(
         description='Measure tf_retrain.py and tf_test.py beside the original.',
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f'rows:\n{rows}',
     )
-    quick = 'small sizes: shows that it runs, measures nothing'
-    parser.add_argument('--quick', action='store_true', help=quick)
-    flowers = "bottlenecks of the tutorial's flowers, for the row suspects"
-    parser.add_argument('--flowers', metavar='DIR', help=flowers)
-    images = 'photographs in class folders, for the row bfloat16_accuracy'
-    parser.add_argument('--images', metavar='DIR', help=images)
-    model = 'its MobileNet (default: %(default)s)'
-    parser.add_argument('--model_dir', metavar='DIR', default='inception', help=model)
-    only = {'type': lambda names: names.split(','), 'default': list(ROWS)}
-    parser.add_argument('--only', metavar='NAME,NAME', **only, help='measure these rows only')
-    for name, (full, quick, what) in SIZES.items():
-        what = f'{what} (default: {full}, quick: {quick})'
-        parser.add_argument(f'--{name}', metavar='N', type=int, default=full, help=what)
-    return parser
-
-
-def parse_flags():
-    """Parses the command line; --quick changes the sizes that it does not give."""
-    parser = create_parser()
+    add = parser.add_argument
+    add('--quick', action='store_true', help='small sizes: shows that it runs, measures nothing')
+    add('--only', metavar='NAME,NAME', default=','.join(ROWS), help='measure these rows only')
+    add('--flowers', metavar='DIR', help="bottlenecks of the tutorial's flowers, for suspects")
+    add('--images', metavar='DIR', help='photographs in class folders, for bfloat16_accuracy')
+    add('--model_dir', metavar='DIR', default='inception', help='the MobileNet for them')
     flags = parser.parse_args()
-    if flags.quick:
-        parser.set_defaults(**{name: quick for name, (_, quick, _) in SIZES.items()})
-        flags = parser.parse_args()
-    if unknown := ', '.join(sorted({*flags.only} - {*ROWS})):
-        parser.error(f'argument --only: no row {unknown}; there are {", ".join(ROWS)}')
+    flags.only = flags.only.split(',')
+    for name in set(flags.only) - set(ROWS):
+        parser.error(f'argument --only: no row {name}; there are {", ".join(ROWS)}')
     return flags
 
 
 def main(flags):
     """Prints the table."""
-    versions = f'TensorFlow {tf.__version__}, Python {platform.python_version()}'
-    print(f'{os.cpu_count()} cores, {versions}, repeats: {flags.repeats}\n')
-    print("| what | original's way | ours | ratio (median) | spread |")
-    print('| --- | --- | --- | --- | --- |', flush=True)
-    rows = [row for name, row in ROWS.items() if name in flags.only]
     with tempfile.TemporaryDirectory() as folder:
         bench = Workbench(pathlib.Path(folder), flags)
-        for row in tqdm(rows, disable=None):
-            tqdm.write(f'| {" | ".join(row(bench))} |')
-            sys.stdout.flush()
+        versions = f'TensorFlow {tf.__version__}, Python {platform.python_version()}'
+        print(f'{os.cpu_count()} cores, {versions}, repeats: {bench.sizes.repeats}\n')
+        print("| what | original's way | ours | ratio (median) | spread |")
+        print('| --- | --- | --- | --- | --- |', flush=True)
+        for name, row in ROWS.items():
+            if name in flags.only:
+                print(f'| {" | ".join(row(bench))} |', flush=True)
 
 
 if __name__ == '__main__':

@@ -5,11 +5,8 @@ import fcntl
 import itertools
 import os
 import pty
-import shlex
 import signal
 import struct
-import subprocess
-import sys
 import termios
 import threading
 
@@ -115,20 +112,6 @@ def test_a_stop_from_the_training_on_finishes_the_run(job, monkeypatch, signals,
     assert (job.folder / 'trained_model/unoptimized_model.pb.json').exists()
 
 
-def test_a_second_ctrl_c_quits(job):
-    """The program waits between the test and what it prints about it."""
-    job.photographs(cat=30, dog=30)
-    with start(job, PAUSE, 'get_interval', 1, **ENDLESS) as process:
-        process.wait_for('Step 100: Validation')
-        process.send_signal(signal.SIGINT)
-        process.wait_for('Ctrl-C: what was learned')
-        process.wait_for('Paused')
-        process.send_signal(signal.SIGINT)
-        process.communicate()
-    assert process.returncode == -signal.SIGINT
-    assert not (job.folder / 'trained_model/unoptimized_model.pb').exists()
-
-
 @pytest.mark.parametrize('signum', STOPS)
 def test_a_stop_while_caching_keeps_what_was_computed(job, signum):
     """The signal comes when a file has its contents and not yet its name."""
@@ -202,10 +185,9 @@ def test_in_a_terminal_of_20_columns(job):
     os.close(screen)
     assert process.returncode == 0
     out = b''.join(blocks).decode()
-    lines = out.splitlines()
-    assert lines[-1].startswith('python3 tf_test.py ')
-    assert sum('Creating bottleneck at' in line for line in lines) == 200
-    assert sum('Bottlenecks' in part for part in out.split('\r')) > 2
+    assert out.splitlines()[-1].startswith('python3 tf_test.py ')
+    assert out.count('Creating bottleneck at') == 200
+    assert out.count('Bottlenecks') > 2
 
 
 @pytest.mark.parametrize(
@@ -232,14 +214,9 @@ def test_names_that_the_terminal_cannot_show(job, monkeypatch, settings, shown):
     assert (job.folder / 'again.txt').read_text(encoding='utf-8') == 'cat\n猫\n'
 
 
-def check_all_is_written(job):
-    assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 60
-    check_graph(job)
-
-
 @pytest.mark.parametrize(
     ('stdout', 'stderr'),
-    [('pipe', 'errors'), (None, 'errors'), ('lines', None), ('/dev/full', 'errors')],
+    [('pipe', 'errors'), (None, 'errors'), ('lines', None), (None, None), ('/dev/full', 'errors')],
 )
 def test_output_that_cannot_be_written(job, stdout, stderr):
     """The training goes on. The pipe's reader leaves after one line; None is a closed stream."""
@@ -254,16 +231,8 @@ def test_output_that_cannot_be_written(job, stdout, stderr):
         process.communicate()
     assert process.returncode == 0
     assert not stderr or 'rror' not in (job.folder / 'errors').read_text()
-    check_all_is_written(job)
-
-
-def test_all_streams_closed_from_the_start(job):
-    """No file of the program gets the number of a standard stream."""
-    command = shlex.join(
-        [sys.executable, str(SCRIPT), *job.photographs(cat=30, dog=30).arguments()]
-    )
-    subprocess.run(['bash', '-c', f'{command} >&- 2>&- <&-'], cwd=job.folder, check=True)
-    check_all_is_written(job)
+    assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 60
+    check_graph(job)
 
 
 def test_kills_at_any_moment(job):

@@ -15,7 +15,7 @@ import openvino
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 from conftest import make_clone
-from helpers import GRAPH, LABELS, ROOT, label_images
+from helpers import GRAPH, LABELS, ROOT, label_images, run
 from PIL import Image
 from reader import Reader, read_blocks
 from selenium import webdriver
@@ -208,21 +208,20 @@ def test_familiarity_in_other_runtimes(recipes, tmp_path):
     forks.run([*convert.split(), '--graphdef', path, '--output', onnx], recipes.folder)
     session = onnxruntime.InferenceSession(onnx)
     network = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    photographs = sorted(map(str, pathlib.Path('data').glob('*/*.jpg')))[::9]
-    arguments = ' '.join(f'"{path}"' for path in photographs)
-    command = f'python3 tf_test.py --json {arguments} {GRAPH} {LABELS}'
-    lines = recipes.type(command).splitlines()
-    expected = [json.loads(line)['familiarity'] for line in lines]
-    assert np.ptp(expected) > 0.3
-    found = []
-    for photograph in photographs:
-        image = recipes.names['load'](photograph)
+
+    def run_litert(image):
         interpreter.set_tensor(interpreter.get_input_details()[0]['index'], image)
         interpreter.invoke()
-        by_lite = [interpreter.get_tensor(d['index']) for d in interpreter.get_output_details()]
-        by_onnx = session.run(['familiarity:0'], {'Mul:0': image})[0][0]
-        # The order of the outputs is that of the runtime: the familiarity has one dimension.
-        pairs = by_lite, network(image).values()
-        others = [next(values[0] for values in pair if values.ndim == 1) for pair in pairs]
-        found.append([by_onnx, *others])
-    np.testing.assert_allclose(found, np.transpose([expected] * 3), atol=2.01 / 80)
+        return [interpreter.get_tensor(each['index']) for each in interpreter.get_output_details()]
+
+    paths = sorted(recipes.folder.glob('data/*/*.jpg'))[::9]
+    printed = run('tf_test.py', '--json', *paths, GRAPH, LABELS, cwd=recipes.folder).stdout
+    expected = [json.loads(line)['familiarity'] for line in printed.splitlines()]
+    assert np.ptp(expected) > 0.3
+    for path, familiarity in zip(paths, expected, strict=True):
+        image = recipes.names['load'](str(path))
+        by_onnx = session.run(None, {'Mul:0': image})
+        for answer in (by_onnx, run_litert(image), network(image).values()):
+            # The order of the outputs is that of the runtime: the familiarity has one dimension.
+            (found,) = (values[0] for values in answer if values.ndim == 1)
+            assert found == pytest.approx(familiarity, abs=2.01 / 80)
