@@ -97,7 +97,7 @@ def test_help_names_every_flag_and_default(monkeypatch, create_parser):
     words = ' '.join(text.split())
     for action in parser._actions:
         assert action.option_strings[-1] in words
-        if not (action.default in (None, argparse.SUPPRESS) or action.default is False):
+        if str(action.default) not in ('None', 'False', argparse.SUPPRESS):
             assert f'(default: {action.default})' in words
     flags, _, _ = text.partition('the usual command')
     assert max(map(len, flags.splitlines())) <= 80
