@@ -231,6 +231,12 @@ def label_images(folder, images, graph=GRAPH, labels=LABELS):
     return np.array([[row[name] for name in names] for row in scores])
 
 
+def classify_images(folder, images):
+    """Returns the scores of the SavedModel in saved/1, [images, classes]."""
+    classify = tf.saved_model.load(str(folder / 'saved/1')).signatures['serving_default']
+    return classify(image=tf.constant([path.read_bytes() for path in images]))['prediction']
+
+
 def read_cache(path):
     """Returns the bottleneck in a cache file."""
     return np.array(path.read_text().split(','), np.float32)

@@ -1,15 +1,10 @@
 """What Keras exports as a module: the kinds of layers of its applications, at toy size."""
 
-import json
-
 import keras
 import numpy as np
-from helpers import read_cache, resize, run
+from helpers import classify_images, label_images, read_cache, resize
 from keras.src.applications import convnext, efficientnet_v2, mobilenet_v3, resnet
 
-import tf_retrain
-
-tf = tf_retrain.tf
 SIDE = 64
 OPTIONS = {'include_top': False, 'weights': None, 'pooling': 'avg'}
 
@@ -72,26 +67,17 @@ def test_networks_of_keras(job):
     job.photographs(cat=20, dog=20).run(*flags, script='retrain_serving.py')
 
     images = job.test_images()
-    resized = np.concatenate([resize(image, [SIDE, SIDE]) for image in images]) / 255
-    folder = job.folder / 'bottlenecks'
-    caches = [folder / image.parent.name / f'{image.name}_module.txt' for image in images]
+    caches = [job.cache_file(f'{image.relative_to(job.data)}_module') for image in images]
     bottlenecks = np.stack([read_cache(cache) for cache in caches])
-    ends = np.cumsum([feature.shape[1] for feature in features])
-    found = np.split(bottlenecks, ends, axis=1)
-    assert found.pop().size == 0
+    *ends, size = np.cumsum([feature.shape[1] for feature in features])
+    assert bottlenecks.shape[1] == size
+    resized = np.concatenate([resize(image, [SIDE, SIDE]) for image in images]) / 255
     expected = keras.Model(pixels, features)(resized)
-    for (create, _), ours, theirs in zip(NETWORKS, found, expected, strict=True):
-        assert np.ptp(theirs, axis=0).max() > 1e-3 * np.abs(theirs).max()
-        atol = 1e-4 * np.ptp(theirs, axis=0).max()
-        np.testing.assert_allclose(ours, theirs, atol=atol, err_msg=create.__name__)
+    for ours, theirs in zip(np.split(bottlenecks, ends, axis=1), expected, strict=True):
+        spread = np.ptp(theirs, axis=0).max()
+        assert spread > 1e-3 * np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * spread)
 
-    outputs = job.flags['output_graph'], job.flags['output_labels']
-    printed = run('tf_test.py', '--json', *images, *outputs, cwd=job.folder).stdout
-    labeled = [json.loads(line) for line in printed.splitlines()]
-    predict = tf.saved_model.load(str(job.folder / 'saved/1')).signatures['predict_rows']
-    served = predict(image=tf.constant([image.read_bytes() for image in images]))
-    labels = [[label.encode() for label in answer['labels']] for answer in labeled]
-    assert labels == served['labels'].numpy().tolist()
-    scores = [answer['scores'] for answer in labeled]
-    np.testing.assert_allclose(scores, served['scores'], atol=1e-5)
+    scores = label_images(job.folder, images)
     assert np.ptp(scores) > 0.01
+    np.testing.assert_allclose(classify_images(job.folder, images), scores, atol=1e-5)

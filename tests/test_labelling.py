@@ -12,7 +12,7 @@ from unittest import mock
 import forks
 import numpy as np
 import pytest
-from helpers import ROOT, run, run_new, run_v1, run_v1_on_all, write_photographs
+from helpers import GRAPH, LABELS, ROOT, run, run_new, run_v1, run_v1_on_all, write_photographs
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +21,7 @@ import tf_retrain
 import tf_test
 
 tf = tf_test.tf
-GRAPH, LABELS = FILES = 'trained_model/unoptimized_model.pb', 'trained_model/labels.txt'
+FILES = GRAPH, LABELS
 NAMES = ['red fox', 'cat', 'dog']
 RED = (200, 60, 60)
 
@@ -109,9 +109,10 @@ def test_a_folder_gives_a_line_per_image_in_order(trained, tmp_path):
 
 def test_paths_from_standard_input_beside_arguments(trained):
     """Flags may stand between them."""
-    paths = [f'data/cat/cat {i}.jpg' for i in range(5)]
-    arguments = paths[0], '-', '--top', '2', paths[4], *FILES
-    text = '\n'.join(paths[1:4]) + '\n\n'
+    animals = 'cat/cat', 'dog/dog', 'Red_Fox/Red_Fox'
+    paths = [f'data/{animal} {i}.jpg' for animal in animals for i in range(2)]
+    arguments = paths[0], '-', '--top', '2', paths[5], *FILES
+    text = '\n'.join(paths[1:5]) + '\n\n'
     process = run_new('tf_test.py', *arguments, cwd=trained.folder, input=text)
     assert process.stderr == ''
     assert list(read_rows(process.stdout)) == list(rank(trained, paths, 2))
@@ -359,11 +360,10 @@ ERRORS = [  # image, graph and labels
 def odd_files(trained, tmp_path_factory):
     """A folder with a photograph, a graph, labels, and files that are nothing of this."""
     folder = tmp_path_factory.mktemp('odd')
-    (folder / 'cat.jpg').symlink_to(trained.data / 'cat/cat 0.jpg')
-    (folder / 'graph').symlink_to(trained.folder / GRAPH)
-    (folder / 'labels').symlink_to(trained.folder / LABELS)
-    # It has a softmax of its own.
-    (folder / 'model').symlink_to(trained.folder / 'inception/classify_image_graph_def.pb')
+    links = {'cat.jpg': 'data/cat/cat 0.jpg', 'graph': GRAPH, 'labels': LABELS}
+    links['model'] = 'inception/classify_image_graph_def.pb'  # it has a softmax of its own
+    for name, target in links.items():
+        (folder / name).symlink_to(trained.folder / target)
     (folder / 'empty').touch()
     (folder / 'folder').mkdir()
     os.mkfifo(folder / 'pipe')  # nobody writes into it: it would be waited for
@@ -502,9 +502,8 @@ def test_fuzzed_labelling(trained, tmp_path, file, junk, at, cut):
     paths = {name: trained.folder / name for name in ('data/cat/cat 0.jpg', *FILES)}
     contents = paths[file].read_bytes()
     at %= len(contents)
-    rest = b'' if cut else contents[at + len(junk) :]
     paths[file] = tmp_path / 'damaged'
-    paths[file].write_bytes(contents[:at] + junk + rest)
+    paths[file].write_bytes(contents[:at] + junk + (b'' if cut else contents[at + len(junk) :]))
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:
             tf_test.label_images(parse('--json', *paths.values()))
@@ -513,7 +512,6 @@ def test_fuzzed_labelling(trained, tmp_path, file, junk, at, cut):
             assert '"scores"' not in out.getvalue()
         else:
             scores = json.loads(out.getvalue())['scores']
-            assert len(scores) == 3
             assert sum(scores) == pytest.approx(1, abs=1e-4)
 
 

