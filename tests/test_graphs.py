@@ -54,8 +54,8 @@ def test_several_devices_share_the_batches(job, monkeypatch):
 ADDED = """
 input/BottleneckInputPlaceholder: PlaceholderWithDefault pool_3/_reshape [dtype, shape]
 final_training_ops/weights/final_weights: Const [dtype, value]
-final_training_ops/biases/final_biases: Const [dtype, value]
 final_training_ops/weights/final_weights/read: Identity final_training_ops/weights/final_weights [T]
+final_training_ops/biases/final_biases: Const [dtype, value]
 final_training_ops/biases/final_biases/read: Identity final_training_ops/biases/final_biases [T]
 final_training_ops/Wx_plus_b/MatMul: MatMul input/BottleneckInputPlaceholder
     final_training_ops/weights/final_weights/read [T]
