@@ -395,6 +395,20 @@ def test_a_damaged_record_counts_for_nothing(job):
     assert created(job.cache()) == files
 
 
+RECORD = b'{"size": 1, "time": 2, "digest": 3, "model": 4, "outcome": 5, "orientation": null, '
+RECORD += b'"decoder": "x", "version": 2}'
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.binary(max_size=20), st.integers(0, len(RECORD)), st.integers(0, 20))
+def test_fuzzed_records(junk, at, cut):
+    """A record is what it says, or nothing: an error would end every run on this cache."""
+    record = tf_retrain.parse_record(RECORD[:at] + junk + RECORD[at + cut :])
+    if record:
+        assert isinstance(record.outcome, int | str)
+        assert record.version == 2
+
+
 def test_a_cache_file_on_disk_is_always_the_one_of_its_record(cached, monkeypatch):
     """The old file goes, then the record is written, then the new file."""
     before = read_record(cached, CAT)

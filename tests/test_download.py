@@ -251,3 +251,11 @@ def test_a_wrong_byte_in_the_compressed_part_of_an_archive():
     with pytest.raises(zlib.error):
         gzip.decompress(damaged)
     assert tf_retrain.extract(bytes(damaged), GRAPH) == b''
+
+
+@pytest.mark.parametrize('name', ['classify_image_graph_def.pb', 'inception-2015-12-05.tgz'])
+def test_a_model_that_is_no_plain_file(job, name):
+    """To read a FIFO would wait for ever."""
+    (job.folder / 'inception/classify_image_graph_def.pb').unlink()
+    os.mkfifo(job.folder / 'inception' / name)
+    job.photographs(cat=20, dog=20).fails(f"'inception/{name}' is not a plain file. Delete it")
