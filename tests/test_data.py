@@ -66,6 +66,22 @@ def test_only_what_is_as_alike_as_copies_counts(compare, cosine, expected):
     assert pairs(compare(['a/1', 'a/2', 'b/3'], [first, second, 3 * near])) == expected
 
 
+@pytest.mark.parametrize('size', [5, 37, 1001])
+def test_the_bound_rules_out_no_pair(size):
+    """A plain comparison finds the same pairs, also where the last group has fewer numbers."""
+    half = np.float32(RNG.exponential(1, [60, size]))
+    near = half * (1 + RNG.normal(0, 0.1, half.shape))
+    bottlenecks = np.float32(np.concatenate([half, near]))
+    units = bottlenecks / np.linalg.norm(bottlenecks, axis=1, keepdims=True)
+    expected = np.argwhere(np.triu(units @ units.T, 1) >= tf_retrain.DUPLICATE_SIMILARITY)
+    found = set()
+    for rows, others, similarity in tf_retrain.compare_bottlenecks(bottlenecks, np.arange(120)):
+        near_rows, near_others = np.nonzero(similarity >= tf_retrain.DUPLICATE_SIMILARITY)
+        found |= {*zip(rows[near_rows].tolist(), others[near_others].tolist(), strict=True)}
+    assert len(expected) > 20
+    assert {(row, other) for row, other in found if row < other} == {*map(tuple, expected.tolist())}
+
+
 @pytest.mark.parametrize('value', [0, 1, 0.5, 1e-30])
 def test_a_bottleneck_of_equal_numbers_is_like_no_other(compare, value):
     assert 'near copies' not in compare(['a/1', 'b/2 test'], np.full([2, 2048], value))

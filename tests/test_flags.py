@@ -119,3 +119,14 @@ def test_help_and_wrong_flags_do_not_wait_for_tensorflow(script, flag, code):
         assert process.stderr.splitlines()[-1].startswith(f'{script}: error: ')
     else:
         assert process.stdout.startswith(f'usage: python3 {script} ')
+
+
+@pytest.mark.parametrize('script', ['tf_retrain.py', 'retrain_serving.py', 'tf_test.py'])
+def test_without_the_environment(script):
+    """The last line says how to activate it."""
+    arguments = ['x.jpg', 'g.pb', 'l.txt'] if script == 'tf_test.py' else ['--image_dir=data']
+    process = run_new(script, *arguments, interpreter=['-S'], check=False)
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith('ERROR: No module named ')
+    assert line.endswith('Run `. .venv/bin/activate` first, as README.md shows.')
