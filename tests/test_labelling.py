@@ -76,9 +76,7 @@ def read_rows(text):
 
 def test_every_class_with_its_score_the_best_first(trained, label):
     image = trained.test_image()
-    process = run('tf_test.py', image, *FILES, cwd=trained.folder)
-    assert process.stderr == ''
-    lines = process.stdout.splitlines()
+    lines = label(image)
     matches = [re.fullmatch(r'(.+) \(score = (\d\.\d{5})\)', line) for line in lines]
     ((_, ranking),) = rank(trained, [image])
     assert [(match[1], float(match[2])) for match in matches] == ranking
@@ -164,7 +162,7 @@ def test_unsure_images_and_copies_where_links_are_impossible(trained, label, tmp
     for limit, name in ((score - 1e-4, best), (score + 1e-4, 'unsure')):
         flags = f'--sort_into={tmp_path}', f'--min_score={limit}'
         assert label(image, *flags)[0].startswith(f'{name} (score = ')
-        assert [line.split('\t')[1] for line in label(image, image, *flags)] == [name, name]
+        assert all(f'\t{name}\t' in line for line in label(image, image, *flags))
         assert json.loads(label(image, *flags, '--json')[0]) == answer
         (copy,) = (tmp_path / name).iterdir()
         assert copy.read_bytes() == image.read_bytes()
