@@ -34,7 +34,7 @@ def test_cats_and_dogs(job):
     assert len(created(out)) == 40
     count = len(job.test_images())
     assert re.search(rf'Final test accuracy = \d+\.\d% \(N={count}\)', out)
-    assert len(job.graph().node) == 998
+    assert len(job.graph().node) == 998 + 19  # and the familiarity
 
     paths = sorted((job.data / 'dog').iterdir())
     assert label_images(job.folder, paths[:1]).shape == (1, 2)

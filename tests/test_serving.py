@@ -113,9 +113,9 @@ def test_predict_rows(served, signatures, photographs, which):
     images, expected = photographs
     found = signatures['predict_rows'](image=tf.constant(images[which], tf.string))
     check_rows(found, expected[which])
-    if which == slice(None):
+    if which == slice(None):  # two images of 145 may change places by rounding
         familiarity = run_v1_on_all(served.graph(), images, 'familiarity:0')
-        np.testing.assert_allclose(found['familiarity'], np.ravel(familiarity), atol=0.02)
+        np.testing.assert_allclose(found['familiarity'], np.ravel(familiarity), atol=2.01 / 145)
 
 
 SAVED_MODEL_CLI = pathlib.Path(sys.executable).with_name('saved_model_cli')
