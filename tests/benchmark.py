@@ -647,6 +647,45 @@ def suspects(bench):
     return Row(what, *map(show_share, shares.mean(axis=0)), '', span(shares[:, 1], show_share))
 
 
+def embed_folder(bench, folder):
+    """Returns a table of the images in class folders, and their bottlenecks by a MobileNet."""
+    flags = [f'--image_dir={folder}', f'--model_dir={bench.flags.model_dir}']
+    flags += ['--architecture=mobilenet_1.0_224', f'--bottleneck_dir={bench.folder}/embedded']
+    flags = parse(*flags)
+    images = tf_retrain.list_images(flags)
+    backbone = tf_retrain.load_backbone(flags)
+    return images, tf_retrain.cache_bottlenecks(images, backbone, flags)[0]
+
+
+def accept(images, bottlenecks, foreign, seed):
+    """Returns which share of foreign and of new own images `--unknown 5` accepts.
+
+    A fifth of the own images, at random, is kept out of the training: these are the new ones.
+    """
+    is_new = np.random.default_rng(seed).uniform(size=len(images.files)) < 0.2
+    flags = parse('--image_dir=unused', f'--random_seed={seed}')
+    kept = dataclasses.replace(images.keep(~is_new), sets=np.full(sum(~is_new), 'training'))
+    familiarity = tf_retrain.find_familiarity(kept, bottlenecks[~is_new], flags)
+    return [
+        (tf_retrain.compute_familiarity(tf.constant(rows), familiarity).numpy() > 0.05).mean()
+        for rows in (foreign, bottlenecks[is_new])
+    ]
+
+
+def familiarity(bench):
+    """Foreign and own images that --unknown 5 accepts; needs --images and --foreign."""
+    if not (bench.flags.images and bench.flags.foreign):
+        return Row('familiarity: skipped, as --images or --foreign is not given')
+    images, own = embed_folder(bench, bench.flags.images)
+    _, foreign = embed_folder(bench, bench.flags.foreign)
+    shares = np.array([accept(images, own, foreign, seed) for seed in range(10)])
+    what = (
+        f'with --unknown 5, of {len(foreign)} foreign images (left) and of new ones of '
+        f'{len(own)} own (right), those that are accepted; mobilenet_1.0_224, 10 draws'
+    )
+    return Row(what, *map(show_share, shares.mean(axis=0)), '', span(shares[:, 0], show_share))
+
+
 def growth(bench):
     """A whole run on very many cached images of 100 classes, with the seconds of its parts."""
     count, steps = bench.sizes.growth_images, bench.sizes.steps
@@ -711,7 +750,7 @@ def listing(bench):
 
 BOTTLENECK_ROWS = cold, decoding, large, bfloat16, bfloat16_large
 TRAINING_ROWS = distortions, bfloat16_distortions, bfloat16_accuracy, warm, cache, growth, listing
-OTHER_ROWS = label, labeling, serving, memory_warm, memory_cold, near_copies, suspects
+OTHER_ROWS = label, labeling, serving, memory_warm, memory_cold, near_copies, suspects, familiarity
 ROWS = {row.__name__: row for row in (*BOTTLENECK_ROWS, *TRAINING_ROWS, *OTHER_ROWS)}
 
 
@@ -726,7 +765,10 @@ def parse_flags():
     add('--quick', action='store_true', help='small sizes: shows that it runs, measures nothing')
     add('--only', metavar='NAME,NAME', default=','.join(ROWS), help='measure these rows only')
     add('--flowers', metavar='DIR', help="bottlenecks of the tutorial's flowers, for suspects")
-    add('--images', metavar='DIR', help='photographs in class folders, for bfloat16_accuracy')
+    add(
+        '--images', metavar='DIR', help='photographs in class folders, for accuracy and familiarity'
+    )
+    add('--foreign', metavar='DIR', help='photographs of other things, for familiarity')
     add('--model_dir', metavar='DIR', default='inception', help='the MobileNet for them')
     flags = parser.parse_args()
     flags.only = flags.only.split(',')
