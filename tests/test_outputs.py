@@ -210,7 +210,9 @@ def test_a_saved_model_does_not_replace_a_mount_or_a_link(job, monkeypatch):
     assert not (job.folder / 'bottlenecks').exists()
 
 
-@pytest.mark.parametrize('name', ['scores/', 'final_training_ops/x', 'Mul'])
+@pytest.mark.parametrize(
+    'name', ['scores/', 'final_training_ops/x', 'Mul', 'familiarity', 'Familiarity/x']
+)
 def test_names_that_the_output_cannot_have_are_known_before_any_work(job, name):
     job.photographs(cat=20, dog=20).fails('^--final_tensor_name: ', final_tensor_name=name)
     assert not (job.folder / 'bottlenecks').exists()

@@ -194,20 +194,46 @@ def test_the_page(recipes, browser):
     assert wait_for_status(browser, 'ERROR').startswith('ERROR: ')
 
 
-def test_familiarity_in_other_runtimes(recipes, tmp_path):
-    """The graph with both outputs, in three runtimes and as tf_test.py says it."""
+BOTH = 'trained_model/optimized_with_familiarity.pb'
+
+
+@pytest.fixture(scope='module')
+def onnx(recipes, tmp_path_factory):
+    """The path of a model for ONNX Runtime with both outputs."""
     for _, text in read_blocks('trained_model/README.md', 'Familiarity'):
         exec(text, recipes.names)
-    path = 'trained_model/optimized_with_familiarity.pb'
+    path = str(tmp_path_factory.mktemp('onnx') / 'both.onnx')
+    convert = '-m tf2onnx.convert --opset 17 --inputs Mul:0 --outputs final_result:0,familiarity:0'
+    forks.run([*convert.split(), '--graphdef', BOTH, '--output', path], recipes.folder)
+    return path
+
+
+def test_the_page_says_that_an_image_is_foreign(recipes, onnx, browser):
+    """Its model has the familiarity, too."""
+    shutil.copy(ROOT / 'trained_model/index.html', 'trained_model')
+    for word in ('npm', 'localhost'):
+        recipes.type(find(recipes, word))
+    shutil.copy(onnx, 'trained_model/model.onnx')
+    noise = np.random.default_rng(0).integers(0, 255, [64, 64, 3], np.uint8)
+    Image.fromarray(noise).save('foreign.png')
+    browser.get(f'http://localhost:{recipes.ports["8000"]}')
+    wait_for_status(browser, 'Ready')
+    chooser = browser.find_element(By.ID, 'file')
+    for path, is_foreign in (('data/cat/cat 0.jpg', False), ('foreign.png', True)):
+        browser.execute_script('document.getElementById("status").textContent = ""')
+        chooser.send_keys(os.path.abspath(path))
+        found = wait_for_status(browser, 'cat (', 'dog (', 'ERROR')
+        assert found.endswith('so the scores mean little.') == is_foreign
+
+
+def test_familiarity_in_other_runtimes(recipes, onnx):
+    """The graph with both outputs, in three runtimes and as tf_test.py says it."""
     outputs = ['final_result', 'familiarity']
-    converter = tf.compat.v1.lite.TFLiteConverter.from_frozen_graph(path, ['Mul'], outputs)
+    converter = tf.compat.v1.lite.TFLiteConverter.from_frozen_graph(BOTH, ['Mul'], outputs)
     interpreter = Interpreter(model_content=converter.convert())
     interpreter.allocate_tensors()
-    onnx = f'{tmp_path}/both.onnx'
-    convert = '-m tf2onnx.convert --opset 17 --inputs Mul:0 --outputs final_result:0,familiarity:0'
-    forks.run([*convert.split(), '--graphdef', path, '--output', onnx], recipes.folder)
     session = onnxruntime.InferenceSession(onnx)
-    network = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    network = openvino.Core().compile_model(BOTH, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
 
     def run_litert(image):
         interpreter.set_tensor(interpreter.get_input_details()[0]['index'], image)
