@@ -2189,6 +2189,14 @@ def compute_familiarity(bottlenecks: tf.Tensor, familiarity: Familiarity) -> tf.
     return tf.reduce_mean(tf.cast(is_less_similar, tf.float32), axis=1)
 
 
+class Head(NamedTuple):
+    """What the training puts behind the backbone."""
+
+    layer: FinalLayer
+    labels: list[str]
+    familiarity: Familiarity | None = None  # None if it could not be found out
+
+
 # Distortions
 
 
@@ -2281,19 +2289,16 @@ def train(
     """
     layer = create_untrained_layer(images, backbone, flags)
     rng = create_rng(flags.random_seed, 'validation')
-    train_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'train'))
-    validation_writer = SummaryWriter(os.path.join(flags.summaries_dir, 'validation'))
-    graph = create_frozen_graph(backbone, Head(layer, images.labels), flags.final_tensor_name)
-    train_writer.write(graph_def=split_weights(graph)[0].SerializeToString())
+    train_writer, validation_writer = open_logs(backbone, Head(layer, images.labels), flags)
     last_step = flags.how_many_training_steps - 1
-    batches = draw_batches(images, bottlenecks, backbone, flags)
     try:
-        for step, (rows, batch) in enumerate(batches):
+        for step, (rows, batch) in enumerate(draw_batches(images, bottlenecks, backbone, flags)):
             is_evaluated = step % flags.eval_step_interval == 0 or step == last_step
             if rows.size:
-                before = layer.train(batch, images.classes[rows])
                 # The scores are those before the step, and the weights those after it.
-                train_writer.write(summarize(before, layer if is_evaluated else None), step=step)
+                evaluation = layer.train(batch, images.classes[rows])
+                tags = summarize(evaluation, layer if is_evaluated else None)
+                train_writer.write(tags, step=step)
             if not is_evaluated:
                 continue
             if rows.size:
@@ -2312,6 +2317,16 @@ def train(
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
     return layer
+
+
+def open_logs(backbone: Backbone, head: Head, flags: argparse.Namespace) -> list['SummaryWriter']:
+    """Returns writers for the training, whose log begins with the graph, and the validation."""
+    folders = [os.path.join(flags.summaries_dir, name) for name in ('train', 'validation')]
+    writers = [SummaryWriter(folder) for folder in folders]
+    graph = create_frozen_graph(backbone, head, flags.final_tensor_name)
+    structure, _ = split_weights(graph)
+    writers[0].write(graph_def=structure.SerializeToString())
+    return writers
 
 
 def create_untrained_layer(
@@ -2427,12 +2442,9 @@ def print_table(confusion: np.ndarray, labels: list[str]) -> None:
 FAMILIARITY_NODE = 'familiarity'
 
 
-class Head(NamedTuple):
-    """What the training puts behind the backbone."""
-
-    layer: FinalLayer
-    labels: list[str]
-    familiarity: Familiarity | None = None  # None if it could not be found out
+def freeze(value: np.ndarray, name: str) -> tf.Tensor:
+    """Returns a constant behind an Identity, as TensorFlow freezes a variable."""
+    return tf.identity(tf.constant(value, name=name), f'{name}/read')
 
 
 def create_final_nodes(backbone: Backbone, head: Head, final_tensor_name: str) -> GraphDef:
@@ -2442,17 +2454,15 @@ def create_final_nodes(backbone: Backbone, head: Head, final_tensor_name: str) -
     familiarity.
     """
     scope = 'final_training_ops'
-    tensors = {}
     with tf.Graph().as_default() as graph:
         source = tf.compat.v1.placeholder(tf.float32, name=backbone.bottleneck)
         shape = [None, backbone.bottleneck_size]
         input_name = 'input/BottleneckInputPlaceholder'
         fed = tf.compat.v1.placeholder_with_default(source, shape, input_name)
-        for name, value in (('weights', head.layer.weights), ('biases', head.layer.biases)):
-            constant = tf.constant(value, name=f'{scope}/{name}/final_{name}')
-            tensors[name] = tf.identity(constant, f'{constant.op.name}/read')
-        product = tf.matmul(fed, tensors['weights'], name=f'{scope}/Wx_plus_b/MatMul')
-        logits = tf.add(product, tensors['biases'], f'{scope}/Wx_plus_b/add')
+        weights = freeze(head.layer.weights, f'{scope}/weights/final_weights')
+        biases = freeze(head.layer.biases, f'{scope}/biases/final_biases')
+        product = tf.matmul(fed, weights, name=f'{scope}/Wx_plus_b/MatMul')
+        logits = tf.add(product, biases, f'{scope}/Wx_plus_b/add')
         tf.constant(head.labels, name=f'{scope}/labels')
         if head.familiarity:
             with tf.name_scope(f'{FAMILIARITY_NODE}/'):
@@ -2701,11 +2711,22 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Ima
     middles = margin + cell * (np.arange(len(labels)) + 0.5)
     draw_names(draw, names, margin - 6, middles, font)
     if cell >= 16:
-        for row, column in np.argwhere(confusion):
-            color = 'white' if shares[row, column] > 0.5 else 'black'
-            center = middles[column], middles[row]
-            draw.text(center, str(confusion[row, column]), color, font, 'mm')
+        draw_counts(draw, confusion, shares, middles, font)
     return picture
+
+
+def draw_counts(
+    draw: ImageDraw.ImageDraw,
+    confusion: np.ndarray,
+    shares: np.ndarray,
+    middles: np.ndarray,
+    font: Any,
+) -> None:
+    """Draws the counts that are not 0 into their cells."""
+    for row, column in np.argwhere(confusion):
+        color = 'white' if shares[row, column] > 0.5 else 'black'
+        center = middles[column], middles[row]
+        draw.text(center, str(confusion[row, column]), color, font, 'mm')
 
 
 def draw_names(

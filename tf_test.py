@@ -664,6 +664,10 @@ def score_image(graph: Graph, path: str) -> Iterator[tuple[str, Answer | None]]:
 
 # Heatmap
 
+NO_HEATMAP = (
+    '--heatmap: this network has no class activation map. Use Inception-v3, or leave the flag out.'
+)
+
 
 def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
     """Returns what each position of the last map adds to the logit of a class.
@@ -675,23 +679,18 @@ def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
     """
     mean, logits = find_mean(graph)
     source = mean.input[0] if mean.input else mean.name
-    nodes = [source, mean.name, logits]
-    features, pooled, expected = run_graph(graph.graph_def, contents, nodes)
+    features, pooled, expected = run_graph(graph.graph_def, contents, [source, mean.name, logits])
     shape = pooled.shape
-    problem = (
-        '--heatmap: this network has no class activation map. Use Inception-v3, or leave the '
-        'flag out.'
-    )
     if features.ndim != 4 or shape[-1] != features.shape[-1]:
-        raise UserError(problem)
-    rest = fold(graph.graph_def, mean.name, [None, *shape[1:]], logits)
+        raise UserError(NO_HEATMAP)
     positions = features.reshape([-1, *shape[1:]])
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        rest = fold(graph.graph_def, mean.name, [None, *shape[1:]], logits)
         tf.import_graph_def(rest, name='')
         position_logits = session.run(f'{logits}:0', {f'{mean.name}:0': positions})
         zero_logits = session.run(f'{logits}:0', {f'{mean.name}:0': np.zeros_like(positions[:1])})
     if not np.allclose(position_logits.mean(axis=0), expected[0], rtol=1e-3, atol=1e-3):
-        raise UserError(problem)
+        raise UserError(NO_HEATMAP)
     return (position_logits - zero_logits)[:, index].reshape(features.shape[1:3])
 
 
@@ -847,12 +846,12 @@ def check_flags(flags: argparse.Namespace, is_single: bool) -> None:
         raise UserError('-: standard input is closed. Name images or a folder.')
 
 
-def draw(graph: Graph, path: str, title: str, index: int, target: str) -> None:
-    """Writes the heatmap of an image for a label, given by its index."""
+def draw(graph: Graph, path: str, answer: Answer, labels: list[str], target: str) -> None:
+    """Writes the heatmap of an image for its best label."""
     contents = load_image(path)
-    heatmap = compute_heatmap(graph, contents, index)
+    heatmap = compute_heatmap(graph, contents, int(answer.scores.argmax()))
     try:
-        picture = draw_heatmap(contents, heatmap, title)
+        picture = draw_heatmap(contents, heatmap, describe_best(answer, labels))
     except (OSError, SyntaxError, ValueError) as error:  # Pillow's, which refuses more than the op
         raise UserError(f"--heatmap: '{path}' cannot be drawn ({error}). Save it again as PNG.")
     save_picture(picture, target)
@@ -908,8 +907,7 @@ def label_images(flags: argparse.Namespace) -> None:
         if flags.sort_into:
             failed += not try_to_place(path, label, flags.sort_into)
         if flags.heatmap:
-            title = describe_best(answer, labels)
-            draw(graph, path, title, answer.scores.argmax(), flags.heatmap)
+            draw(graph, path, answer, labels, flags.heatmap)
     if not count:
         raise UserError(
             f'There is no image in {", ".join(flags.images)}. Name a folder with '
