@@ -459,7 +459,7 @@ def finish_run(*signal_and_frame: object) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Returns the message of an error: TensorFlow's own have more than that in their text."""
+    """Returns the message of an error: the text of TensorFlow's has its op and node, too."""
     return getattr(error, 'message', '') or str(error) or type(error).__name__
 
 
@@ -489,7 +489,7 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
 
 
 def to_bytes(path: str) -> bytes:
-    """Returns a path for the functions of `os`, which would encode it by the locale: in UTF-8."""
+    """Returns a path in UTF-8: the functions of `os` would encode a text by the locale."""
     return path.encode(errors='surrogateescape')
 
 
@@ -1163,7 +1163,8 @@ def check_final_tensor_name(name: str, backbone: Backbone) -> None:
         raise UserError(
             f"--final_tensor_name: '{name}' is taken by the graph's own nodes. Choose another name."
         )
-    untrained = FinalLayer(backbone.bottleneck_size, 1, 1, np.zeros(2, int))
+    seed = np.zeros(2, int)
+    untrained = FinalLayer(backbone.bottleneck_size, class_count=1, learning_rate=1, seed=seed)
     nodes = create_final_nodes(backbone, Head(untrained, ['']), name)
     if nodes.node[-1].name != name:
         raise UserError(
@@ -1420,7 +1421,8 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
     """Yields what run_networks would, made by a tf.data service, until it is done or fails."""
     host, port = address.removeprefix('grpc://').rsplit(':', 1)
     try:
-        socket.create_connection((host, int(port)), timeout=DATA_SERVICE_TIMEOUT).close()
+        server = host.strip('[]'), int(port)  # [...] is an IPv6 address
+        socket.create_connection(server, timeout=DATA_SERVICE_TIMEOUT).close()
     except OSError as error:
         raise UserError(
             f'--data_service: {address} does not answer ({error}). Start it, or leave the flag out.'
@@ -1584,6 +1586,8 @@ def parse_record(text: bytes) -> CacheRecord | None:
             and isinstance(record.outcome, int | str)
             and isinstance(record.orientation, int | None)
         )
+        # A missing cache file has the digest -1.
+        is_valid = is_valid and record.outcome != -1
     except (ValueError, TypeError, RecursionError):
         return None
     return record if is_valid and record.version == RECORD_VERSION else None
@@ -1644,6 +1648,7 @@ class BottleneckCache:
         old = self.records[row]
         text = json.dumps(dataclasses.asdict(record))
         with contextlib.suppress(tf.errors.OpError):
+            # First, or a kill here would leave the old cache file beside the new record.
             if old and (old.outcome, old.model) != (outcome, model):
                 with contextlib.suppress(tf.errors.NotFoundError):
                     gfile.remove(self.paths[row])
@@ -1667,7 +1672,7 @@ class BottleneckCache:
             is_usable = is_written and record.model == self.backbone.checksum
         status = self.statuses[row]
         is_same_time = record.time == status.modified
-        # A trusted cache file has a record without a digest: only the size can differ.
+        # No digest is known for a trusted file: an image of the same size counts as the same one.
         is_same_digest = digest is not None and record.digest in (digest, None)
         if is_usable and record.size == status.size and (is_same_time or is_same_digest):
             return record.outcome
@@ -1684,9 +1689,10 @@ class BottleneckCache:
                 self.record(row, digest=None, outcome=digest, orientation=None)
         outcomes = [self.look_up(row) for row in range(len(self.paths))]
         missing = [row for row, outcome in enumerate(outcomes) if outcome is None]
-        unsure = np.array([row for row in missing if self.records[row]], int)
-        paths = [self.images.paths[row] for row in unsure]
-        files = load_files(unsure, paths, lambda row, image: (row, compute_digest(image)))
+        # Their contents decide, as their size and time are not as recorded.
+        to_read = np.array([row for row in missing if self.records[row]], int)
+        paths = [self.images.paths[row] for row in to_read]
+        files = load_files(to_read, paths, lambda row, image: (row, compute_digest(image)))
         for row, digest in files.as_numpy_iterator():
             outcomes[row] = self.look_up(row, digest)
             if outcomes[row] is not None:
@@ -1886,7 +1892,7 @@ class NearCopy(NamedTuple):
     """An image and the worst of its near copies. The larger such tuple is the worse one."""
 
     has_other_label: bool
-    is_leaked: bool  # the image is for validation or test, and a near copy is for training
+    is_leaked: bool  # the image is for validation or test, and any near copy is for training
     similarity: float
     row: int
     other: int
@@ -1928,7 +1934,8 @@ def choose_worst(
     is_meant = is_variant & ~has_other_label & ~is_leak
     is_near = (similarity >= DUPLICATE_SIMILARITY) & ~is_meant
     is_leaked = (is_near & is_leak).any(axis=1)
-    is_worst = prefer(prefer(is_near, has_other_label), is_leak)
+    candidates = prefer(is_near, has_other_label)
+    is_worst = prefer(candidates, is_leak)
     columns = np.where(is_worst, similarity, -1).argmax(axis=1)
     for index in np.flatnonzero(is_near.any(axis=1)):
         column = columns[index]
@@ -2007,8 +2014,8 @@ def cross_validate(
 def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespace) -> None:
     """Names the images whose own label has the lowest score, and shows them in TensorBoard.
 
-    Of wrong labels put on 2 % of the 3,670 tutorial flowers, 76 % are among as many suspects. By
-    the off-diagonal of confident learning (Northcutt et al. 2021,
+    With wrong labels put on 73 of the 3,670 tutorial flowers, the first 73 suspects have 76 % of
+    them. By the off-diagonal of confident learning (Northcutt et al. 2021,
     https://arxiv.org/abs/1911.00068), it is 70 % (tests/benchmark.py).
     """
     print('=== SUSPECT IMAGES ===')
@@ -2097,8 +2104,8 @@ class FinalLayer:
 # Familiarity
 
 NEIGHBOR = 3  # an image is as similar as its third nearest training image
-MAX_REFERENCES = 500  # training images in the graph, or one per class if that is more
-MAX_CLASSES = 5_000  # at most this many training images: 40 MB
+REFERENCES = 500  # training images in the graph, or one per class if that is more ...
+MAX_REFERENCES = 5_000  # ... up to this many: 40 MB
 MAX_OWN_IMAGES = 2_500  # whose similarities are in the graph
 
 
@@ -2123,7 +2130,7 @@ def choose_references(images: Images, rng: np.random.Generator) -> np.ndarray:
     first = counts.cumsum() - counts
     # Sorted by their place in their class (0, 1, 2, ...), the images of all classes take turns.
     places = np.arange(len(rows)) - first[images.classes[rows]]
-    limit = max(MAX_REFERENCES, min(len(images.labels), MAX_CLASSES))
+    limit = min(max(REFERENCES, len(images.labels)), MAX_REFERENCES)
     return rows[np.argsort(places, kind='stable')][:limit]
 
 
@@ -2145,8 +2152,8 @@ def measure_similarities(
         is_no_copy = is_other & (cosines < DUPLICATE_SIMILARITY)
         is_own_class = images.classes[block, None] == images.classes[references]
         has_enough = (is_no_copy & is_own_class).sum(axis=1, keepdims=True) >= neighbor
-        counts = np.where(has_enough, is_no_copy, is_other)
-        cosines = np.where(counts, cosines, -1)
+        is_neighbor = np.where(has_enough, is_no_copy, is_other)
+        cosines = np.where(is_neighbor, cosines, -1)
         similarities.append(np.partition(cosines, -neighbor, axis=1)[:, -neighbor])
     return np.float32(np.concatenate(similarities))
 
@@ -2796,17 +2803,21 @@ def report_end(
     print(f'python3 tf_test.py <path to image> {graph} {labels}')
 
 
-def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> int:
-    """Reports near copies and suspects; returns the number of pairs of near copies."""
-    near_copies = []
+def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> int | None:
+    """Reports near copies and suspects.
+
+    Returns the number of pairs of near copies, or None if it could not be found out.
+    """
+    pair_count = None
     with extra('the search for near copies'):
         near_copies = find_near_copies(images, bottlenecks)
         report_near_copies(images, near_copies, flags.print_duplicates)
+        pair_count = len(get_pairs(near_copies))
     if flags.find_suspects:
         with extra('the search for suspects'):
             scores = cross_validate(images, bottlenecks, flags)
             report_suspects(images, scores, flags)
-    return len(get_pairs(near_copies))
+    return pair_count
 
 
 def main(flags: argparse.Namespace, export: Callable | None = None) -> None:

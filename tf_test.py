@@ -5,6 +5,8 @@
 
 prints every label of an image with its score, the best first. Several images, or a folder of them,
 give one line each: path, best label and its score.
+
+This file stands alone. What tf_retrain.py has too is the same there, word for word.
 """
 
 import argparse
@@ -116,6 +118,8 @@ if __name__ == '__main__':
     prepare_process()
     if hasattr(signal, 'SIGPIPE'):  # a pipe that nobody reads any longer ends the program
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    # With a closed stderr, print() would write errors among the results.
+    sys.stderr = sys.stderr or open(os.devnull, 'w')
     parsed_flags = create_labeling_parser().parse_intermixed_args()
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -169,7 +173,7 @@ class UserError(Exception):
 
 
 def to_bytes(path: str) -> bytes:
-    """Returns a path for the functions of `os`, which would encode it by the locale: in UTF-8."""
+    """Returns a path in UTF-8: the functions of `os` would encode a text by the locale."""
     return path.encode(errors='surrogateescape')
 
 
@@ -183,7 +187,7 @@ def is_special(path: str) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Returns the message of an error: TensorFlow's own have more than that in their text."""
+    """Returns the message of an error: the text of TensorFlow's has its op and node, too."""
     return getattr(error, 'message', '') or str(error) or type(error).__name__
 
 
@@ -258,12 +262,12 @@ def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> 
 
     Other words are a warning, as people translate them.
     """
-    flags_and_words = (
-        ('--min_score', flags.min_score, UNSURE),
-        ('--unknown', flags.unknown, UNKNOWN),
+    words = (
+        ('--min_score', flags.min_score > 0, UNSURE),
+        ('--unknown', flags.unknown is not None, UNKNOWN),
     )
-    for flag, value, word in flags_and_words:
-        if value and word in labels:
+    for flag, is_given, word in words:
+        if is_given and word in labels:
             raise UserError(
                 f"{flag}: one of the labels is '{word}', the word for images that get no label. "
                 f"Rename the label in '{flags.labels}', or leave the flag out."
@@ -601,7 +605,7 @@ class Answer(NamedTuple):
     """What the graph says of an image."""
 
     scores: np.ndarray  # float [classes]
-    familiarity: float | None = None  # share of own images that are less familiar, or as much
+    familiarity: float | None = None  # share of the user's images that are as familiar or less
 
 
 def create_classifier(graph: Graph) -> tuple[Callable, np.ndarray]:
@@ -792,7 +796,7 @@ def choose_label(best: tuple[str, float], answer: Answer, flags: argparse.Namesp
 
 
 def warn_of_unfamiliar(answer: Answer) -> None:
-    """Prints a line if nearly all own images are more familiar than this one."""
+    """Warns if nearly all images of the training are more familiar than this one."""
     if answer.familiarity is not None and answer.familiarity <= UNFAMILIAR:
         print(
             'WARNING: this image is unlike nearly all images of the training, so the scores mean '

@@ -280,6 +280,15 @@ def test_a_full_disk_is_one_line(trained, tmp_path, arguments):
     assert line == 'ERROR: standard output cannot be written: No space left on device.'
 
 
+def test_errors_do_not_get_among_the_results_if_stderr_is_closed(trained):
+    command = [ROOT / 'tf_test.py', 'data/cat/cat 0.jpg', 'missing.jpg', *FILES]
+    with forks.Fork(command, trained.folder, ['out', None]) as process:
+        process.communicate()
+    assert process.returncode == 1
+    (line,) = (trained.folder / 'out').read_text().splitlines()
+    assert line.startswith('data/cat/cat 0.jpg\t')
+
+
 def test_a_label_called_unsure(trained, label, tmp_path):
     (tmp_path / 'l.txt').write_text('red fox\nunsure\ndog\n')
     files = GRAPH, tmp_path / 'l.txt'
