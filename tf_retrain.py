@@ -37,6 +37,7 @@ import re
 import shlex
 import signal
 import socket
+import stat
 import sys
 import tarfile
 import time
@@ -498,8 +499,11 @@ def is_special(path: str) -> bool:
 
     To open one may wait forever, and to replace one may harm the system.
     """
-    target = to_bytes(path)
-    return os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target)
+    try:
+        mode = os.stat(to_bytes(path)).st_mode
+    except OSError:  # what is missing, or on gs:// and its like
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def open_file(path: str) -> gfile.GFile:

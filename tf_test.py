@@ -20,6 +20,7 @@ import platform
 import re
 import shutil
 import signal
+import stat
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -182,8 +183,11 @@ def is_special(path: str) -> bool:
 
     To open one may wait forever, and to replace one may harm the system.
     """
-    target = to_bytes(path)
-    return os.path.exists(target) and not os.path.isfile(target) and not os.path.isdir(target)
+    try:
+        mode = os.stat(to_bytes(path)).st_mode
+    except OSError:  # what is missing, or on gs:// and its like
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def describe(error: BaseException) -> str:
