@@ -436,7 +436,8 @@ class OptionalOutput:
             return self.stream.write(text)
         except OSError:
             # What the stream still holds must go somewhere, or the end of the program would fail.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            with contextlib.suppress(AttributeError, OSError):  # not all streams have a number
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             return len(text)
 
 
@@ -461,7 +462,8 @@ def finish_run(*signal_and_frame: object) -> None:
 
 def describe(error: BaseException) -> str:
     """Returns the message of an error: the text of TensorFlow's has its op and node, too."""
-    return getattr(error, 'message', '') or str(error) or type(error).__name__
+    message = getattr(error, 'message', '') or str(error) or type(error).__name__
+    return re.sub(r'{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
 
 
 def run(job: Callable, flags: argparse.Namespace) -> None:
@@ -1633,8 +1635,8 @@ class BottleneckCache:
     ) -> bool:
         """Records what was found in an image; returns False if it has changed since the run began.
 
-        Then nothing is recorded, as the digest may be that of either version. A record that cannot
-        be written is no error: the next run computes the bottleneck again.
+        Then nothing is recorded, as the digest may be that of either version. Raises OpError if the
+        record cannot be written: then its cache file must not be written either.
         """
         status = self.statuses[row]
         if get_status(self.images.paths[row]) != status:
@@ -1651,14 +1653,18 @@ class BottleneckCache:
         )
         old = self.records[row]
         text = json.dumps(dataclasses.asdict(record))
-        with contextlib.suppress(tf.errors.OpError):
-            # First, or a kill here would leave the old cache file beside the new record.
-            if old and (old.outcome, old.model) != (outcome, model):
-                with contextlib.suppress(tf.errors.NotFoundError):
-                    gfile.remove(self.paths[row])
-            write_whole(self.record_paths[row], text.encode())
+        # First, or a kill here would leave the old cache file beside the new record.
+        if old and (old.outcome, old.model) != (outcome, model):
+            with contextlib.suppress(tf.errors.NotFoundError):
+                gfile.remove(self.paths[row])
+        write_whole(self.record_paths[row], text.encode())
         self.records[row] = record
         return True
+
+    def try_to_record(self, row: int, *facts: Any, **named_facts: Any) -> None:
+        """Records what the next run would find out again if it cannot be written."""
+        with contextlib.suppress(tf.errors.OpError):
+            self.record(row, *facts, **named_facts)
 
     def look_up(self, row: int, digest: int | None = None) -> int | str | None:
         """Returns the digest of a current cache file, or why its image cannot be decoded.
@@ -1690,7 +1696,7 @@ class BottleneckCache:
         for row, digest in enumerate(self.digests.tolist()):
             # A cache file without a usable record is trusted (bottlenecks/README.md).
             if digest >= 0 and self.records[row] is None:
-                self.record(row, digest=None, outcome=digest, orientation=None)
+                self.try_to_record(row, digest=None, outcome=digest, orientation=None)
         outcomes = [self.look_up(row) for row in range(len(self.paths))]
         missing = [row for row, outcome in enumerate(outcomes) if outcome is None]
         # Their contents decide, as their size and time are not as recorded.
@@ -1700,7 +1706,7 @@ class BottleneckCache:
         for row, digest in files.as_numpy_iterator():
             outcomes[row] = self.look_up(row, digest)
             if outcomes[row] is not None:
-                self.record(row, int(digest), outcomes[row], self.records[row].orientation)
+                self.try_to_record(row, int(digest), outcomes[row], self.records[row].orientation)
         reasons = {row: reason for row, reason in enumerate(outcomes) if isinstance(reason, str)}
         return np.flatnonzero([outcome is None for outcome in outcomes]), reasons
 
@@ -1730,9 +1736,9 @@ class BottleneckCache:
         # The digits are those of str(), which takes ten times as long.
         text = orjson.dumps(bottleneck, option=orjson.OPT_SERIALIZE_NUMPY).strip(b'[]')
         outcome = int(compute_digest(text))
-        if not self.record(row, digest, outcome, read_orientation(self.images.paths[row])):
-            return
         try:
+            if not self.record(row, digest, outcome, read_orientation(self.images.paths[row])):
+                return
             write_whole(path, text)
         except tf.errors.InvalidArgumentError:
             problem = 'the name is too long. Each run computes this bottleneck.'
@@ -1787,7 +1793,7 @@ class BottleneckCache:
         for row in left[:1] if flags.strict else left:
             reasons[row], digest = explain_unreadable(self.images.paths[row])
             if digest is not None:
-                self.record(row, digest, reasons[row], None)
+                self.try_to_record(row, digest, reasons[row], None)
         return reasons
 
 

@@ -192,7 +192,8 @@ def is_special(path: str) -> bool:
 
 def describe(error: BaseException) -> str:
     """Returns the message of an error: the text of TensorFlow's has its op and node, too."""
-    return getattr(error, 'message', '') or str(error) or type(error).__name__
+    message = getattr(error, 'message', '') or str(error) or type(error).__name__
+    return re.sub(r'{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
 
 
 def escape(text: str) -> str:
@@ -252,13 +253,14 @@ def load_graph(path: str) -> Graph:
     if FAMILIARITY_NODE in nodes:
         outputs.append(FAMILIARITY_NODE)
     labels = []
-    if LABELS_NODE in nodes:
-        labels = tf.make_ndarray(nodes[LABELS_NODE].attr['value'].tensor).tolist()
     try:
+        if LABELS_NODE in nodes:
+            array = tf.make_ndarray(nodes[LABELS_NODE].attr['value'].tensor)
+            labels = [label.decode() for label in array.tolist()]
         graph_def = extract_sub_graph(graph_def, outputs)
-    except (AssertionError, LookupError) as error:
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' is damaged ({error}). Train again.")
-    return Graph(graph_def, outputs, [label.decode() for label in labels])
+    return Graph(graph_def, outputs, labels)
 
 
 def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:

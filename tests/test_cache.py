@@ -445,6 +445,16 @@ def test_a_cache_file_on_disk_is_always_the_one_of_its_record(cached, monkeypatc
     assert before['model'] == load_backbone(cached.folder / 'inception').checksum
 
 
+def test_a_cache_file_is_not_written_without_its_record(job, monkeypatch):
+    """The next run would trust it, whatever became of the image."""
+    (job.folder / 'bottlenecks').mkdir()
+    (job.folder / 'bottlenecks/.records').touch()  # in place of the folder
+    job.photographs(cat=4, dog=4)
+    with pytest.raises(tf.errors.OpError, match='.records'):
+        job.cache()
+    assert read_cache(job) == {}
+
+
 def test_a_new_decoder_tries_again_what_could_not_be_decoded(cached, monkeypatch):
     path = cached.data / 'cat/cut.jpg'
     path.write_bytes((cached.data / CAT).read_bytes()[:600])
