@@ -31,12 +31,13 @@ import socket
 import stat
 import sys
 import tarfile
+import threading
 import time
 import urllib.request
 import uuid
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 # Flags
@@ -443,6 +444,9 @@ class OptionalOutput:
             return len(text)
 
 
+is_stopped = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
+
+
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:
     """Sets what Ctrl-C and SIGTERM do."""
     signal.signal(signal.SIGINT, handler)
@@ -452,7 +456,21 @@ def on_stop_signals(handler: Callable | signal.Handlers) -> None:
 def stop_run(*signal_and_frame: object) -> None:
     """Stops the run at a first Ctrl-C or SIGTERM. A second one ends the program at once."""
     on_stop_signals(signal.SIG_DFL)
+    is_stopped.set()
     raise KeyboardInterrupt
+
+
+def until_stopped(items: Iterable) -> Iterator:
+    """Yields items until the run is stopped: then raises KeyboardInterrupt.
+
+    Loops need it, as TensorFlow drops a KeyboardInterrupt that is raised inside of one of its ops.
+    """
+    for item in items:
+        if is_stopped.is_set():
+            raise KeyboardInterrupt
+        yield item
+    if is_stopped.is_set():
+        raise KeyboardInterrupt
 
 
 def finish_run(*signal_and_frame: object) -> None:
@@ -464,12 +482,14 @@ def finish_run(*signal_and_frame: object) -> None:
 
 def describe(error: BaseException) -> str:
     """Returns the message of an error: the text of TensorFlow's has its op and node, too."""
-    message = getattr(error, 'message', '') or str(error) or type(error).__name__
-    return re.sub(r'{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
+    message = getattr(error, 'message', '') or str(error)
+    message = re.sub(r'{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
+    return message.strip(' .\n') or type(error).__name__
 
 
 def run(job: Callable, flags: argparse.Namespace) -> None:
     """Calls job(flags). If that fails, the program ends with a line and an exit code."""
+    is_stopped.clear()
     with contextlib.suppress(ValueError):  # only the main thread of a program gets signals
         on_stop_signals(stop_run)
     sys.stdout = OptionalOutput(sys.stdout or open(os.devnull, 'w'))  # type: ignore[assignment]
@@ -482,7 +502,7 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
     except MemoryError:
         sys.exit(f'ERROR: the memory is full. Close other programs, or lower the sizes. {advice}')
     except (tf.errors.OpError, OSError, UnicodeError) as error:
-        reason = describe(error).replace('\n', ' ').rstrip('.')
+        reason = describe(error).replace('\n', ' ')
         sys.exit(f'ERROR: {reason}. {advice}')
     except KeyboardInterrupt:
         kept = 'All bottlenecks computed so far are kept: the same command goes on.'
@@ -666,8 +686,7 @@ class Images:
 
     @functools.cached_property
     def stems(self) -> np.ndarray:
-        """The files without what tells variants of one photograph apart."""
-        return np.array([file.split('_nohash_')[0] for file in self.files], object)
+        return np.array([get_stem(file) for file in self.files], object)
 
     @functools.cached_property
     def rows(self) -> dict[str, np.ndarray]:
@@ -719,6 +738,11 @@ def get_label(folder: str) -> str:
     return label if label.strip() else ' '.join(folder.split())
 
 
+def get_stem(path: str) -> str:
+    """Returns a path without what tells variants of one photograph apart."""
+    return re.sub(r'_nohash_.*$', '', path)
+
+
 def get_set(path: str, testing_percentage: int, validation_percentage: int) -> str:
     """Returns the set of an image: a hash of its path decides, so that it never changes.
 
@@ -727,8 +751,7 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
     path: its hash becomes a percentage, p. For 'data/cat/cat.0.jpg', p is 15.728: with 10 % for
     each, validation has p below 10, testing has p below 20, and training has the rest.
     """
-    hash_name = re.sub(r'_nohash_.*$', '', path)  # variants of one photograph stay in one set
-    digest = int(hashlib.sha1(hash_name.encode()).hexdigest(), 16)
+    digest = int(hashlib.sha1(get_stem(path).encode()).hexdigest(), 16)
     share = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
     percentage_hash = share * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
     if percentage_hash < validation_percentage:
@@ -1504,7 +1527,7 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
     bottlenecks = np.empty([len(paths), size], np.float32)
     digests = np.full(len(paths), -1)
     batches = load_files(np.arange(len(paths)), paths, parse).batch(256)
-    for rows, found_digests, numbers in batches.as_numpy_iterator():
+    for rows, found_digests, numbers in until_stopped(batches.as_numpy_iterator()):
         digests[rows] = found_digests
         bottlenecks[rows] = numbers
     return bottlenecks, digests
@@ -1579,8 +1602,7 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
         decode_image(contents)
         return 'it changed while it was read', None
     except tf.errors.OpError as error:
-        reason = re.sub(r'{{.*?}} *| \[Op:.*', '', error.message, flags=re.DOTALL).strip(' .')
-        return reason or type(error).__name__, digest
+        return describe(error).replace('\n', ' '), digest
 
 
 def parse_record(text: bytes) -> CacheRecord | None:
@@ -1605,7 +1627,7 @@ def read_records(paths: list[str]) -> list[CacheRecord | None]:
     """Returns the record in each file; None for a missing or damaged one."""
     records: list[CacheRecord | None] = [None] * len(paths)
     files = load_files(np.arange(len(paths)), paths, lambda row, text: (row, text))
-    for rows, texts in files.batch(256).as_numpy_iterator():
+    for rows, texts in until_stopped(files.batch(256).as_numpy_iterator()):
         for row, text in zip(rows, texts, strict=True):
             records[row] = parse_record(text)
     return records
@@ -1695,7 +1717,7 @@ class BottleneckCache:
 
         Images are read only if their modification time is not the recorded one.
         """
-        for row, digest in enumerate(self.digests.tolist()):
+        for row, digest in until_stopped(enumerate(self.digests.tolist())):
             # A cache file without a usable record is trusted (bottlenecks/README.md).
             if digest >= 0 and self.records[row] is None:
                 self.try_to_record(row, digest=None, outcome=digest, orientation=None)
@@ -1705,7 +1727,7 @@ class BottleneckCache:
         to_read = np.array([row for row in missing if self.records[row]], int)
         paths = [self.images.paths[row] for row in to_read]
         files = load_files(to_read, paths, lambda row, image: (row, compute_digest(image)))
-        for row, digest in files.as_numpy_iterator():
+        for row, digest in until_stopped(files.as_numpy_iterator()):
             outcomes[row] = self.look_up(row, digest)
             if outcomes[row] is not None:
                 self.try_to_record(row, int(digest), outcomes[row], self.records[row].orientation)
@@ -1768,7 +1790,7 @@ class BottleneckCache:
                 )
             self.bottlenecks[found_rows] = bottlenecks
             batch = zip(found_rows.tolist(), digests.tolist(), bottlenecks, strict=True)
-            for row, digest, bottleneck in batch:
+            for row, digest, bottleneck in until_stopped(batch):
                 self.write(row, digest, bottleneck)
             left.difference_update(found_rows.tolist())
             bar.update(len(found_rows))
@@ -1792,7 +1814,7 @@ class BottleneckCache:
                     )
             left = self.compute(left, None, flags.strict, bar)
         reasons = {}
-        for row in left[:1] if flags.strict else left:
+        for row in until_stopped(left[:1] if flags.strict else left):
             reasons[row], digest = explain_unreadable(self.images.paths[row])
             if digest is not None:
                 self.try_to_record(row, digest, reasons[row], None)
@@ -1885,7 +1907,7 @@ def compare_bottlenecks(bottlenecks: np.ndarray, rows: np.ndarray) -> Iterator:
     """
     scale = get_scale(bottlenecks)
     norms = tf.constant(get_group_norms(bottlenecks) * scale)
-    for block in np.split(rows, range(512, len(rows), 512)):
+    for block in until_stopped(np.split(rows, range(512, len(rows), 512))):
         # The products are TensorFlow's, which uses all cores.
         bounds = tf.matmul(tf.gather(norms, block), norms, transpose_b=True).numpy()
         bounds[np.arange(len(block)), block] = 0
@@ -2013,7 +2035,7 @@ def cross_validate(
             split = dataclasses.replace(images, sets=sets)
             seed = rng.integers(2**31, size=2)
             layer = FinalLayer(bottlenecks.shape[1], len(images.labels), flags.learning_rate, seed)
-            for _ in range(steps):
+            for _ in until_stopped(range(steps)):
                 rows = split.draw('training', flags.train_batch_size, rng)
                 layer.train(bottlenecks[rows], images.classes[rows])
                 bar.update()
@@ -2138,10 +2160,8 @@ def choose_references(images: Images, rng: np.random.Generator) -> np.ndarray:
     """Returns rows of training images, drawn class by class until there are enough."""
     rows = rng.permutation(images.rows['training'])
     rows = rows[np.argsort(images.classes[rows], kind='stable')]
-    counts = images.counts['training']
-    first = counts.cumsum() - counts
     # Sorted by their place in their class (0, 1, 2, ...), the images of all classes take turns.
-    places = np.arange(len(rows)) - first[images.classes[rows]]
+    places = np.concatenate([np.arange(count) for count in images.counts['training']])
     limit = min(max(REFERENCES, len(images.labels)), MAX_REFERENCES)
     return rows[np.argsort(places, kind='stable')][:limit]
 
@@ -2311,7 +2331,8 @@ def train(
     train_writer, validation_writer = open_logs(backbone, Head(layer, images.labels), flags)
     last_step = flags.how_many_training_steps - 1
     try:
-        for step, (rows, batch) in enumerate(draw_batches(images, bottlenecks, backbone, flags)):
+        batches = draw_batches(images, bottlenecks, backbone, flags)
+        for step, (rows, batch) in enumerate(until_stopped(batches)):
             is_evaluated = step % flags.eval_step_interval == 0 or step == last_step
             if rows.size:
                 # The scores are those before the step, and the weights those after it.
@@ -2332,6 +2353,7 @@ def train(
     except KeyboardInterrupt:
         if not layer.steps:
             raise
+        is_stopped.clear()
         print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
@@ -2457,7 +2479,6 @@ def print_table(confusion: np.ndarray, labels: list[str]) -> None:
 
 # Outputs
 
-
 FAMILIARITY_NODE = 'familiarity'
 
 
@@ -2505,13 +2526,18 @@ def create_frozen_graph(backbone: Backbone, head: Head, final_tensor_name: str) 
 
 
 def create_writers(
-    backbone: Backbone, head: Head, flags: argparse.Namespace
+    backbone: Backbone, head: Head, facts: dict[str, Any], flags: argparse.Namespace
 ) -> dict[str, Callable]:
-    """Returns {path: function that writes this output} of graph, labels and optimized graph."""
+    """Returns {path: function that writes this output} of graph, labels and optimized graph.
+
+    The first adds the CRC-32 of the graph to the facts about the run.
+    """
     graph = create_frozen_graph(backbone, head, flags.final_tensor_name)
 
     def write_graph() -> None:
-        write_whole(flags.output_graph, graph.SerializeToString(deterministic=True))
+        contents = graph.SerializeToString(deterministic=True)
+        facts['graph_checksum'] = zlib.crc32(contents)
+        write_whole(flags.output_graph, contents)
 
     def write_labels() -> None:
         write_whole(flags.output_labels, ''.join(f'{label}\n' for label in head.labels).encode())
@@ -2584,8 +2610,7 @@ def create_record(
 
 
 def write_record(record: dict[str, Any], flags: argparse.Namespace) -> None:
-    """Writes the record of the run beside the graph, which it names by its CRC-32."""
-    record['graph_checksum'] = zlib.crc32(open_file(flags.output_graph).read())
+    """Writes the record of the run beside the graph."""
     text = json.dumps(record, indent=2)
     write_whole(f'{flags.output_graph}.json', f'{text}\n'.encode())
 
@@ -2605,7 +2630,8 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
             path = os.path.join(folder, file)
             if not file.startswith('events.out.tfevents.'):
                 continue
-            if get_status(path).modified > started.timestamp() * 1e9:
+            modified = get_status(path).modified / 1e9
+            if started.timestamp() < modified <= time.time():  # not in the future: clocks are set
                 is_shared = True
                 continue
             with contextlib.suppress(tf.errors.OpError):  # another run may have removed it
@@ -2858,7 +2884,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
         tested = test(images, bottlenecks, layer, flags)
         report_test(images, tested, flags)
     head = Head(layer, images.labels, familiarity)
-    writers = create_writers(backbone, head, flags)
+    writers = create_writers(backbone, head, facts, flags)
     if export:
         writers['the SavedModel'] = functools.partial(export, backbone, head)
     failures = write_outputs(writers)

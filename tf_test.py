@@ -192,8 +192,9 @@ def is_special(path: str) -> bool:
 
 def describe(error: BaseException) -> str:
     """Returns the message of an error: the text of TensorFlow's has its op and node, too."""
-    message = getattr(error, 'message', '') or str(error) or type(error).__name__
-    return re.sub(r'{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
+    message = getattr(error, 'message', '') or str(error)
+    message = re.sub(r'{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
+    return message.strip(' .\n') or type(error).__name__
 
 
 def escape(text: str) -> str:
@@ -208,7 +209,7 @@ def load_file(path: str, what: str) -> bytes:
     try:
         return tf.io.read_file(to_bytes(path)).numpy()
     except tf.errors.OpError as error:
-        raise UserError(f"The {what} '{path}' cannot be read: {describe(error)}")
+        raise UserError(f"The {what} '{path}' cannot be read: {describe(error)}. Check its name.")
     except UnicodeDecodeError:  # TensorFlow's message has the path
         raise UserError(f"The {what} '{path}' cannot be read: its name is not UTF-8.")
 

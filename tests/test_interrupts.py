@@ -64,16 +64,22 @@ def signals():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    tf_retrain.is_stopped.clear()
 
 
-def stop_at(monkeypatch, name, signum):
-    """Sends a signal to this process at the next call of a function; then the default is set."""
+def stop_at(monkeypatch, name, signum, is_dropped=False):
+    """Sends a signal to this process at the next call of a function; then the default is set.
+
+    TensorFlow drops the KeyboardInterrupt of a signal that comes inside of one of its ops.
+    """
     original = getattr(tf_retrain, name)
+    dropped = [KeyboardInterrupt] if is_dropped else []
 
     def stop(*arguments, **options):
         monkeypatch.setattr(tf_retrain, name, original)
         try:
-            signal.raise_signal(signum)
+            with contextlib.suppress(*dropped):
+                signal.raise_signal(signum)
         finally:
             assert signal.getsignal(signum) == signal.SIG_DFL  # a second one ends the program
         return original(*arguments, **options)
@@ -82,28 +88,36 @@ def stop_at(monkeypatch, name, signum):
 
 
 BEFORE_TRAINING = ['list_dir', 'load_backbone', 'read_records', 'read_orientation']
-BEFORE_TRAINING += ['compare_bottlenecks', 'cross_validate', 'draw_batches']
+BEFORE_TRAINING += ['compute_digest', 'explain_unreadable', 'compare_bottlenecks']
+BEFORE_TRAINING += ['cross_validate', 'find_familiarity', 'draw_batches']
 AFTER_TRAINING = ['get_interval', 'write_outputs', 'create_record', 'draw_confusion_matrix']
 
 
+@pytest.mark.parametrize('is_dropped', [False, True])
 @pytest.mark.parametrize(('name', 'signum'), [*zip(BEFORE_TRAINING, itertools.cycle(STOPS))])
-def test_a_stop_before_the_training_leaves_the_old_outputs(job, monkeypatch, signals, name, signum):
+def test_a_stop_before_the_training_leaves_the_old_outputs(
+    job, monkeypatch, signals, name, signum, is_dropped
+):
     graph = job.folder / 'trained_model/unoptimized_model.pb'
     graph.parent.mkdir()
     graph.write_text('old')
     job.photographs(cat=20, dog=20)
-    stop_at(monkeypatch, name, signum)
+    (job.data / 'cat/damaged.jpg').write_bytes(b'\xff\xd8')
+    stop_at(monkeypatch, name, signum, is_dropped)
     with pytest.raises(KeyboardInterrupt):
         job.main('--find_suspects=1')
     assert graph.read_text() == 'old'
     assert os.listdir(graph.parent) == ['unoptimized_model.pb']
 
 
+@pytest.mark.parametrize('is_dropped', [False, True])
 @pytest.mark.parametrize(
     ('name', 'signum'), [*zip(['report_validation', *AFTER_TRAINING], itertools.cycle(STOPS))]
 )
-def test_a_stop_from_the_training_on_finishes_the_run(job, monkeypatch, signals, name, signum):
-    stop_at(monkeypatch, name, signum)
+def test_a_stop_from_the_training_on_finishes_the_run(
+    job, monkeypatch, signals, name, signum, is_dropped
+):
+    stop_at(monkeypatch, name, signum, is_dropped)
     out = job.photographs(cat=20, dog=20).main()
     assert 'Ctrl-C: what was learned' in out
     assert ('Step 29:' in out) == (name != 'report_validation')
