@@ -34,6 +34,11 @@ def read_blocks(readme, section=None):
     return blocks
 
 
+def read_training_command():
+    """Returns the command of README.md to which other pages add flags."""
+    return next(text for _, text in read_blocks('README.md') if 'tf_retrain.py' in text)
+
+
 def shell(command, folder):
     """Runs a line; python3 is that of the environment that runs the tests, as if it were active."""
     environment = {**os.environ, 'PATH': f'{BIN}{os.pathsep}{os.environ["PATH"]}'}
@@ -79,6 +84,8 @@ class Reader:
             return ''
         command = command.replace('<path to image>', f'"{IMAGE}"')
         command = command.replace('<folder of images>', 'data/')
+        if command.startswith('--'):  # flags to add to the training command
+            command = f'{read_training_command()} {command}'
         program, *arguments = shlex.split(command)
         if 'ispatch' in command:
             return self.serve_data(arguments)

@@ -4,6 +4,7 @@ import base64
 import concurrent.futures
 import glob
 import json
+import pathlib
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from helpers import COLOURS, ROOT, created, get_set, write_mobilenet, write_photographs
 from PIL import Image
-from reader import CI, IMAGE, Reader, read_blocks, train
+from reader import CI, Reader, read_blocks, train
 
 import retrain_serving
 import tf_retrain
@@ -101,7 +102,9 @@ def test_inception(clone, monkeypatch):
     monkeypatch.setitem(sys.modules, 'kagglehub', hub)
     write_mobilenet(clone / 'inception', '1.0_224')
     reader = Reader(clone).follow('inception/README.md')
-    mobilenet, efficientnet = reader.find('--image_dir')
+    (mobilenet,) = reader.find('--architecture')
+    (efficientnet,) = reader.find('--tfhub_module')
+    assert 'network inception/mobilenet_v1_1.0_224/' in mobilenet
     assert 'Final test accuracy = ' in mobilenet
     assert 'Final test accuracy = ' in efficientnet
     assert 'network inception/efficientnet' in efficientnet
@@ -115,8 +118,7 @@ def test_bottlenecks(clone):
         reader.follow('bottlenecks/README.md')
         (devices,) = reader.find('list_physical_devices')
         assert re.search(r'^\[.*\]$', devices, re.MULTILINE)
-        lines = [text for _, text in read_blocks('README.md') if 'tf_retrain.py' in text]
-        out = reader.type(f'{lines[0]} --data_service grpc://localhost:{reader.ports["5000"]}')
+        out = reader.type(f'--data_service grpc://localhost:{reader.ports["5000"]}')
         assert len(created(out)) == 80
         assert 'WARNING: grpc' not in out
 
@@ -126,10 +128,10 @@ def test_trained_model(clone, monkeypatch):
     graph = clone / 'trained_model/unoptimized_model.pb'
     first = graph.read_bytes()
     with tf.Graph().as_default():
-        reader = Reader(clone, path=IMAGE).follow('trained_model/README.md', 'Tensors')
+        reader = Reader(clone).follow('trained_model/README.md', 'Tensors')
     expected = sorted(reader.names['scores'][0], reverse=True)
     labels = 'trained_model/labels.txt'
-    labelled = reader.type(f'python3 tf_test.py --json "{IMAGE}" {graph} {labels}')
+    labelled = reader.type(f'python3 tf_test.py --json "{reader.names["path"]}" {graph} {labels}')
     assert json.loads(labelled)['scores'] == pytest.approx(expected, abs=1e-5)
     graph.unlink()
     with monkeypatch.context() as patch:
@@ -185,11 +187,12 @@ def check_right(url, predict, images):
 def test_serving(clone):
     """Right and wrong requests to the server come eight at once."""
     train('retrain_serving.py', '--saved_model_dir=trained_model_serving/1')
-    with Reader(clone, path=IMAGE) as reader:
+    with Reader(clone) as reader:
         reader.follow('trained_model_serving/README.md')
         (shown,) = reader.find('saved_model_cli')
         assert "inputs['image']" in shown
-        assert reader.names['answer']['label'].numpy() == [b'dog']
+        label = pathlib.Path(reader.names['path']).parent.name
+        assert reader.names['answer']['label'].numpy() == [label.encode()]
         url = f'http://localhost:{reader.ports["8501"]}/v1/models/retrained:predict'
         predict = reader.names['model'].signatures['predict_rows']
         contents = [path.read_bytes() for path in sorted(clone.glob('data/*/*.jpg'))]
