@@ -625,7 +625,9 @@ def find_changed(images, bottlenecks, seed):
     classes %= len(images.labels)
     flags = '--image_dir=unused', '--how_many_training_steps=2000', f'--random_seed={seed}'
     images = dataclasses.replace(images, classes=classes)
-    scores = tf_retrain.cross_validate(images, bottlenecks, parse(*flags))
+    scores = np.zeros([count, len(images.labels)], np.float32)
+    for rows, found in tf_retrain.cross_validate(images, bottlenecks, parse(*flags)):
+        scores[rows] = found
     shares = []
     for rank in (rank_by_confident_learning, rank_by_own_score):
         first = np.argsort(rank(scores, classes))[: len(changed)]

@@ -6,7 +6,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import Job, read_events
+from helpers import Job, parse, read_events
 
 import tf_retrain
 
@@ -208,6 +208,20 @@ def test_each_image_is_scored_by_a_layer_that_never_saw_it(compare):
     scores = [float(score) for _, _, score, _, _ in suspects(out)]
     assert len(scores) == 50
     assert scores == pytest.approx([0.5] * 50, abs=0.1)
+
+
+def test_scores_come_in_blocks(compare, monkeypatch):
+    """Of many images and classes, all scores together would fill the memory."""
+    names = [f'{label}/{i:02}' for label in 'ab' for i in range(25)]
+    job = names, RNG.uniform(size=[50, 2048]), '--find_suspects=50'
+    expected = suspects(compare(*job))
+    monkeypatch.setattr(tf_retrain, 'EVALUATED_ROWS', 3)
+    assert suspects(compare(*job)) == expected
+    images = tf_retrain.list_images(parse('--image_dir=data'))
+    flags = parse('--image_dir=data', '--how_many_training_steps=1')
+    blocks = [rows for rows, _ in tf_retrain.cross_validate(images, np.float32(job[1]), flags)]
+    assert {len(rows) for rows in blocks} == {3, 1}
+    assert sorted(np.concatenate(blocks)) == list(range(50))
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,10 @@ def test_a_hundred_classes_and_odd_labels(job):
 # The final layer
 
 
-def test_final_layer_descends_the_gradient_of_the_cross_entropy():
+@pytest.mark.parametrize('kind', [tf_retrain.FinalLayer, tf_retrain.WideLayer])
+def test_final_layer_descends_the_gradient_of_the_cross_entropy(kind):
     rng = np.random.default_rng(0)
-    layer = tf_retrain.FinalLayer(2048, 4, 0.5, [1, 2])
+    layer = kind(2048, 4, 0.5, [1, 2])
     assert np.abs(layer.weights).max() < 0.002  # truncated at two standard deviations
     assert 0.0008 < layer.weights.std() < 0.00095
     assert not layer.biases.any()
@@ -112,6 +113,24 @@ def test_final_layer_descends_the_gradient_of_the_cross_entropy():
             variable.assign_sub(0.5 * gradient)
     np.testing.assert_allclose(layer.weights, weights, atol=1e-5)
     np.testing.assert_allclose(layer.biases, biases, atol=1e-5)
+
+
+def test_the_steps_of_many_classes_are_those_of_few():
+    """Above 1,000 classes, they are TensorFlow's, with the same result."""
+    assert type(tf_retrain.create_layer(8, 1000, 0.5, [1, 2])) is tf_retrain.FinalLayer
+    wide = tf_retrain.create_layer(2048, 1001, 0.5, [1, 2])
+    assert type(wide) is tf_retrain.WideLayer
+    layer = tf_retrain.FinalLayer(2048, 1001, 0.5, [1, 2])
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        batch = rng.exponential(0.3, [100, 2048]).astype(np.float32)
+        classes = rng.integers(1001, size=100)
+        for found, expected in zip(
+            wide.train(batch, classes), layer.train(batch, classes), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(wide.weights, layer.weights, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(wide.biases, layer.biases, rtol=0, atol=1e-5)
 
 
 def test_seeds_make_layers_alike():
