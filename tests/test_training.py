@@ -368,6 +368,41 @@ def test_accuracy_and_its_interval(trained):
     ) in trained.process.stdout
 
 
+@pytest.mark.parametrize('count', [200, 201, 1001])
+def test_many_classes(job, monkeypatch, count):
+    """Output and record stay short, and the counts are all there."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        path = job.data / f'{index}/x.jpg'
+        path.parent.mkdir(parents=True)
+        path.touch()
+    images = 3 * count
+    bottlenecks = np.float32(rng.exponential(0.3, [images, 2048]))
+    names = ['a test.jpg', 'b.jpg', 'c.jpg']
+    monkeypatch.setattr(tf_retrain, 'list_class_folder', lambda path: names)
+    monkeypatch.setattr(
+        tf_retrain, 'get_set', lambda path, *_: 'testing' if 'test' in path else 'training'
+    )
+    found = bottlenecks, np.ones(images, bool)
+    monkeypatch.setattr(tf_retrain, 'cache_bottlenecks', lambda *arguments: found)
+    out = job.main('--find_suspects=3', how_many_training_steps='2')
+    assert len(out.splitlines()) < 70
+    assert len(re.findall(r'^\d+ +1 +[01] +[01] ', out, re.MULTILINE)) == 20
+    test = read_record(job.folder / job.flags['output_graph'])['test']
+    assert ('confusion' in test) == (count == 200)
+    if count == 200:
+        cells = [(*place, value) for place, value in np.ndenumerate(test['confusion']) if value]
+    else:
+        cells = test['confusion_cells']
+    true, predicted, counts = np.transpose(cells)
+    assert true.tolist() == list(range(count))  # one test image of each class
+    assert counts.sum() == test['images'] == count
+    assert (true == predicted).sum() == test['accuracy'] * count
+    events = read_events(job.folder / 'logs/test')
+    tags = {value.tag for event in events for value in event.summary.value}
+    assert ('confusion_matrix' in tags) == (count == 200)
+
+
 def test_the_command_in_a_record_gives_the_same_graph(trained, tmp_path, monkeypatch):
     first = trained.folder / trained.flags['output_graph']
     second = tmp_path / 'g.pb'
