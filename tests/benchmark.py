@@ -28,6 +28,8 @@ import time
 from statistics import mean, median
 from typing import NamedTuple
 
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')  # as in the scripts, before NumPy is imported
+
 import numpy as np
 import orjson
 from PIL import Image
