@@ -1,6 +1,7 @@
 """tf_retrain.py from photographs to labels: what it prints, learns, tests, writes and refuses."""
 
 import collections
+import gc
 import json
 import re
 import runpy
@@ -81,6 +82,12 @@ def test_a_hundred_classes_and_odd_labels(job):
     labels = (job.folder / job.flags['output_labels']).read_text()
     assert labels.count('\n') == 100
     assert {*labels.split('\n')} == {*names, 'two lines', '猫', ''}
+
+
+def test_the_garbage_collector_passes_over_what_is_imported():
+    """But it works on what is created later."""
+    assert gc.get_freeze_count() > 100_000
+    assert gc.isenabled()
 
 
 # The final layer
