@@ -237,6 +237,14 @@ def classify_images(folder, images):
     return classify(image=tf.constant([path.read_bytes() for path in images]))['prediction']
 
 
+def run_openvino(folder, recipe, images):
+    """Returns the scores that a recipe for OpenVINO gives to each of some decoded images."""
+    (folder / 'recipe.py').write_text(recipe)
+    np.savez(folder / 'images.npz', *images)
+    run('tests/programs/run_openvino.py', 'recipe.py', 'images.npz', 'outputs.npz', cwd=folder)
+    return list(np.load(folder / 'outputs.npz').values())
+
+
 def read_cache(path):
     """Returns the bottleneck in a cache file."""
     return np.array(path.read_text().split(','), np.float32)

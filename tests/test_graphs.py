@@ -8,7 +8,6 @@ import subprocess
 
 import cv2
 import numpy as np
-import openvino
 import pytest
 from helpers import (
     GRAPH,
@@ -18,8 +17,10 @@ from helpers import (
     get_scores,
     load_backbone,
     resize,
+    run_openvino,
     run_v1_on_all,
 )
+from reader import read_blocks
 
 import tf_retrain
 
@@ -130,10 +131,15 @@ def test_opencv(scaled):
     check_scores(classify, images, expected)
 
 
-def test_openvino(scaled):
+def test_openvino(networks, scaled):
     path, images, expected = scaled
-    network = openvino.Core().compile_model(path, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
-    check_scores(lambda batch: network(batch)[0], images, expected)
+    blocks = read_blocks('trained_model/README.md', 'Other runtimes')
+    (recipe,) = (text for _, text in blocks if 'import openvino' in text)
+    recipe = recipe.replace('trained_model/optimized_model.pb', path)
+    singles = images[:, np.newaxis]
+    scores = run_openvino(networks.folder, recipe, [images, *singles])
+    np.testing.assert_allclose(scores[0], expected, atol=1e-5)
+    np.testing.assert_allclose(np.concatenate(scores[1:]), expected, atol=1e-5)
 
 
 @pytest.mark.filterwarnings('ignore:.*tf.lite.Interpreter is deprecated')

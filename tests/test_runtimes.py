@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 from conftest import make_clone
-from helpers import GRAPH, LABELS, ROOT, label_images, run
+from helpers import GRAPH, LABELS, ROOT, label_images, run, run_openvino
 from PIL import Image
 from reader import Reader, read_blocks
 from selenium import webdriver
@@ -60,16 +60,6 @@ def score(recipes, text, images):
     return recipes.names.pop('scores')
 
 
-def run_openvino(text, images):
-    """Returns the scores that a recipe for OpenVINO gives to decoded images."""
-    pathlib.Path('recipe.py').write_text(text)
-    np.save('images.npy', images)
-    program = ROOT / 'tests/programs/run_openvino.py'
-    process = forks.run([program, 'recipe.py', 'images.npy', 'outputs.npy'])
-    assert process.returncode == 0, process.stderr
-    return np.load('outputs.npy')
-
-
 def check_words(text, scores, tolerance):
     """A text begins with the best label, and has its score."""
     assert text.startswith(('cat', 'dog')[scores.argmax()])
@@ -107,8 +97,8 @@ def test_twenty_photographs(recipes, photographs, word, file, atol):
 @pytest.mark.slow
 def test_twenty_photographs_in_openvino(recipes, photographs):
     images, expected = photographs
-    found = run_openvino(find(recipes, 'openvino.Core'), images)
-    np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
+    found = run_openvino(recipes.folder, find(recipes, 'openvino.Core'), images)
+    np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -260,8 +250,9 @@ def test_familiarity_in_other_runtimes(recipes, onnx):
     assert np.ptp(expected) > 0.3
     images = [recipes.names['load'](str(path)) for path in paths]
     text = find(recipes, 'openvino.Core').replace('trained_model/optimized_model.pb', BOTH)
-    by_openvino = run_openvino(text.replace('[0]', "['familiarity:0']"), images)
-    np.testing.assert_allclose(by_openvino[:, 0], expected, atol=2.01 / 80)
+    text = text.replace('[0]', "['familiarity:0']")
+    by_openvino = np.concatenate(run_openvino(recipes.folder, text, images))
+    np.testing.assert_allclose(by_openvino, expected, atol=2.01 / 80)
     for image, familiarity in zip(images, expected, strict=True):
         by_onnx = session.run(None, {'Mul:0': image})
         for answer in (by_onnx, run_litert(image)):

@@ -1,4 +1,4 @@
-"""Runs a recipe for OpenVINO on images: python run_openvino.py RECIPE.py IMAGES.npy OUTPUTS.npy.
+"""Runs a recipe for OpenVINO on images: python run_openvino.py RECIPE.py IMAGES.npz OUTPUTS.npz.
 
 It needs a process of its own: OpenVINO frees the signal stack that it has set up, so that any
 signal would kill the tests.
@@ -12,8 +12,8 @@ import numpy as np
 recipe, images, outputs = sys.argv[1:]
 names = {}
 found = []
-for image in np.load(images):
+for image in np.load(images).values():
     names['image'] = image
     exec(pathlib.Path(recipe).read_text(), names)
     found.append(names['scores'])
-np.save(outputs, found)
+np.savez(outputs, *found)
