@@ -144,7 +144,8 @@ class Job:
         flags = parse(*self.arguments(*more, **changes))
         images = tf_retrain.list_images(flags)
         backbone = tf_retrain.load_backbone(flags)
-        self.bottlenecks, self.readable = tf_retrain.cache_bottlenecks(images, backbone, flags)
+        cached = tf_retrain.cache_bottlenecks(images, backbone, flags)
+        self.bottlenecks, self.readable, _ = cached
         return self.capsys.readouterr().out
 
     def cache_file(self, file):

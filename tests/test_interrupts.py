@@ -87,7 +87,7 @@ def stop_at(monkeypatch, name, signum, is_dropped=False):
     monkeypatch.setattr(tf_retrain, name, stop)
 
 
-BEFORE_TRAINING = ['list_dir', 'load_backbone', 'read_records', 'read_orientation']
+BEFORE_TRAINING = ['list_dir', 'load_backbone', 'read_records', 'load_header']
 BEFORE_TRAINING += ['compute_digest', 'explain_unreadable', 'compare_bottlenecks']
 BEFORE_TRAINING += ['cross_validate', 'find_familiarity', 'draw_batches']
 AFTER_TRAINING = ['get_interval', 'write_outputs', 'create_record', 'draw_confusion_matrix']
