@@ -695,6 +695,12 @@ class Images:
         return [os.path.join(self.folder, file) for file in self.files]
 
     @functools.cached_property
+    def folders(self) -> list[str]:
+        """The name of the class folder of each class."""
+        first = np.searchsorted(self.classes, np.arange(len(self.labels)))
+        return [os.path.basename(os.path.dirname(file)) for file in self.files[first]]
+
+    @functools.cached_property
     def stems(self) -> np.ndarray:
         return np.array([get_stem(file) for file in self.files], object)
 
@@ -967,7 +973,11 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.io.decode_raw(sides, tf.uint16), tf.int32)
 
     def fail() -> tf.Tensor:
-        message = ['The image is not JPEG, PNG or GIF. It starts with', header]
+        # Clients want text: bytes that are none become dots.
+        text = tf.strings.unicode_transcode(
+            header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
+        )
+        message = ['The image is not JPEG, PNG or GIF. It starts with', text]
         with tf.control_dependencies([tf.debugging.Assert(False, message)]):
             return tf.zeros([2], tf.int32)
 
@@ -1054,6 +1064,8 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
         raise ImageError('it is HEIC. To read it, run: pip install pi-heif')
     except ImageError:
         raise
+    except PIL.UnidentifiedImageError:
+        raise ImageError(f'it is {name}, and damaged')
     except Exception as error:  # Pillow has many kinds
         raise ImageError(f'it is {name}, and damaged ({describe(error)})')
     return turn(pixels, read_header(contents).orientation or 1) if is_upright else pixels
@@ -2004,7 +2016,8 @@ class BottleneckCache:
             left = rows
             if flags.data_service:
                 left = self.compute(left, flags.data_service, False, bar)
-                report_left_out([self.images.paths[row] for row in left], flags.data_service)
+                paths = [self.images.paths[row] for row in left]
+                report_left_out(paths, len(rows), flags.data_service)
             left = self.compute(left, None, flags.strict, bar)
         reasons = {}
         for row in until_stopped(left[:1] if flags.strict else left):
@@ -2014,12 +2027,14 @@ class BottleneckCache:
         return reasons
 
 
-def report_left_out(paths: list[str], service: str) -> None:
-    """Warns of images that a service should have computed: TensorFlow decodes their format."""
+def report_left_out(paths: list[str], count: int, service: str) -> None:
+    """Warns of images, of `count`, that a service should have computed: TensorFlow decodes them."""
     starts = [read_start(path) for path in paths]
     left_out = sum(start in TENSORFLOW_FORMATS for start in starts)
     if left_out:
-        tqdm.write(f'WARNING: {service} left out {left_out} images. They are tried here.')
+        tqdm.write(
+            f'WARNING: {service} left out {left_out} of {count} images. They are tried here.'
+        )
 
 
 def read_start(path: str) -> bytes:
@@ -2808,6 +2823,7 @@ def create_record(
         },
     }
     record['labels'] = images.labels
+    record['folders'] = images.folders
     record['images'] = {
         name: dict(zip(images.labels, counts.tolist(), strict=True))
         for name, counts in images.counts.items()
@@ -3070,7 +3086,8 @@ def report_end(
             f"To get 'unknown' for images unlike yours, add --unknown {percentage}: see README.md."
         )
     print(f'Wrote the graph {graph} and the labels {labels}. To label an image with them:')
-    print(f'python3 tf_test.py <path to image> {graph} {labels}')
+    upright = ' --upright' if flags.upright else ''
+    print(f'python3 tf_test.py <path to image> {graph} {labels}{upright}')
 
 
 def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> int | None:

@@ -11,11 +11,14 @@ This file stands alone. What tf_retrain.py has too is the same there, word for w
 
 import argparse
 import contextlib
+import dataclasses
 import filecmp
 import functools
+import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -24,6 +27,8 @@ import signal
 import stat
 import sys
 import uuid
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -133,6 +138,7 @@ if platform.machine() in ('x86_64', 'AMD64'):
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 try:
     import numpy as np
+    import PIL
     from PIL import ExifTags, Image, ImageDraw, ImageFont
     from tqdm import tqdm
 
@@ -171,6 +177,7 @@ LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 MAX_LISTED = 4096  # paths that are listed before their images are labeled
 UNSURE = 'unsure'  # printed in place of a label below --min_score
 UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
+MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
 
 
 class UserError(Exception):
@@ -232,19 +239,55 @@ def load_labels(path: str) -> list[str]:
         )
 
 
+class Training(NamedTuple):
+    """What the record of a training says."""
+
+    folders: list[str]  # class folders, in the order of the labels
+    image_dir: str
+    percentages: tuple[int, int]  # --testing_percentage, --validation_percentage
+    is_upright: bool
+
+
+def load_training(path: str, checksum: int) -> Training | None:
+    """Returns what the record beside a graph says; None if there is none that is of this graph.
+
+    The checksum is the CRC-32 of the graph's file.
+    """
+    if not os.path.exists(to_bytes(f'{path}.json')):
+        return None
+    try:
+        record = json.loads(load_file(f'{path}.json', 'record'))
+        flags = record['flags']
+        training = Training(
+            folders=[str(folder) for folder in record['folders']],
+            image_dir=str(flags['image_dir']),
+            percentages=(flags['testing_percentage'] + 0, flags['validation_percentage'] + 0),
+            is_upright=bool(flags['upright']),
+        )
+        is_own = record['graph_checksum'] == checksum
+    except (UserError, ValueError, TypeError, LookupError, RecursionError):
+        return None  # damaged, or of an earlier version
+    if is_own:
+        return training
+    print(f"WARNING: '{path}.json' is of another training than '{path}'.", file=sys.stderr)
+    return None
+
+
 class Graph(NamedTuple):
     """A frozen graph up to its outputs."""
 
     graph_def: GraphDef
     outputs: list[str]  # the nodes of an Answer's fields: scores, and familiarity if there is one
     labels: list[str]  # those in the graph; none in the graphs of other programs
+    training: Training | None
 
 
 def load_graph(path: str) -> Graph:
     """Returns a frozen graph up to its last softmax and the familiarity."""
+    contents = load_file(path, 'graph')
     graph_def = GraphDef()
     try:
-        graph_def.ParseFromString(load_file(path, 'graph'))
+        graph_def.ParseFromString(contents)
     except DecodeError:
         graph_def.Clear()
     nodes = {node.name: node for node in graph_def.node}
@@ -268,7 +311,7 @@ def load_graph(path: str) -> Graph:
         graph_def = extract_sub_graph(graph_def, outputs)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' is damaged ({error}). Train again.")
-    return Graph(graph_def, outputs, labels)
+    return Graph(graph_def, outputs, labels, load_training(path, zlib.crc32(contents)))
 
 
 def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
@@ -324,22 +367,30 @@ def list_names(folder: str) -> list[str]:
 def find_images(folder: str, left_out: str | None) -> Iterator[str]:
     """Yields the paths of the images in a folder and below it, sorted.
 
-    Hidden ones, and those in the folder `left_out`, are passed over.
+    Hidden ones, and those in the folder `left_out`, are passed over. Links are followed.
     """
-    try:
-        names = list_names(folder)
-    except (tf.errors.OpError, OSError):
-        yield folder  # fails as an image that cannot be read
-        return
-    for name in names:
-        path = os.path.join(folder, name)
-        if name.startswith('.') or (left_out and is_same_path(path, left_out)):
-            continue
-        if is_folder(path):
-            if not os.path.islink(to_bytes(path)):  # it may lead back to this folder
-                yield from find_images(path, left_out)
-        elif name.lower().endswith(IMAGE_EXTENSIONS):
+    found = set()
+    remaining = [folder]
+    while remaining:
+        path = remaining.pop()
+        if not is_folder(path):
             yield path
+            continue
+        real_path = os.path.realpath(to_bytes(path))
+        if real_path in found:  # a link led back to it
+            continue
+        found.add(real_path)
+        try:
+            names = list_names(path)
+        except (tf.errors.OpError, OSError):
+            yield path  # fails as an image that cannot be read
+            continue
+        for name in reversed(names):
+            inner = os.path.join(path, name)
+            is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
+            is_left_out = left_out and is_same_path(inner, left_out)
+            if is_wanted and not name.startswith('.') and not is_left_out:
+                remaining.append(inner)
 
 
 def is_same_path(first: str, second: str) -> bool:
@@ -498,7 +549,11 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.io.decode_raw(sides, tf.uint16), tf.int32)
 
     def fail() -> tf.Tensor:
-        message = ['The image is not JPEG, PNG or GIF. It starts with', header]
+        # Clients want text: bytes that are none become dots.
+        text = tf.strings.unicode_transcode(
+            header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
+        )
+        message = ['The image is not JPEG, PNG or GIF. It starts with', text]
         with tf.control_dependencies([tf.debugging.Assert(False, message)]):
             return tf.zeros([2], tf.int32)
 
@@ -585,6 +640,8 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
         raise ImageError('it is HEIC. To read it, run: pip install pi-heif')
     except ImageError:
         raise
+    except PIL.UnidentifiedImageError:
+        raise ImageError(f'it is {name}, and damaged')
     except Exception as error:  # Pillow has many kinds
         raise ImageError(f'it is {name}, and damaged ({describe(error)})')
     return turn(pixels, read_header(contents).orientation or 1) if is_upright else pixels
@@ -795,7 +852,7 @@ class Answer(NamedTuple):
     """What the graph says of an image."""
 
     scores: np.ndarray  # float [classes]
-    familiarity: float | None  # share of the user's images that are as familiar or less
+    familiarity: np.ndarray | None  # float []: share of the user's images that are no more familiar
     orientation: int  # EXIF's, 1 to 8: from 2 on, viewers turn or mirror the image
 
 
@@ -821,10 +878,10 @@ def create_classifier(graph: Graph) -> tuple[Callable, np.ndarray]:
     return classify, size
 
 
-def create_answer(outputs: Sequence[np.ndarray], orientation: int) -> Answer:
+def create_answer(outputs: Sequence[np.ndarray], orientation: np.int64) -> Answer:
     """Returns the answer of the graph's outputs for one image: scores, and familiarity if any."""
     scores, *familiarity = outputs
-    return Answer(scores, familiarity[0] if familiarity else None, orientation)
+    return Answer(scores, familiarity[0] if familiarity else None, int(orientation))
 
 
 def read_orientation(contents: bytes) -> np.int64:
@@ -962,6 +1019,156 @@ def save_picture(picture: Image.Image, target: str) -> None:
         raise UserError(f'--heatmap: {error}. Name a file such as heatmap.png.')
 
 
+# Classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """The classes of the graph, in its order."""
+
+    labels: list[str]  # those of the labels file
+    folders: list[str]  # the class folders of the training, or the labels if they are not known
+
+    @functools.cached_property
+    def indices(self) -> dict[str, int]:
+        """The class of each label and of each class folder."""
+        names = itertools.chain(enumerate(self.labels), enumerate(self.folders))
+        return {name: index for index, name in names}
+
+    def find(self, path: str) -> int | None:
+        """Returns the class of the nearest folder above an image that is named like one."""
+        for folder in reversed(path.split('/')[:-1]):
+            if folder in self.indices:
+                return self.indices[folder]
+        return None
+
+    def get_folder(self, label: str) -> str:
+        """Returns the class folder of a label. There is none for UNSURE and UNKNOWN."""
+        return self.folders[self.indices[label]] if label in self.labels else label
+
+
+def create_classes(labels: list[str], training: Training | None) -> Classes:
+    """Returns the classes, with the folders of the training if they are known."""
+    if training and len(training.folders) == len(labels):
+        return Classes(labels, training.folders)
+    return Classes(labels, labels)
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the images."""
+
+    classes: Classes
+    folder: str  # the first IMAGE
+    training: Training | None  # the one that used the images in `folder`, if the record says so
+    images: int = 0
+    failed: int = 0
+    sideways: int = 0
+    # How many images there are of {(class of the folder, label)}.
+    confusion: Counter = dataclasses.field(default_factory=Counter)
+
+    def add(self, path: str, answer: Answer, label: str) -> None:
+        """Counts an image and its label."""
+        self.sideways += answer.orientation > 1
+        index = self.classes.find(path)
+        if index is not None and self.is_new(path):
+            self.confusion[index, label] += 1
+
+    def is_new(self, path: str) -> bool:
+        """Tells whether the graph was not trained with an image."""
+        if self.training is None:
+            return True
+        file = path.removeprefix(self.folder).lstrip('/')
+        path_in_training = os.path.join(self.training.image_dir, file)
+        return get_set(path_in_training, *self.training.percentages) == 'testing'
+
+
+def create_tally(classes: Classes, training: Training | None, images: list[str]) -> Tally:
+    """Returns a tally of images, which may be those of the training."""
+    if training and len(images) == 1 and is_same_path(images[0], training.image_dir):
+        return Tally(classes, images[0], training)
+    return Tally(classes, images[0], None)
+
+
+def get_stem(path: str) -> str:
+    """Returns a path without what tells variants of one photograph apart."""
+    return re.sub(r'_nohash_.*$', '', path)
+
+
+def get_set(path: str, testing_percentage: int, validation_percentage: int) -> str:
+    """Returns the set of an image: a hash of its path decides, so that it never changes.
+
+    This looks a bit magical, but an image must stay in its set when others come or go, or images
+    that were trained on yesterday would be tested with today. So the set depends on nothing but the
+    path: its hash becomes a percentage, p. For 'data/cat/cat.0.jpg', p is 15.728: with 10 % for
+    each, validation has p below 10, testing has p below 20, and training has the rest.
+    """
+    digest = int(hashlib.sha1(get_stem(path).encode()).hexdigest(), 16)
+    share = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
+    percentage_hash = share * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
+    if percentage_hash < validation_percentage:
+        return 'validation'
+    if percentage_hash < testing_percentage + validation_percentage:
+        return 'testing'
+    return 'training'
+
+
+def get_interval(right: int, count: int) -> tuple[float, float]:
+    """Returns Wilson's 95 % interval of a share (Wilson 1927, https://doi.org/10.2307/2276774)."""
+    z = 1.96
+    share = right / count
+    widening = 1 + z * z / count
+    center = (share + z * z / (2 * count)) / widening
+    variance = share * (1 - share) / count + z * z / (4 * count * count)
+    half_width = z * math.sqrt(variance) / widening
+    return max(0.0, center - half_width), min(1.0, center + half_width)
+
+
+def print_table(confusion: np.ndarray, labels: list[str]) -> None:
+    """Prints a line per class on the counts, int [true class, predicted class]."""
+    width = min(max(map(len, [*labels, 'class'])), 24)
+    print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
+    predicted = confusion.sum(axis=0)
+    for index, counts in enumerate(confusion):
+        right = counts[index]
+        wrong = counts.sum() - right
+        precision = f'{100 * right / predicted[index]:8.1f}%' if predicted[index] else f'{"-":>9}'
+        worst = ''
+        if wrong:
+            others = counts.copy()
+            others[index] = 0
+            worst = f'  {labels[others.argmax()]} ({others.max()})'
+        numbers = f'{counts.sum():6}  {right:6}  {wrong:6}  {precision}'
+        print(f'{labels[index]:{width}}  {numbers}{worst}')
+
+
+def report_accuracy(tally: Tally) -> None:
+    """Prints the accuracy on images whose folder is a class, as a whole and per class."""
+    classes = tally.classes
+    size = len(classes.labels)
+    confusion = np.zeros([size, size], int)
+    refused = 0
+    for (index, label), count in tally.confusion.items():
+        if label in classes.labels:
+            confusion[index, classes.indices[label]] += count
+        else:
+            refused += count
+    count = confusion.sum()
+    if tally.training:
+        print('These images were used for the training: only its test images count.')
+    if count:
+        right = np.trace(confusion)
+        low, high = get_interval(right, count)
+        print(
+            f'Accuracy on the {count} images whose folder is a class: {100 * right / count:.1f}% '
+            f'(95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%)'
+        )
+        print_table(confusion, classes.labels)
+    if refused:
+        share = 100 * refused / (count + refused)
+        print(f'Without a label, as {UNSURE} or {UNKNOWN}: {refused} more images, {share:.1f}%')
+
+
 # Main
 
 
@@ -985,6 +1192,7 @@ def print_json(
     path: str,
     ranking: list[tuple[str, float]],
     answer: Answer,
+    folder_label: str | None,
     flags: argparse.Namespace,
 ) -> None:
     """Prints an image with its labels and scores, all or --top of them, as a JSON object."""
@@ -992,6 +1200,10 @@ def print_json(
     fields: dict[str, Any] = {'image': path, 'labels': labels, 'scores': scores}
     if answer.familiarity is not None:
         fields['familiarity'] = round(float(answer.familiarity), 7)
+    if folder_label is not None:
+        fields['folder_label'] = folder_label
+    if answer.orientation > 1 and not flags.upright:
+        fields['orientation'] = answer.orientation
     print(json.dumps(fields), flush=True)
 
 
@@ -1071,15 +1283,17 @@ def draw(
 def report_answer(
     path: str,
     answer: Answer,
-    labels: list[str],
+    classes: Classes,
     flags: argparse.Namespace,
     is_single: bool,
 ) -> str:
     """Prints what the graph says of an image; returns the image's label."""
-    ranking = rank(answer.scores, labels, flags)
+    ranking = rank(answer.scores, classes.labels, flags)
     label = choose_label(ranking[0], answer, flags)
     if flags.json:
-        print_json(path, ranking, answer, flags)
+        index = classes.find(path)
+        folder_label = None if index is None else classes.labels[index]
+        print_json(path, ranking, answer, folder_label, flags)
     else:
         print_ranking(path, [(label, ranking[0][1]), *ranking[1:]], flags, is_single)
     if is_single:
@@ -1104,32 +1318,50 @@ def label_images(flags: argparse.Namespace) -> None:
     labels = load_labels(flags.labels)
     graph = load_graph(flags.graph)
     check_labels(labels, graph, flags)
-    paths = expand(flags.images, flags.sort_into)
+    classes = create_classes(labels, graph.training)
+    tally = create_tally(classes, graph.training, flags.images)
     if is_single:
         answers = score_image(graph, first, flags.upright)
     else:
-        answers = score_images(graph, paths, flags.upright)
-    count = 0
-    failed = 0
+        answers = score_images(graph, expand(flags.images, flags.sort_into), flags.upright)
     for path, answer in tqdm(answers, unit='image', disable=is_single or not has_bar()):
-        count += 1
+        tally.images += 1
         if answer is None:
-            failed += 1
+            tally.failed += 1
             report_failure(path, flags, is_single)
             continue
-        label = report_answer(path, answer, labels, flags, is_single)
+        label = report_answer(path, answer, classes, flags, is_single)
+        tally.add(path, answer, label)
         if flags.sort_into:
-            failed += not try_to_place(path, label, flags.sort_into)
+            folder = classes.get_folder(label)
+            tally.failed += not try_to_place(path, folder, flags.sort_into)
         if flags.heatmap:
             draw(graph, path, answer, labels, flags)
-    if not count:
+    report_tally(tally, graph.training, flags)
+
+
+def report_tally(tally: Tally, training: Training | None, flags: argparse.Namespace) -> None:
+    """Says on standard error what became of the images; raises UserError if some have failed."""
+    if not tally.images:
         raise UserError(
             f'There is no image in {", ".join(flags.images)}. Name a folder with '
             f'{" ".join(IMAGE_EXTENSIONS)}'
         )
-    if failed:
+    if training and training.is_upright != flags.upright:
+        what = 'Add --upright' if training.is_upright else 'Leave out --upright'
+        print(f'WARNING: {what}: that is how the graph was trained.', file=sys.stderr)
+    elif tally.sideways and not flags.upright:
+        print(
+            'WARNING: images that the camera stored sideways, and that are labeled as stored: '
+            f'{tally.sideways}. To turn them, train with --upright, and add it here.',
+            file=sys.stderr,
+        )
+    if tally.confusion and any(map(is_folder, flags.images)):
+        with contextlib.redirect_stdout(sys.stderr):  # the lines on standard output are data
+            report_accuracy(tally)
+    if tally.failed:
         what = 'labeled and sorted' if flags.sort_into else 'labeled'
-        raise UserError(f'{failed} of {count} images could not be {what}.')
+        raise UserError(f'{tally.failed} of {tally.images} images could not be {what}.')
 
 
 def has_bar() -> bool:

@@ -23,6 +23,7 @@ import tf_test
 tf = tf_test.tf
 FILES = GRAPH, LABELS
 NAMES = ['red fox', 'cat', 'dog']
+ADVICE = 'Replace it, or save it as a JPEG or PNG of at most 200,000,000 pixels.'
 RED = (200, 60, 60)
 
 
@@ -96,9 +97,9 @@ def test_a_folder_gives_a_line_per_image_in_order(trained, tmp_path):
     Image.new('RGB', (40, 30), RED).save(folder / 'c.PNG')
     process = run('tf_test.py', folder, *FILES, cwd=trained.folder, check=False)
     assert process.returncode == 1
-    advice = 'Save it as JPEG, PNG or still GIF.'
+    reason = "cannot be labeled: its format is not known: it starts with b'not an image'"
     assert process.stderr.splitlines() == [
-        f"ERROR: '{folder}/a/deep/0.jpg' is not an image that the graph decodes. {advice}",
+        f"ERROR: '{folder}/a/deep/0.jpg' {reason}. {ADVICE}",
         'ERROR: 1 of 82 images could not be labeled.',
     ]
     paths = sorted([*folder.glob('a/deep/deep*'), *folder.glob('b/*.jpg'), folder / 'c.PNG'])
@@ -130,8 +131,8 @@ def test_json_lines(trained, label, tmp_path):
         assert answer == expected | {'familiarity': answer['familiarity']}
         (line,) = label('--json', '--top=1', image)
         assert json.loads(line)['labels'] == labels[:1]
-    reason = f"'{bad}' is not an image that the graph decodes. Save it as JPEG, PNG or still GIF."
-    assert failed == {'image': str(bad), 'error': reason}
+    reason = 'cannot be labeled: it is a web page (HTML), which is not read.'
+    assert failed == {'image': str(bad), 'error': f"'{bad}' {reason} {ADVICE}"}
     out, err = label.fails('1 of 1 images could not be labeled', '--json', bad)
     assert json.loads(out) == failed
 
@@ -221,7 +222,7 @@ def test_a_folder_that_cannot_be_read_is_one_line(trained, label, monkeypatch):
     assert err.startswith("ERROR: The image 'data/cat' cannot be read: ")
 
 
-def test_what_pillow_cannot_draw_is_one_line(trained, label, tmp_path):
+def test_the_heatmap_of_what_pillow_cannot_read(trained, label, tmp_path):
     """TensorFlow decodes a PNG with a damaged chunk of text, and Pillow does not."""
     contents = io.BytesIO()
     with Image.open(trained.test_image()) as image:
@@ -229,10 +230,8 @@ def test_what_pillow_cannot_draw_is_one_line(trained, label, tmp_path):
     png = contents.getvalue()
     chunk = b'\0\0\0\x01tEXtx\0\0\0\0'  # with a wrong checksum
     (tmp_path / 'x.png').write_bytes(png[:33] + chunk + png[33:])
-    flag = f'--heatmap={tmp_path}/h.png'
-    label.fails(
-        "^--heatmap: '.*x.png' cannot be drawn .*Save it again as PNG", flag, tmp_path / 'x.png'
-    )
+    label(f'--heatmap={tmp_path}/h.png', tmp_path / 'x.png')
+    assert Image.open(tmp_path / 'h.png').size >= (40, 30)
 
 
 def test_paths_with_nul_after_each(trained):
@@ -343,16 +342,18 @@ def test_pipes_and_streams_may_be_closed(trained, images, end, count):
     assert (process.returncode, process.stderr, process.stdout.count('\n')) == (0, '', count)
 
 
-NO_IMAGE = 'is not an image that the graph decodes. Save it as JPEG, PNG or still GIF.'
 NO_GRAPH = 'is not a graph with a node DecodeJpeg/contents. Name the --output_graph of the training'
 ERRORS = [  # image, graph and labels
     ('absent.jpg graph labels', "The image 'absent.jpg' cannot be read: "),
     ('folder graph labels', 'There is no image in folder. '),
-    ('labels graph labels', f"'labels' {NO_IMAGE}"),
-    ('empty graph labels', f"'empty' {NO_IMAGE}"),
+    ('labels graph labels', "'labels' cannot be labeled: its format is not known: it starts with "),
+    ('empty graph labels', f"'empty' cannot be labeled: it is empty. {ADVICE}"),
     ('pipe graph labels', "The image 'pipe' cannot be read: it is not a plain file."),
     ('/dev/null graph labels', "The image '/dev/null' cannot be read: it is not a plain file."),
-    ('huge.png graph labels', "'huge.png' has 400,000,000 pixels. Make it smaller: "),
+    (
+        'huge.png graph labels',
+        "'huge.png' cannot be labeled: it has 400,000,000 pixels, more than ",
+    ),
     ('cat.jpg absent labels', "The graph 'absent' cannot be read: "),
     ('cat.jpg labels labels', f"'labels' {NO_GRAPH}"),
     ('cat.jpg empty labels', f"'empty' {NO_GRAPH}"),
@@ -428,7 +429,7 @@ def test_memory_does_not_grow_with_the_number_of_images(trained):
         program = ROOT / 'tests/programs/peak_memory.py'
         process = forks.run([program, ROOT / 'tf_test.py', *images, *FILES], trained.folder)
         assert process.stdout.count('\n') == count
-        return int(re.fullmatch(r'(\d+) bytes\n', process.stderr)[1])
+        return int(re.search(r'^(\d+) bytes$', process.stderr, re.MULTILINE)[1])
 
     # The thousand images more would take 1,070 MB, resized as the network wants them.
     assert measure(1300) - measure(300) < 100e6

@@ -171,13 +171,11 @@ WRONG = {
     'half a jpeg': JPEG[: len(JPEG) // 2],
     'head of a jpeg': JPEG[:20],
     'half a png': encode(PICTURE, 'PNG')[:1000],
-    'animated': encode(PICTURE, 'GIF', save_all=True, append_images=[PICTURE.rotate(180)]),
 }
 REASONS = {
     'half a jpeg': 'Invalid JPEG data',
     'head of a jpeg': 'Invalid JPEG data',
     'half a png': 'Invalid PNG data',
-    'animated': 'animated gif',
 }
 
 
@@ -185,7 +183,7 @@ REASONS = {
 def test_what_is_no_image_is_an_error(signatures, photographs, kind):
     """Always with the same reason, of all that could fail; and the next request is answered."""
     images, expected = photographs
-    reason = REASONS.get(kind, 'The image is not JPEG, PNG or still GIF')
+    reason = REASONS.get(kind, 'The image is not JPEG, PNG or GIF. It starts with ')
     for signature in signatures.values():
         for batch in ([WRONG[kind]], [images[0], WRONG[kind], images[1]]):
             with pytest.raises(tf.errors.InvalidArgumentError, match=reason):
