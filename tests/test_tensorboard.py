@@ -186,7 +186,7 @@ def test_pictures_of_images_that_have_changed_since(job, monkeypatch):
 
     Zero steps have many images misclassified.
     """
-    job.photographs(cat=60, dog=60)
+    job.photographs(cat=30, dog=30)
     tested = job.test_images(40)
     broken, gone, wide = (tested[start::3] for start in range(3))
 
