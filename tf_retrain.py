@@ -420,6 +420,7 @@ from tensorflow.python.grappler import tf_optimizer
 tf.get_logger().setLevel('ERROR')
 np.seterr(all='ignore')  # no warnings: numbers that are too large show in the cross entropy
 Image.MAX_IMAGE_PIXELS = None  # Pillow does not warn: MAX_PIXELS decides
+warnings.filterwarnings('ignore', module='PIL')  # of odd files, which have a reason if they fail
 
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
 
@@ -1113,8 +1114,8 @@ def read_header(contents: bytes) -> Header:
     """
     # Pillow has many kinds of errors.
     with contextlib.suppress(Exception), open_by_pillow(contents) as image:
-        # The decoder of samples with 16 bits has a name such as 'RGB;16B'.
-        has_16_bits = ';16' in str(image.tile) or image.mode == 'I'
+        # The mode is then 'I' or such as 'I;16', or the raw mode of the decoder such as 'RGB;16B'.
+        has_16_bits = image.mode.startswith('I') or ';16' in str(image.tile)
         orientation = None
         if image.format not in ('HEIF', 'TIFF'):
             exif = Image.Image.getexif(image)  # that of PNG would decode the image

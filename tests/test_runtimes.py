@@ -117,10 +117,14 @@ def test_batches_in_onnx_runtime(recipes, photographs):
 
 @pytest.mark.slow
 def test_a_video(recipes):
-    """The webcam takes four photographs; what OpenCV would show is looked at."""
+    """The webcam is a film of four photographs; what OpenCV would show is looked at."""
     paths = [f'data/{name}/{name} {i}.jpg' for i in range(2) for name in ('cat', 'dog')]
-    webcam = mock.Mock()
-    webcam.read.side_effect = [(True, cv2.imread(path)) for path in paths] + [(False, None)]
+    film = cv2.VideoWriter('film.avi', cv2.VideoWriter.fourcc(*'MJPG'), 10, (40, 30))
+    for path in paths:
+        film.write(cv2.imread(path))
+    film.release()
+    webcam = cv2.VideoCapture('film.avi')
+    # The last two need a screen.
     doubles = {'VideoCapture': lambda number: webcam, 'waitKey': lambda milliseconds: -1}
     with mock.patch.multiple(cv2, **doubles, imshow=mock.DEFAULT, putText=mock.DEFAULT) as calls:
         exec(find(recipes, 'VideoCapture'), recipes.names)
@@ -258,4 +262,4 @@ def test_familiarity_in_other_runtimes(recipes, onnx):
         for answer in (by_onnx, run_litert(image)):
             # The order of the outputs is that of the runtime: the familiarity has one dimension.
             (found,) = (values[0] for values in answer if values.ndim == 1)
-            assert found == pytest.approx(familiarity, abs=2.01 / 80)
+            assert found == pytest.approx(familiarity, abs=1.01 / 80)
