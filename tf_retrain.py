@@ -792,11 +792,6 @@ def list_class_folder(path: str) -> list[str]:
         print(f'{escape(path)}: {len(images)} images; passed over: {name_some(others)}')
     if not images:
         print(f'WARNING: {escape(path)} has no images. It is not used as a class.')
-    elif len(images) < FEW_IMAGES:
-        print(
-            f'WARNING: Folder has less than {FEW_IMAGES} images, which may cause issues. '
-            f'({escape(path)}: {len(images)})'
-        )
     return images
 
 
@@ -816,6 +811,19 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
             'They are not used.'
         )
     return folders
+
+
+def report_small_folders(image_dir: str, folders: dict[str, list[str]]) -> None:
+    """Warns of class folders with few images: of ten by name, and of all others in one line."""
+    small = [name for name, images in folders.items() if len(images) < FEW_IMAGES]
+    for name in small[:10]:
+        path = escape(os.path.join(image_dir, name))
+        print(
+            f'WARNING: Folder has less than {FEW_IMAGES} images, which may cause issues. '
+            f'({path}: {len(folders[name])})'
+        )
+    if len(small) > 10:
+        print(f'WARNING: {len(small) - 10} more folders have less than {FEW_IMAGES} images.')
 
 
 def get_labels(image_dir: str, folders: list[str]) -> list[str]:
@@ -852,6 +860,7 @@ def list_images(flags: argparse.Namespace) -> Images:
     """Returns the images of the class folders; raises UserError for fewer than two classes."""
     image_dir = flags.image_dir
     folders = list_class_folders(image_dir)
+    report_small_folders(image_dir, folders)
     labels = get_labels(image_dir, list(folders))
     if len(labels) < 2:
         raise UserError(
@@ -1632,13 +1641,18 @@ compute_digest = functools.partial(tf.strings.to_hash_bucket_fast, num_buckets=2
 def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
     """Returns a dataset of load(row, contents) of the file of each row; skips files that fail.
 
-    paths[i] is the file of rows[i]. What is not a plain file is not opened.
+    paths[i] is the file of rows[i]. What is missing or not a plain file is not opened.
     """
-    is_plain = np.array([not is_special(path) for path in paths], bool)
+
+    @tf.autograph.experimental.do_not_convert  # it would take a quarter of a second
+    def load_file(row: tf.Tensor, path: tf.Tensor) -> Any:
+        return load(row, tf.io.read_file(path))
+
     names = np.array([to_bytes(path) for path in paths], object)
+    # Only TensorFlow can tell what is on gs:// and its like, and takes 50 us to miss a file.
+    is_plain = np.array([b'://' in name or os.path.isfile(name) for name in names], bool)
     files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
-    loaded = files.map(lambda row, path: load(row, tf.io.read_file(path)), tf.data.AUTOTUNE)
-    return loaded.ignore_errors()
+    return files.map(load_file, tf.data.AUTOTUNE).ignore_errors()
 
 
 def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator:
@@ -2249,50 +2263,63 @@ def report_near_copies(images: Images, near_copies: list[NearCopy], print_all: b
         )
 
 
-def cross_validate(
-    images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace
-) -> np.ndarray:
-    """Returns scores of all images, each from a layer that was not trained on it.
+def cross_validate(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> Iterator:
+    """Yields (rows, scores) until all images are scored, by layers that were not trained on them.
 
-    The scores, float [images, classes], come from FOLDS layers. Each is trained on all folds but
-    one, and scores that one.
+    The scores, float [rows, classes], come from FOLDS layers. Each is trained on all folds but one,
+    and scores that one. All scores together would fill the memory if there are many classes.
     """
     rng = create_rng(flags.random_seed, 'cross-validation')
-    steps = flags.how_many_training_steps
+    total = FOLDS * flags.how_many_training_steps
     folds = np.arange(len(images.files)) % FOLDS  # each class in all, as rows are sorted by class
-    scores = np.zeros([len(images.files), len(images.labels)], np.float32)
-    with tqdm(
-        total=FOLDS * steps, desc='Cross-validation', unit='step', delay=1, disable=None
-    ) as bar:
+    with tqdm(total=total, desc='Cross-validation', unit='step', delay=1, disable=None) as bar:
         for fold_index in range(FOLDS):
             sets = np.where(folds == fold_index, 'testing', 'training')
             split = dataclasses.replace(images, sets=sets)
-            seed = rng.integers(2**31, size=2)
-            layer = FinalLayer(bottlenecks.shape[1], len(images.labels), flags.learning_rate, seed)
-            for _ in until_stopped(range(steps)):
-                rows = split.draw('training', flags.train_batch_size, rng)
-                layer.train(bottlenecks[rows], images.classes[rows])
-                bar.update()
+            layer = train_fold(split, bottlenecks, rng, bar, flags)
             rows = split.rows['testing']
-            if rows.size:
-                scores[rows] = layer.evaluate(bottlenecks[rows], images.classes[rows]).scores
-    return scores
+            for block, evaluation in evaluate_blocks(layer, images, bottlenecks, rows):
+                yield block, evaluation.scores
 
 
-def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespace) -> None:
+def train_fold(
+    split: Images,
+    bottlenecks: np.ndarray,
+    rng: np.random.Generator,
+    bar: tqdm,
+    flags: argparse.Namespace,
+) -> 'FinalLayer':
+    """Returns a layer that was trained on the training images of a split."""
+    seed = rng.integers(2**31, size=2)
+    layer = create_layer(bottlenecks.shape[1], len(split.labels), flags.learning_rate, seed)
+    for _ in until_stopped(range(flags.how_many_training_steps)):
+        rows = split.draw('training', flags.train_batch_size, rng)
+        layer.train(bottlenecks[rows], split.classes[rows])
+        bar.update()
+    return layer
+
+
+def report_suspects(images: Images, scored: Iterable, flags: argparse.Namespace) -> None:
     """Names the images whose own label has the lowest score, and shows them in TensorBoard.
+
+    `scored` yields (rows, scores) as cross_validate does.
 
     With wrong labels put on 73 of the 3,670 tutorial flowers, the first 73 suspects have 76 % of
     them. By the off-diagonal of confident learning (Northcutt et al. 2021,
     https://arxiv.org/abs/1911.00068), it is 70 % (tests/benchmark.py).
     """
+    own_scores = np.zeros(len(images.files))
+    best_scores = np.zeros(len(images.files))
+    best_classes = np.zeros(len(images.files), int)
+    for rows, scores in scored:
+        own_scores[rows] = scores[np.arange(len(rows)), images.classes[rows]]
+        best_scores[rows] = scores.max(axis=1)
+        best_classes[rows] = scores.argmax(axis=1)
     print('=== SUSPECT IMAGES ===')
-    own_scores = scores[np.arange(len(scores)), images.classes]
     pictures = {}
     for row in np.argsort(own_scores, kind='stable')[: flags.find_suspects]:
-        best = scores[row].argmax()
-        own_label = images.labels[images.classes[row]]
-        words = f'{own_label} {own_scores[row]:.2f}  {images.labels[best]} {scores[row, best]:.2f}'
+        own = f'{images.labels[images.classes[row]]} {own_scores[row]:.2f}'
+        words = f'{own}  {images.labels[best_classes[row]]} {best_scores[row]:.2f}'
         print(escape(f'{images.paths[row]:>70}  {words}'))
         pictures[f'{words}/{images.files[row]}'] = load_thumbnail(
             images.paths[row], 299, flags.upright
@@ -2309,6 +2336,9 @@ def report_suspects(images: Images, scores: np.ndarray, flags: argparse.Namespac
 
 
 # Final layer
+
+NUMPY_CLASSES = 1000  # up to so many, NumPy on one core is as fast as TensorFlow on two
+EVALUATED_ROWS = 512  # at once: the scores of 10,000 classes take 20 MB
 
 
 class Evaluation(NamedTuple):
@@ -2343,7 +2373,7 @@ class FinalLayer:
 
         Raises UserError if the training has diverged.
         """
-        logits = bottlenecks @ self.weights + self.biases
+        logits = self.multiply(bottlenecks) + self.biases
         # exp() of the logits themselves may overflow.
         shifted = logits - logits.max(axis=1, keepdims=True)
         exponentials = np.exp(shifted)
@@ -2365,10 +2395,54 @@ class FinalLayer:
         gradient = before.scores.copy()
         gradient[np.arange(len(classes)), classes] -= 1
         gradient *= self.learning_rate / len(classes)
-        self.weights -= bottlenecks.T @ gradient
+        self.subtract(bottlenecks, gradient)
         self.biases -= gradient.sum(axis=0)
         self.steps += 1
         return before
+
+    def multiply(self, bottlenecks: np.ndarray) -> np.ndarray:
+        """Returns the product of bottlenecks, float [N, size], and the weights."""
+        return bottlenecks @ self.weights
+
+    def subtract(self, bottlenecks: np.ndarray, gradient: np.ndarray) -> None:
+        """Moves the weights by the product of bottlenecks and a gradient, float [N, classes]."""
+        self.weights -= bottlenecks.T @ gradient
+
+
+class WideLayer(FinalLayer):
+    """The same with many classes: TensorFlow has the weights, and multiplies on all cores."""
+
+    @property
+    def weights(self) -> np.ndarray:  # type: ignore[override]
+        return self.variable.numpy()
+
+    @weights.setter
+    def weights(self, weights: np.ndarray) -> None:
+        self.variable = tf.Variable(weights)
+
+    def multiply(self, bottlenecks: np.ndarray) -> np.ndarray:
+        return tf.matmul(bottlenecks, self.variable).numpy()
+
+    def subtract(self, bottlenecks: np.ndarray, gradient: np.ndarray) -> None:
+        product = tf.matmul(bottlenecks, gradient, transpose_a=True)
+        self.variable.assign_sub(product, read_value=False)
+
+
+def create_layer(
+    bottleneck_size: int, class_count: int, learning_rate: float, seed: np.ndarray
+) -> FinalLayer:
+    """Returns an untrained layer, the faster one for this many classes."""
+    kind = FinalLayer if class_count <= NUMPY_CLASSES else WideLayer
+    return kind(bottleneck_size, class_count, learning_rate, seed)
+
+
+def evaluate_blocks(
+    layer: FinalLayer, images: Images, bottlenecks: np.ndarray, rows: np.ndarray
+) -> Iterator:
+    """Yields (some of the rows, their Evaluation) until all rows are evaluated."""
+    for start in range(0, len(rows), EVALUATED_ROWS):
+        block = rows[start : start + EVALUATED_ROWS]
+        yield block, layer.evaluate(bottlenecks[block], images.classes[block])
 
 
 # Familiarity
@@ -2564,25 +2638,25 @@ def train(
     """
     layer = create_untrained_layer(images, backbone, flags)
     rng = create_rng(flags.random_seed, 'validation')
-    train_writer, validation_writer = open_logs(backbone, Head(layer, images.labels), flags)
+    writers = open_logs(backbone, Head(layer, images.labels), flags)
     last_step = flags.how_many_training_steps - 1
     try:
         batches = draw_batches(images, bottlenecks, backbone, flags)
         for step, (rows, batch) in enumerate(until_stopped(batches)):
             is_evaluated = step % flags.eval_step_interval == 0 or step == last_step
-            if rows.size:
-                # The scores are those before the step, and the weights those after it.
-                evaluation = layer.train(batch, images.classes[rows])
-                tags = summarize(evaluation, layer if is_evaluated else None)
-                train_writer.write(tags, step=step)
+            evaluation = layer.train(batch, images.classes[rows]) if rows.size else None
+            # The scores are those before the step, and the weights those after it.
+            layer_tags = summarize_layer(layer) if is_evaluated else {}
+            if evaluation:
+                writers['train'].write(summarize(evaluation, layer_tags), step=step)
             if not is_evaluated:
                 continue
-            if rows.size:
+            if evaluation:
                 report_training(step, layer.evaluate(batch, images.classes[rows]))
             drawn = images.draw('validation', flags.validation_batch_size, rng)
             if drawn.size:
                 evaluation = layer.evaluate(bottlenecks[drawn], images.classes[drawn])
-                validation_writer.write(summarize(evaluation, layer), step=step)
+                writers['validation'].write(summarize(evaluation, layer_tags), step=step)
                 report_validation(step, evaluation)
         if signal.getsignal(signal.SIGINT) is stop_run:  # not so in a notebook's thread
             on_stop_signals(finish_run)
@@ -2596,13 +2670,15 @@ def train(
     return layer
 
 
-def open_logs(backbone: Backbone, head: Head, flags: argparse.Namespace) -> list['SummaryWriter']:
+def open_logs(
+    backbone: Backbone, head: Head, flags: argparse.Namespace
+) -> dict[str, 'SummaryWriter']:
     """Returns writers for the training, whose log begins with the graph, and the validation."""
-    folders = [os.path.join(flags.summaries_dir, name) for name in ('train', 'validation')]
-    writers = [SummaryWriter(folder) for folder in folders]
+    folders = {name: os.path.join(flags.summaries_dir, name) for name in ('train', 'validation')}
+    writers = {name: SummaryWriter(folder) for name, folder in folders.items()}
     graph = create_frozen_graph(backbone, head, flags.final_tensor_name)
     structure, _ = split_weights(graph)
-    writers[0].write(graph_def=structure.SerializeToString())
+    writers['train'].write(graph_def=structure.SerializeToString())
     return writers
 
 
@@ -2612,7 +2688,7 @@ def create_untrained_layer(
     """Returns the final layer as it is before the first training step."""
     seed = create_rng(flags.random_seed, 'initial weights').integers(2**31, size=2)
     size = backbone.bottleneck_size
-    return FinalLayer(size, len(images.labels), flags.learning_rate, seed)
+    return create_layer(size, len(images.labels), flags.learning_rate, seed)
 
 
 def report_training(step: int, evaluation: Evaluation) -> None:
@@ -2629,17 +2705,43 @@ def report_validation(step: int, evaluation: Evaluation) -> None:
     print(f'{datetime.datetime.now()}: Step {step}: {accuracy}')
 
 
+TABLE_CLASSES = 30  # up to so many classes, the table has all of them, and from then on ...
+WORST_CLASSES = 20  # ... those with the most errors
+MATRIX_CLASSES = 200  # up to so many, there is a confusion matrix: 40,000 numbers
+
+
 class Tested(NamedTuple):
     """The result of the test of N images."""
 
     rows: np.ndarray  # int [N]
-    confusion: np.ndarray  # counts, int [true class, predicted class]
-    misclassified: list[tuple[int, int]]  # rows, and the classes that they were taken for
+    classes: np.ndarray  # the true ones, int [N]
+    predictions: np.ndarray  # the classes that they were taken for, int [N]
+
+    @property
+    def is_wrong(self) -> np.ndarray:
+        return self.predictions != self.classes
+
+    @property
+    def misclassified(self) -> Iterator[tuple[int, int]]:
+        """The rows of the wrong ones, and the classes that they were taken for."""
+        return zip(self.rows[self.is_wrong], self.predictions[self.is_wrong], strict=True)
 
     def measure(self) -> tuple[int, int, tuple[float, float]]:
         """Returns how many are right, how many were tested, and the interval of the accuracy."""
-        right = int(np.trace(self.confusion))
+        right = int((~self.is_wrong).sum())
         return right, len(self.rows), get_interval(right, len(self.rows))
+
+    def count_confusion(self, class_count: int) -> np.ndarray:
+        """Returns the confusion matrix: counts, int [true class, predicted class]."""
+        shape = class_count, class_count
+        cells = np.ravel_multi_index((self.classes, self.predictions), shape)
+        return np.bincount(cells, minlength=class_count**2).reshape(shape)
+
+    def count_cells(self) -> np.ndarray:
+        """Returns the cells of the matrix that are not 0: int [cells, (true, predicted, count)]."""
+        pairs = np.stack([self.classes, self.predictions], axis=1)
+        cells, counts = np.unique(pairs, axis=0, return_counts=True)
+        return np.column_stack([cells, counts])
 
 
 def test(
@@ -2652,12 +2754,9 @@ def test(
     if 0 < flags.test_batch_size < rows.size:
         rng = create_rng(flags.random_seed, 'test')
         rows = np.sort(rng.choice(rows, flags.test_batch_size, replace=False))
-    classes = images.classes[rows]
-    predictions = layer.evaluate(bottlenecks[rows], classes).logits.argmax(axis=1)
-    confusion = tf.math.confusion_matrix(classes, predictions, len(images.labels)).numpy()
-    is_wrong = predictions != classes
-    misclassified = zip(rows[is_wrong], predictions[is_wrong], strict=True)
-    return Tested(rows, confusion, list(misclassified))
+    blocks = evaluate_blocks(layer, images, bottlenecks, rows)
+    predictions = [evaluation.logits.argmax(axis=1) for _, evaluation in blocks]
+    return Tested(rows, images.classes[rows], np.concatenate(predictions))
 
 
 def get_interval(right: int, count: int) -> tuple[float, float]:
@@ -2688,29 +2787,44 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
     if high - low > 0.1:
         advice = f' About {4 * count} test images would halve the width of the interval.'
     print(f'95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%.{advice}')
-    print_table(tested.confusion, images.labels)
+    print_table(tested, images.labels, f'{flags.output_graph}.json')
     if flags.print_misclassified_test_images:
         print('=== MISCLASSIFIED TEST IMAGES ===')
         for row, predicted in tested.misclassified:
             print(escape(f'{images.paths[row]:>70}  {images.labels[predicted]}'))
 
 
-def print_table(confusion: np.ndarray, labels: list[str]) -> None:
-    """Prints a line per class on the counts, int [true class, predicted class]."""
-    width = min(max(map(len, [*labels, 'class'])), 24)
+def print_table(tested: Tested, labels: list[str], record: str) -> None:
+    """Prints a line per class. Of many classes, it prints only those with the most errors."""
+    shown = list(range(len(labels)))
+    if len(labels) > TABLE_CLASSES:
+        errors = np.bincount(tested.classes[tested.is_wrong], minlength=len(labels))
+        shown = np.argsort(-errors, kind='stable')[:WORST_CLASSES].tolist()
+    width = min(max(len('class'), *(len(labels[index]) for index in shown)), 24)
     print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
-    predicted = confusion.sum(axis=0)
-    for index, counts in enumerate(confusion):
-        right = counts[index]
-        wrong = counts.sum() - right
-        precision = f'{100 * right / predicted[index]:8.1f}%' if predicted[index] else f'{"-":>9}'
-        worst = ''
-        if wrong:
-            others = counts.copy()
-            others[index] = 0
-            worst = f'  {labels[others.argmax()]} ({others.max()})'
-        numbers = f'{counts.sum():6}  {right:6}  {wrong:6}  {precision}'
-        print(f'{labels[index]:{width}}  {numbers}{worst}')
+    for index in shown:
+        print(f'{labels[index]:{width}}  {describe_class(tested, index, labels)}')
+    if len(shown) < len(labels):
+        print(
+            f'These {len(shown)} of {len(labels):,} classes have the most errors. {record} has the '
+            'counts of all.'
+        )
+
+
+def describe_class(tested: Tested, index: int, labels: list[str]) -> str:
+    """Returns the numbers of a class in the table."""
+    is_own = tested.classes == index
+    is_predicted = tested.predictions == index
+    right = (is_own & is_predicted).sum()
+    wrong = is_own.sum() - right
+    precision = f'{"-":>9}'
+    if is_predicted.any():
+        precision = f'{100 * right / is_predicted.sum():8.1f}%'
+    worst = ''
+    if wrong:
+        others = np.bincount(tested.predictions[is_own & ~is_predicted])
+        worst = f'  {labels[others.argmax()]} ({others.max()})'
+    return f'{is_own.sum():6}  {right:6}  {wrong:6}  {precision}{worst}'
 
 
 # Outputs
@@ -2730,12 +2844,13 @@ def create_final_nodes(backbone: Backbone, head: Head, final_tensor_name: str) -
     familiarity.
     """
     scope = 'final_training_ops'
+    trained_weights = head.layer.weights  # a WideLayer cannot read them while a graph is built
     with tf.Graph().as_default() as graph:
         source = tf.compat.v1.placeholder(tf.float32, name=backbone.bottleneck)
         shape = [None, backbone.bottleneck_size]
         input_name = 'input/BottleneckInputPlaceholder'
         fed = tf.compat.v1.placeholder_with_default(source, shape, input_name)
-        weights = freeze(head.layer.weights, f'{scope}/weights/final_weights')
+        weights = freeze(trained_weights, f'{scope}/weights/final_weights')
         biases = freeze(head.layer.biases, f'{scope}/biases/final_biases')
         product = tf.matmul(fed, weights, name=f'{scope}/Wx_plus_b/MatMul')
         logits = tf.add(product, biases, f'{scope}/Wx_plus_b/add')
@@ -2830,13 +2945,7 @@ def create_record(
         for name, counts in images.counts.items()
     }
     if tested:
-        right, count, interval = tested.measure()
-        record['test'] = {
-            'images': count,
-            'accuracy': right / count,
-            'interval': interval,
-            'confusion': tested.confusion.tolist(),
-        }
+        record['test'] = describe_test(tested, len(images.labels))
     if head.familiarity:
         own = head.familiarity.similarities
         record['familiarity'] = {
@@ -2844,6 +2953,15 @@ def create_record(
             'similarities': {str(p): float(np.percentile(own, p)) for p in (1, 5, 50)},
         }
     return record
+
+
+def describe_test(tested: Tested, class_count: int) -> dict[str, Any]:
+    """Returns what the record says of the test."""
+    right, count, interval = tested.measure()
+    facts = {'images': count, 'accuracy': right / count, 'interval': interval}
+    if class_count <= MATRIX_CLASSES:
+        return {**facts, 'confusion': tested.count_confusion(class_count).tolist()}
+    return {**facts, 'confusion_cells': tested.count_cells().tolist()}
 
 
 def write_record(record: dict[str, Any], flags: argparse.Namespace) -> None:
@@ -2856,6 +2974,8 @@ def write_record(record: dict[str, Any], flags: argparse.Namespace) -> None:
 
 SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
 SHOWN_IMAGES = 100  # misclassified images, at most
+SAMPLED_VALUES = 1_000_000  # the histogram of more is one of ...
+SAMPLE = 100_000  # ... so many of them
 
 
 def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
@@ -2880,30 +3000,36 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
         )
 
 
-def summarize(evaluation: Evaluation, layer: FinalLayer | None = None) -> dict[str, Any]:
-    """Returns the original's summaries, {tag: number or array}.
+def summarize_layer(layer: FinalLayer) -> dict[str, Any]:
+    """Returns the original's summaries of the layer, {tag: number or array}."""
+    tags = {}
+    for name, values in (('weights', layer.weights), ('biases', layer.biases)):
+        scope = f'final_training_ops/{name}/summaries'
+        tags[f'{scope}/mean_1'] = values.mean()
+        tags[f'{scope}/stddev_1'] = values.std()
+        tags[f'{scope}/max_1'] = values.max()
+        tags[f'{scope}/min_1'] = values.min()
+        tags[f'{scope}/histogram'] = values
+    return tags
 
-    They are those of a batch, and those of the layer if it is given.
+
+def summarize(evaluation: Evaluation, layer_tags: dict[str, Any]) -> dict[str, Any]:
+    """Returns the original's summaries of a batch, and those of the layer.
+
+    Without those of the layer, they are only the cross entropy and the accuracy.
     """
     tags: dict[str, Any] = {
         'cross_entropy_1': evaluation.cross_entropy,
         'accuracy_1': evaluation.accuracy,
     }
-    if layer:
+    if layer_tags:
         tags['final_training_ops/Wx_plus_b/pre_activations'] = evaluation.logits
         tags['activations'] = evaluation.scores
-        for name, values in (('weights', layer.weights), ('biases', layer.biases)):
-            scope = f'final_training_ops/{name}/summaries'
-            tags[f'{scope}/mean_1'] = values.mean()
-            tags[f'{scope}/stddev_1'] = values.std()
-            tags[f'{scope}/max_1'] = values.max()
-            tags[f'{scope}/min_1'] = values.min()
-            tags[f'{scope}/histogram'] = values
-    return tags
+    return tags | layer_tags
 
 
 def create_value(tag: str, value: Any) -> Summary.Value:
-    """Returns a summary of a number, a picture, or an array, which becomes 30 buckets."""
+    """Returns a summary of a number, a picture, or an array, which becomes a histogram."""
     if isinstance(value, Image.Image):
         png = io.BytesIO()
         value.save(png, 'PNG')
@@ -2911,18 +3037,27 @@ def create_value(tag: str, value: Any) -> Summary.Value:
         return Summary.Value(tag=tag, image={**size, 'encoded_image_string': png.getvalue()})
     if not np.ndim(value):
         return Summary.Value(tag=tag, simple_value=value)
-    values = np.ravel(value).astype(np.float64)
+    return create_histogram(tag, np.ravel(value))
+
+
+def create_histogram(tag: str, values: np.ndarray) -> Summary.Value:
+    """Returns a summary of numbers in 30 buckets, which are of a sample if there are many."""
+    summary = Summary.Value(tag=tag)
+    if values.size > SAMPLED_VALUES:
+        # TensorBoard shows the description beside the histogram.
+        description = f'a sample of {SAMPLE:,} of {values.size:,} numbers'
+        summary.metadata.summary_description = description
+        values = values[np.random.default_rng(0).integers(values.size, size=SAMPLE)]
+    values = values.astype(np.float64)
     counts, edges = np.histogram(values, 30)
-    histogram = {
-        'num': values.size,
-        'sum': values.sum(),
-        'sum_squares': np.square(values).sum(),
-        'min': edges[0],
-        'max': edges[-1],
-        'bucket_limit': edges[1:],
-        'bucket': counts,
-    }
-    return Summary.Value(tag=tag, histo=histogram)
+    summary.histo.num = values.size
+    summary.histo.sum = values.sum()
+    summary.histo.sum_squares = np.square(values).sum()
+    summary.histo.min = edges[0]
+    summary.histo.max = edges[-1]
+    summary.histo.bucket_limit.extend(edges[1:])
+    summary.histo.bucket.extend(counts)
+    return summary
 
 
 class SummaryWriter:
@@ -2988,7 +3123,7 @@ def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Ima
 
     The darker a cell is, the larger is its share of the true class.
     """
-    cell = max(4, min(48, 1200 // len(labels)))  # pixels
+    cell = min(48, 1200 // len(labels))  # pixels
     font = ImageFont.load_default(min(16, cell))
     names = [f'{label[:23]}…' if len(label) > 24 else label for label in labels]
     margin = 12 + int(max(map(font.getlength, names)))
@@ -3035,12 +3170,12 @@ def write_pictures(
 ) -> None:
     """Writes the confusion matrix, misclassified images, and the similarities of the images."""
     pictures: dict[str, Any] = {}
-    misclassified: list[tuple[int, int]] = []
     if head.familiarity:
         pictures['familiarity'] = head.familiarity.similarities
-    if tested:
-        pictures['confusion_matrix'] = draw_confusion_matrix(tested.confusion, images.labels)
-        misclassified = tested.misclassified[:SHOWN_IMAGES]
+    if tested and len(images.labels) <= MATRIX_CLASSES:
+        confusion = tested.count_confusion(len(images.labels))
+        pictures['confusion_matrix'] = draw_confusion_matrix(confusion, images.labels)
+    misclassified = itertools.islice(tested.misclassified, SHOWN_IMAGES) if tested else ()
     for row, predicted in misclassified:
         path = images.paths[row]
         label = images.labels[images.classes[row]]
@@ -3103,8 +3238,8 @@ def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Names
         pair_count = len(get_pairs(near_copies))
     if flags.find_suspects:
         with extra('the search for suspects'):
-            scores = cross_validate(images, bottlenecks, flags)
-            report_suspects(images, scores, flags)
+            scored = cross_validate(images, bottlenecks, flags)
+            report_suspects(images, scored, flags)
     return pair_count
 
 

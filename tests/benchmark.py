@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import platform
@@ -27,7 +28,10 @@ import time
 from statistics import mean, median
 from typing import NamedTuple
 
+os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')  # as in the scripts, before NumPy is imported
+
 import numpy as np
+import orjson
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -58,6 +62,8 @@ class Sizes(NamedTuple):
     computed_images: int = 1000  # without a cache
     listed_files: int = 200_000
     growth_images: int = 100_000  # cached, of 100 classes
+    some_classes: int = 1000
+    many_classes: int = 10_000
 
 
 QUICK = Sizes(
@@ -73,6 +79,8 @@ QUICK = Sizes(
     computed_images=20,
     listed_files=5000,
     growth_images=600,
+    some_classes=10,
+    many_classes=60,
 )
 PROGRAMS = ROOT / 'tests/programs'
 TRAINING = ROOT / 'tf_retrain.py'
@@ -370,15 +378,16 @@ class Workbench:
             return folder
         photographs = self.photographs(32)
         rng = np.random.default_rng(0)
+        each = min(20, math.ceil(count / len(classes)))
         for index, name in enumerate(classes):
             data, cache = folder / 'data' / name, folder / 'bottlenecks' / name
             data.mkdir(parents=True)
             cache.mkdir(parents=True)
-            values = rng.exponential(0.3, [20, BOTTLENECK_SIZE]).astype(np.float32)
-            contents = [','.join(map(str, numbers)) for numbers in values]
+            values = rng.exponential(0.3, [each, BOTTLENECK_SIZE]).astype(np.float32)
+            contents = [orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY) for row in values]
             for image in range(index, count, len(classes)):
                 os.link(photographs[image % 32], data / f'{image}.jpg')
-                (cache / f'{image}.jpg.txt').write_text(contents[image % 20])
+                (cache / f'{image}.jpg.txt').write_bytes(contents[image % each].strip(b'[]'))
         return folder
 
     def training(self, images, steps, bottlenecks='bottlenecks'):
@@ -625,7 +634,9 @@ def find_changed(images, bottlenecks, seed):
     classes %= len(images.labels)
     flags = '--image_dir=unused', '--how_many_training_steps=2000', f'--random_seed={seed}'
     images = dataclasses.replace(images, classes=classes)
-    scores = tf_retrain.cross_validate(images, bottlenecks, parse(*flags))
+    scores = np.zeros([count, len(images.labels)], np.float32)
+    for rows, found in tf_retrain.cross_validate(images, bottlenecks, parse(*flags)):
+        scores[rows] = found
     shares = []
     for rank in (rank_by_confident_learning, rank_by_own_score):
         first = np.argsort(rank(scores, classes))[: len(changed)]
@@ -686,16 +697,50 @@ def familiarity(bench):
     return Row(what, *map(show_share, shares.mean(axis=0)), '', span(shares[:, 0], show_share))
 
 
-def growth(bench):
-    """A whole run on very many cached images of 100 classes, with the seconds of its parts."""
-    count, steps = bench.sizes.growth_images, bench.sizes.steps
-    folder = bench.images(count, [f'class {index:02}' for index in range(100)])
+def run_in_parts(bench, count, classes, steps):
+    """Does a whole run on cached images; returns what it did, and what that took, in words."""
+    folder = bench.images(count, [f'class {index:05}' for index in range(classes)])
     flags = bench.training(folder, steps)
     took = run_process(PROGRAMS / 'time_parts.py', *flags, cwd=folder)
     parts = json.loads((folder / 'parts.json').read_text())
     listed = ', '.join(f'{name} {seconds:.1f} s' for name, seconds in parts.items())
-    what = f'tf_retrain.py, {count:,} cached images, 100 classes, {steps:,} steps'
-    return Row(what, ours=f'{took.seconds:.1f} s ({listed}), {show_megabytes(took.peak)}')
+    what = f'tf_retrain.py, {count:,} cached images, {classes:,} classes, {steps:,} steps'
+    return what, f'{took.seconds:.1f} s ({listed}), {show_megabytes(took.peak)}'
+
+
+def growth(bench):
+    """A whole run on very many cached images of 100 classes, with the seconds of its parts."""
+    what, took = run_in_parts(bench, bench.sizes.growth_images, 100, bench.sizes.steps)
+    return Row(what, ours=took)
+
+
+def compare_layers(bench, classes):
+    """Returns a row on training steps of both kinds of layers, and on a whole run."""
+    steps = 20
+    rng = np.random.default_rng(0)
+    batch = rng.exponential(0.3, [100, BOTTLENECK_SIZE]).astype(np.float32)
+    truth = rng.integers(classes, size=100)
+
+    def train(layer):
+        for _ in range(steps):
+            layer.train(batch, truth)
+
+    kinds = tf_retrain.FinalLayer, tf_retrain.WideLayer
+    layers = [kind(BOTTLENECK_SIZE, classes, 0.01, [1, 2]) for kind in kinds]
+    timings = bench.alternate(*(timed(train, layer) for layer in layers), warm_up=1)
+    run, took = run_in_parts(bench, 3 * classes, classes, 200)
+    what = f'a training step with {classes:,} classes, in NumPy and in TensorFlow ({run}: {took})'
+    return compare(what, *timings, lambda seconds: f'{1000 * seconds / steps:.1f} ms')
+
+
+def some_classes(bench):
+    """A training step with a thousand classes, and a whole run with its memory."""
+    return compare_layers(bench, bench.sizes.some_classes)
+
+
+def many_classes(bench):
+    """The same with ten thousand."""
+    return compare_layers(bench, bench.sizes.many_classes)
 
 
 def memory_warm(bench):
@@ -750,8 +795,9 @@ def listing(bench):
 
 BOTTLENECK_ROWS = cold, decoding, large, bfloat16, bfloat16_large
 TRAINING_ROWS = distortions, bfloat16_distortions, bfloat16_accuracy, warm, cache, growth, listing
+CLASSES_ROWS = some_classes, many_classes
 OTHER_ROWS = label, labeling, serving, memory_warm, memory_cold, near_copies, suspects, familiarity
-ROWS = {row.__name__: row for row in (*BOTTLENECK_ROWS, *TRAINING_ROWS, *OTHER_ROWS)}
+ROWS = {row.__name__: row for row in (*BOTTLENECK_ROWS, *TRAINING_ROWS, *CLASSES_ROWS, *OTHER_ROWS)}
 
 
 def parse_flags():

@@ -295,6 +295,22 @@ def test_only_plain_files_are_opened(cached):
     assert created(cached.cache()) == []
 
 
+def test_files_are_loaded_without_autograph(tmp_path):
+    """It parses the whole script. Missing files on disk are passed over, those on ram:// tried."""
+    there, missing, remote, lost = f'{tmp_path}/a', f'{tmp_path}/b', 'ram://x/c', 'ram://x/d'
+    for path in (there, remote):
+        tf_retrain.write_whole(path, path.encode())
+    statuses = []
+
+    def load(row, contents):
+        statuses.append(tf.__internal__.autograph.control_status_ctx().status.name)
+        return row, contents
+
+    files = tf_retrain.load_files(np.arange(4), [there, missing, remote, lost], load)
+    assert list(files.as_numpy_iterator()) == [(0, there.encode()), (2, remote.encode())]
+    assert statuses == ['DISABLED']
+
+
 def test_a_folder_in_place_of_a_cache_file_is_named(cached):
     cached.cache_file(CAT).unlink()
     cached.cache_file(CAT).mkdir()

@@ -29,7 +29,7 @@ def compare(job, monkeypatch):
             path = job.data / f'{name}.jpg'
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-        found = np.float32(bottlenecks), np.ones(len(names), bool)
+        found = np.float32(bottlenecks), np.ones(len(names), bool), 0
         monkeypatch.setattr(tf_retrain, 'cache_bottlenecks', lambda *arguments: found)
         return job.main(*more, **{'how_many_training_steps': '1', **changes})
 
@@ -261,11 +261,26 @@ def test_cross_validation(monkeypatch):
     bottlenecks = np.random.default_rng(0).uniform(size=[50, 8]).astype(np.float32)
     bottlenecks[:, 0] = np.arange(50)  # which image it is
     flags = parse('--image_dir=data', '--how_many_training_steps=30')
-    scores = tf_retrain.cross_validate(images, bottlenecks, flags)
+    blocks = tf_retrain.cross_validate(images, bottlenecks, flags)
+    scores = np.concatenate([block for _, block in blocks])
     np.testing.assert_allclose(scores.sum(axis=1), 1, atol=1e-5)
     assert [len(rows) for _, rows in tests] == [10] * tf_retrain.FOLDS
     assert set().union(*(rows for _, rows in tests)) == {*range(50)}
     assert min(trained for trained, _ in tests) > 30
+
+
+def test_scores_come_in_blocks(compare, monkeypatch):
+    """Of many images and classes, all scores together would fill the memory."""
+    names = [f'{label}/{i:02}' for label in 'ab' for i in range(25)]
+    job = names, RNG.uniform(size=[50, 2048]), '--find_suspects=50'
+    expected = suspects(compare(*job))
+    monkeypatch.setattr(tf_retrain, 'EVALUATED_ROWS', 3)
+    assert suspects(compare(*job)) == expected
+    images = tf_retrain.list_images(parse('--image_dir=data'))
+    flags = parse('--image_dir=data', '--how_many_training_steps=1')
+    blocks = [rows for rows, _ in tf_retrain.cross_validate(images, np.float32(job[1]), flags)]
+    assert {len(rows) for rows in blocks} == {3, 1}
+    assert sorted(np.concatenate(blocks)) == list(range(50))
 
 
 @pytest.mark.parametrize(

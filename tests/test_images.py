@@ -215,6 +215,16 @@ def test_tiny_classes_never_crash(job):
     assert (job.folder / 'trained_model/labels.txt').read_text() == 'cat\ndog\nfox\n'
 
 
+@pytest.mark.parametrize('count', [10, 13])
+def test_small_folders_beyond_ten_are_one_line(capsys, count):
+    folders = {f'{i:02}\t': ['x.jpg'] * (i + 1) for i in range(count)}
+    tf_retrain.report_small_folders('data', {**folders, 'large': ['x.jpg'] * 20})
+    lines = capsys.readouterr().out.splitlines()
+    start = 'WARNING: Folder has less than 20 images, which may cause issues. '
+    assert lines[:10] == [f'{start}(data/{i:02}\\t: {i + 1})' for i in range(10)]
+    assert lines[10:] == ['WARNING: 3 more folders have less than 20 images.'][: count - 10]
+
+
 # What is in the files
 
 IMAGE = Image.fromarray(np.random.default_rng(0).integers(0, 256, [30, 40, 3], np.uint8))

@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import os
+import re
 import types
 import urllib.parse
 import urllib.request
@@ -69,14 +70,43 @@ wolfwolfwolfwolfwolfwolfwolfwolf       9       0       9          -  none (5)
 """
 
 
-def test_table_of_classes(capsys):
-    labels = ['cat', 'dog', 'none', 'wolf' * 8]
-    confusion = np.array([[3, 1, 2, 0], [0, 5, 0, 0], [0, 0, 0, 0], [0, 4, 5, 0]])
+def create_tested(confusion):
+    """Returns the result of a test with these counts, [true class, predicted class]."""
+    cells = np.argwhere(np.array(confusion) >= 0)
+    classes, predictions = np.repeat(cells, np.ravel(confusion), axis=0).T
+    return tf_retrain.Tested(np.arange(len(classes)), classes, predictions)
+
+
+def report(confusion, labels, capsys):
     images = tf_retrain.Images('data', labels, None, None, None)
-    tested = tf_retrain.Tested(np.arange(20), confusion, [])
-    flags = types.SimpleNamespace(print_misclassified_test_images=False)
-    tf_retrain.report_test(images, tested, flags)
-    assert capsys.readouterr().out == TABLE
+    flags = types.SimpleNamespace(print_misclassified_test_images=False, output_graph='g.pb')
+    tf_retrain.report_test(images, create_tested(confusion), flags)
+    return capsys.readouterr().out
+
+
+def test_table_of_classes(capsys):
+    confusion = [[3, 1, 2, 0], [0, 5, 0, 0], [0, 0, 0, 0], [0, 4, 5, 0]]
+    assert report(confusion, ['cat', 'dog', 'none', 'wolf' * 8], capsys) == TABLE
+
+
+@pytest.mark.parametrize('count', [30, 31, 500])
+def test_the_table_of_many_classes_has_those_with_the_most_errors(capsys, count):
+    confusion = 2 * np.eye(count, dtype=int)
+    confusion[:, 0] = np.arange(count)
+    out = report(confusion, [f'class {i}' for i in range(count)], capsys)
+    expected = range(30) if count == 30 else range(count - 1, count - 21, -1)
+    listed = re.findall(r'^class (\d+) +\d+ +(\d+) +(\d+) ', out, re.MULTILINE)
+    assert listed == [(f'{i}', '2' if i else '0', f'{i}') for i in expected]
+    rest = f'These 20 of {count} classes have the most errors. g.pb.json has the counts of all.\n'
+    assert out.endswith(rest) == (count > 30)
+
+
+def test_cells_are_the_matrix_without_its_zeros():
+    confusion = np.random.default_rng(0).integers(3, size=[20, 20])
+    tested = create_tested(confusion)
+    np.testing.assert_array_equal(tested.count_confusion(20), confusion)
+    expected = [[true, predicted, n] for (true, predicted), n in np.ndenumerate(confusion) if n]
+    assert tested.count_cells().tolist() == expected
 
 
 LAYER = 'final_training_ops'
@@ -115,6 +145,20 @@ def test_histogram_keeps_the_moments():
     below = [np.count_nonzero(values <= limit) for limit in found.bucket_limit]
     assert np.cumsum(found.bucket).tolist() == below
     assert len(tf_retrain.create_value('tag', np.zeros(5)).histo.bucket) == 30
+
+
+@pytest.mark.parametrize('count', [1_000_000, 1_002_000])
+def test_the_histogram_of_many_numbers_is_of_a_sample(count):
+    """TensorBoard shows its description."""
+    values = np.arange(count).reshape(2000, -1) % (count // 2000)
+    value = tf_retrain.create_value('tag', values)
+    described = value.metadata.summary_description
+    if count == 1_000_000:
+        assert (value.histo.num, described) == (count, '')
+    else:
+        assert (value.histo.num, described) == (100_000, 'a sample of 100,000 of 1,002,000 numbers')
+    assert sum(value.histo.bucket) == value.histo.num
+    assert value.histo.sum / value.histo.num == pytest.approx(values.mean(), rel=0.01)
 
 
 def read_graphs(folder):
@@ -210,7 +254,7 @@ def test_pictures_of_images_that_have_changed_since(job, monkeypatch):
         assert {(picture.size, picture.getpixel((5, 5))) for picture in found} == {looks}
 
 
-@pytest.mark.parametrize(('count', 'cell'), [(2, 48), (5, 48), (30, 40), (300, 4)])
+@pytest.mark.parametrize(('count', 'cell'), [(2, 48), (5, 48), (30, 40), (200, 6)])
 def test_confusion_matrix(count, cell):
     """Each cell is as dark as its share of its row."""
     labels = [['猫', 'x' * 60, 'dog'][i % 3] for i in range(count)]

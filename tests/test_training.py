@@ -87,9 +87,10 @@ def test_a_hundred_classes_and_odd_labels(job):
 # The final layer
 
 
-def test_final_layer_descends_the_gradient_of_the_cross_entropy():
+@pytest.mark.parametrize('kind', [tf_retrain.FinalLayer, tf_retrain.WideLayer])
+def test_final_layer_descends_the_gradient_of_the_cross_entropy(kind):
     rng = np.random.default_rng(0)
-    layer = tf_retrain.FinalLayer(2048, 4, 0.5, [1, 2])
+    layer = kind(2048, 4, 0.5, [1, 2])
     assert np.abs(layer.weights).max() < 0.002  # truncated at two standard deviations
     assert 0.0008 < layer.weights.std() < 0.00095
     assert not layer.biases.any()
@@ -115,6 +116,24 @@ def test_final_layer_descends_the_gradient_of_the_cross_entropy():
             variable.assign_sub(0.5 * gradient)
     np.testing.assert_allclose(layer.weights, weights, atol=1e-5)
     np.testing.assert_allclose(layer.biases, biases, atol=1e-5)
+
+
+def test_the_steps_of_many_classes_are_those_of_few():
+    """Above 1,000 classes, they are TensorFlow's, with the same result."""
+    assert type(tf_retrain.create_layer(8, 1000, 0.5, [1, 2])) is tf_retrain.FinalLayer
+    wide = tf_retrain.create_layer(2048, 1001, 0.5, [1, 2])
+    assert type(wide) is tf_retrain.WideLayer
+    layer = tf_retrain.FinalLayer(2048, 1001, 0.5, [1, 2])
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        batch = rng.exponential(0.3, [100, 2048]).astype(np.float32)
+        classes = rng.integers(1001, size=100)
+        for found, expected in zip(
+            wide.train(batch, classes), layer.train(batch, classes), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(wide.weights, layer.weights, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(wide.biases, layer.biases, rtol=0, atol=1e-5)
 
 
 def test_seeds_make_layers_alike():
@@ -352,6 +371,41 @@ def test_accuracy_and_its_interval(trained):
         f'95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%. '
         f'About {4 * count} test images would halve the width of the interval.\n'
     ) in trained.process.stdout
+
+
+@pytest.mark.parametrize('count', [200, 201, 1001])
+def test_many_classes(job, monkeypatch, count):
+    """Output and record stay short, and the counts are all there."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        path = job.data / f'{index}/x.jpg'
+        path.parent.mkdir(parents=True)
+        path.touch()
+    images = 3 * count
+    bottlenecks = np.float32(rng.exponential(0.3, [images, 2048]))
+    names = ['a test.jpg', 'b.jpg', 'c.jpg']
+    monkeypatch.setattr(tf_retrain, 'list_class_folder', lambda path: names)
+    monkeypatch.setattr(
+        tf_retrain, 'get_set', lambda path, *_: 'testing' if 'test' in path else 'training'
+    )
+    found = bottlenecks, np.ones(images, bool), 0
+    monkeypatch.setattr(tf_retrain, 'cache_bottlenecks', lambda *arguments: found)
+    out = job.main('--find_suspects=3', how_many_training_steps='2')
+    assert len(out.splitlines()) < 70
+    assert len(re.findall(r'^\d+ +1 +[01] +[01] ', out, re.MULTILINE)) == 20
+    test = read_record(job.folder / job.flags['output_graph'])['test']
+    assert ('confusion' in test) == (count == 200)
+    if count == 200:
+        cells = [(*place, value) for place, value in np.ndenumerate(test['confusion']) if value]
+    else:
+        cells = test['confusion_cells']
+    true, predicted, counts = np.transpose(cells)
+    assert true.tolist() == list(range(count))  # one test image of each class
+    assert counts.sum() == test['images'] == count
+    assert (true == predicted).sum() == test['accuracy'] * count
+    events = read_events(job.folder / 'logs/test')
+    tags = {value.tag for event in events for value in event.summary.value}
+    assert ('confusion_matrix' in tags) == (count == 200)
 
 
 def test_the_command_in_a_record_gives_the_same_graph(trained, tmp_path, monkeypatch):
