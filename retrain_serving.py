@@ -18,6 +18,7 @@ import gc
 import gzip
 import hashlib
 import http.client
+import importlib.util
 import io
 import itertools
 import json
@@ -122,6 +123,11 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         metavar='DIR',
         default='/tmp/bottleneck',
         help='cache of the bottlenecks' + DEFAULT,
+    )
+    group.add_argument(
+        '--upright',
+        action='store_true',
+        help='turn images as their EXIF orientation says, as viewers do',
     )
     group.add_argument(
         '--data_service',
@@ -334,6 +340,8 @@ def parse_flags(
             '--testing_percentage and --validation_percentage must leave images to train on: '
             'below 100 in sum'
         )
+    if flags.upright and flags.data_service:
+        parser.error('--upright and --data_service: the workers of a service cannot turn images')
     return flags
 
 
@@ -428,6 +436,7 @@ from tensorflow.python.grappler import tf_optimizer
 tf.get_logger().setLevel('ERROR')
 np.seterr(all='ignore')  # no warnings: numbers that are too large show in the cross entropy
 Image.MAX_IMAGE_PIXELS = None  # Pillow does not warn: MAX_PIXELS decides
+warnings.filterwarnings('ignore', module='PIL')  # of odd files, which have a reason if they fail
 
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
 
@@ -676,7 +685,11 @@ def check_outputs(flags: argparse.Namespace) -> None:
 
 # Images
 
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
+# What files end in that are taken for images. Their content decides how they are decoded.
+IMAGE_EXTENSIONS = (
+    *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.webp', '.avif', '.bmp'),
+    *('.tif', '.tiff', '.jp2', '.heic', '.heif'),
+)
 SETS = ('training', 'validation', 'testing')
 UNSURE = 'unsure'  # printed in place of a label below --min_score
 UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
@@ -697,6 +710,12 @@ class Images:
     @functools.cached_property
     def paths(self) -> list[str]:
         return [os.path.join(self.folder, file) for file in self.files]
+
+    @functools.cached_property
+    def folders(self) -> list[str]:
+        """The name of the class folder of each class."""
+        first = np.searchsorted(self.classes, np.arange(len(self.labels)))
+        return [os.path.basename(os.path.dirname(file)) for file in self.files[first]]
 
     @functools.cached_property
     def stems(self) -> np.ndarray:
@@ -900,6 +919,238 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
         )
 
 
+# Image files
+
+MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
+# Regular expressions for what files of a format begin with.
+SIGNATURES = {
+    'JPEG': rb'\xff\xd8',
+    'PNG': rb'\x89P',
+    'GIF': rb'GI',
+    'WebP': rb'RIFF....WEBP',
+    'AVIF': rb'....ftyp(avi[fs]|mif1.{0,24}avif)',
+    'HEIC': rb'....ftyp(he|mif1|msf1)',
+    'BMP': rb'BM',
+    'DIB': rb'\x28\0\0\0',
+    'a raw photograph (CR2)': rb'II\*\0....CR',
+    'TIFF': rb'II\*\0|MM\0\*',
+    'JPEG 2000': rb'\0\0\0\x0cjP|\xff\x4f\xff\x51',
+    'PPM': rb'P[1-6]\s',
+    'JPEG XL': rb'\xff\x0a|\0\0\0\x0cJXL',
+    'a raw photograph (CR3)': rb'....ftypcrx',
+    'a video': rb'....ftyp|RIFF....AVI|\x1aE\xdf\xa3',
+    'EPS': rb'%!PS|\xc5\xd0\xd3\xc6',
+    'Photoshop (PSD)': rb'8BPS',
+    'FITS': rb'SIMPLE',
+    'PDF': rb'%PDF',
+    'SVG': rb'\s*<svg|\s*<\?xml',
+    'a web page (HTML)': rb'(?i:\s*(<!doctype )?<?html)',
+    'a ZIP archive': rb'PK',
+}
+# The formats that are read, and Pillow's names for them. Pillow knows thirty more: for some, it
+# starts other programs.
+FORMATS = {
+    'JPEG': 'JPEG',
+    'PNG': 'PNG',
+    'GIF': 'GIF',
+    'WebP': 'WEBP',
+    'AVIF': 'AVIF',
+    'HEIC': 'HEIF',
+    'BMP': 'BMP',
+    'DIB': 'DIB',
+    'TIFF': 'TIFF',
+    'JPEG 2000': 'JPEG2000',
+    'PPM': 'PPM',
+}
+# TensorFlow decodes these formats, and Pillow the others.
+TENSORFLOW_FORMATS = {b'\xff\xd8': 'JPEG', b'\x89P': 'PNG', b'GI': 'GIF'}
+
+
+class ImageError(Exception):
+    """Why an image cannot be decoded."""
+
+
+def name_format(contents: bytes) -> str:
+    """Returns the format of a file by what it begins with; '' if it is not in SIGNATURES."""
+    for name, pattern in SIGNATURES.items():
+        if re.match(pattern, contents, re.DOTALL):
+            return name
+    return ''
+
+
+def count_pixels(contents: tf.Tensor) -> tf.Tensor:
+    """Returns how many pixels an encoded JPEG, PNG or GIF has by its header, int64 [].
+
+    A PNG has width and height in bytes 16 to 23 (https://www.w3.org/TR/png-3/#11IHDR), a GIF in
+    bytes 6 to 9 (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
+    """
+    start = tf.strings.substr(contents, 0, 2)
+    header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'  # a short file has sides of 0
+
+    def read_jpeg() -> tf.Tensor:
+        return tf.image.extract_jpeg_shape(contents)[:2]
+
+    def read_png() -> tf.Tensor:
+        sides = tf.strings.substr(header, 16, 8)
+        return tf.io.decode_raw(sides, tf.int32, little_endian=False)
+
+    def read_gif() -> tf.Tensor:
+        sides = tf.strings.substr(header, 6, 4)
+        return tf.cast(tf.io.decode_raw(sides, tf.uint16), tf.int32)
+
+    def fail() -> tf.Tensor:
+        # Clients want text: bytes that are none become dots.
+        text = tf.strings.unicode_transcode(
+            header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
+        )
+        message = ['The image is not JPEG, PNG or GIF. It starts with', text]
+        with tf.control_dependencies([tf.debugging.Assert(False, message)]):
+            return tf.zeros([2], tf.int32)
+
+    readers = [
+        (start == b'\xff\xd8', read_jpeg),
+        (start == b'\x89P', read_png),
+        (start == b'GI', read_gif),
+    ]
+    return tf.reduce_prod(tf.cast(tf.case(readers, fail), tf.int64))
+
+
+def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
+    """Returns a JPEG, PNG or GIF as the graph decodes it, uint8 [height, width, 3].
+
+    Of an animated GIF, that is the first frame. Fails before decoding if the header names more than
+    MAX_PIXELS pixels.
+    """
+    pixels = count_pixels(contents)
+    message = f'The image has more than {MAX_PIXELS:,} pixels.'
+    limit = tf.constant(MAX_PIXELS, tf.int64)
+    with tf.control_dependencies([tf.debugging.assert_less_equal(pixels, limit, message)]):
+        contents = tf.identity(contents)
+    image = tf.cond(
+        tf.strings.substr(contents, 0, 2) == b'GI',
+        lambda: tf.io.decode_image(contents, channels=3, expand_animations=False),
+        lambda: tf.io.decode_jpeg(contents, channels=3),
+    )
+    image.set_shape([None, None, 3])
+    return image
+
+
+def open_by_pillow(contents: bytes) -> Image.Image:
+    """Opens an image of one of FORMATS; raises KeyError for others, ImportError without pi-heif."""
+    name = name_format(contents)
+    if name == 'HEIC':
+        import pi_heif
+
+        pi_heif.register_heif_opener()
+    return Image.open(io.BytesIO(contents), formats=[FORMATS[name]])
+
+
+def decode_by_pillow(contents: bytes) -> np.ndarray:
+    """Returns the first frame of an image that TensorFlow does not decode: [height, width, 3].
+
+    Of gray samples with 16 bits, it takes the upper byte, as TensorFlow does of PNG: Pillow would
+    make all from 255 on white.
+    """
+    with open_by_pillow(contents) as image:
+        check_size(image.width * image.height)
+        is_gray = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
+        if is_gray:
+            upper = np.uint8(np.asarray(image) >> 8)
+            return np.repeat(upper[:, :, np.newaxis], 3, axis=2)
+        if image.mode in ('I', 'F'):
+            raise ImageError('it has samples of 32 bits. Save it with 8 bits')
+        return np.array(image.convert('RGB'))
+
+
+def check_size(pixels: int) -> None:
+    """Raises ImageError for an image of too many pixels."""
+    if pixels > MAX_PIXELS:
+        raise ImageError(f'it has {pixels:,} pixels, more than {MAX_PIXELS:,}')
+
+
+def decode(contents: bytes, is_upright: bool) -> np.ndarray:
+    """Returns an image, uint8 [height, width, 3]; raises ImageError if it cannot be decoded.
+
+    With `is_upright`, it is turned as its EXIF orientation says.
+    """
+    name = name_format(contents)
+    if not contents:
+        raise ImageError('it is empty')
+    if not name:
+        raise ImageError(f'its format is not known: it starts with {contents[:12]!r}')
+    if name not in FORMATS:
+        raise ImageError(f'it is {name}, which is not read')
+    try:
+        if name in TENSORFLOW_FORMATS.values():
+            check_size(int(count_pixels(contents)))
+            pixels = decode_by_tensorflow(contents).numpy()
+        else:
+            pixels = decode_by_pillow(contents)
+    except ImportError:
+        raise ImageError('it is HEIC. To read it, run: pip install pi-heif')
+    except ImageError:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise ImageError(f'it is {name}, and damaged')
+    except Exception as error:  # Pillow has many kinds
+        raise ImageError(f'it is {name}, and damaged ({describe(error)})')
+    return turn(pixels, read_header(contents).orientation or 1) if is_upright else pixels
+
+
+def decode_image(contents: tf.Tensor, is_upright: bool) -> tf.Tensor:
+    """Does what decode() does, in a graph."""
+
+    def decode_in_python() -> tf.Tensor:
+        call = functools.partial(decode, is_upright=is_upright)
+        return tf.ensure_shape(tf.numpy_function(call, [contents], tf.uint8), [None, None, 3])
+
+    if is_upright:
+        return decode_in_python()
+    start = tf.strings.substr(contents, 0, 2)
+    is_tensorflow = tf.reduce_any(start == list(TENSORFLOW_FORMATS))
+    return tf.cond(is_tensorflow, lambda: decode_by_tensorflow(contents), decode_in_python)
+
+
+def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns or mirrors an image, [height, width, 3], that was stored with an EXIF orientation.
+
+    The values 1 to 8 are those of the tag Orientation in TIFF 6.0.
+    """
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+class Header(NamedTuple):
+    """What an image says of itself."""
+
+    orientation: int | None = None  # EXIF's, 1 to 8: from 2 on, viewers turn or mirror the image
+    bits: int | None = None  # per sample
+
+
+def read_header(contents: bytes) -> Header:
+    """Returns what an image says of itself, as far as Pillow can read it.
+
+    HEIC and TIFF have no orientation: Pillow turns them while it decodes them.
+    """
+    # Pillow has many kinds of errors.
+    with contextlib.suppress(Exception), open_by_pillow(contents) as image:
+        # The mode is then 'I' or such as 'I;16', or the raw mode of the decoder such as 'RGB;16B'.
+        has_16_bits = image.mode.startswith('I') or ';16' in str(image.tile)
+        orientation = None
+        if image.format not in ('HEIF', 'TIFF'):
+            exif = Image.Image.getexif(image)  # that of PNG would decode the image
+            orientation = exif.get(ExifTags.Base.Orientation)
+        if orientation not in range(1, 9):
+            orientation = None
+        return Header(orientation, 16 if has_16_bits else 8)
+    return Header()
+
+
 # Networks
 
 # The model of 2015. The graphs of other networks get its nodes from DecodeJpeg/contents to Mul.
@@ -1044,6 +1295,7 @@ class Backbone:
     pixels: Pixels
     cache_suffix: str = ''  # between the name of an image and the '.txt' of its cache file
     optimizer: str = ''  # of Grappler, for bottlenecks that are faster to compute and less precise
+    is_upright: bool = False  # whether images are turned as their EXIF orientation says
 
     def create_network(
         self, structure: GraphDef, weights: dict, device: str | None = None
@@ -1102,7 +1354,10 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
         backbone = load_mobilenet(flags.model_dir, flags.architecture)
     check_final_tensor_name(flags.final_tensor_name, backbone)
     if flags.precision == 'bfloat16':
-        return use_bfloat16(backbone)
+        backbone = use_bfloat16(backbone)
+    if flags.upright:
+        suffix = f'{backbone.cache_suffix}_upright'
+        backbone = dataclasses.replace(backbone, is_upright=True, cache_suffix=suffix)
     return backbone
 
 
@@ -1392,7 +1647,6 @@ def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]
 
 # Bottlenecks
 
-MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
 # Images per batch of the network: more are not faster on a CPU, and need more memory.
 NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32
 DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
@@ -1415,51 +1669,6 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
     is_plain = np.array([b'://' in name or os.path.isfile(name) for name in names], bool)
     files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
     return files.map(load_file, tf.data.AUTOTUNE).ignore_errors()
-
-
-def count_pixels(contents: tf.Tensor) -> tf.Tensor:
-    """Returns how many pixels an encoded JPEG, PNG or GIF has by its header, int64 [].
-
-    A PNG has width and height in bytes 16 to 23 (https://www.w3.org/TR/png-3/#11IHDR), a GIF in
-    bytes 6 to 9 (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
-    """
-    start = tf.strings.substr(contents, 0, 2)
-    header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'  # a short file has sides of 0
-
-    def read_jpeg() -> tf.Tensor:
-        return tf.image.extract_jpeg_shape(contents)[:2]
-
-    def read_png() -> tf.Tensor:
-        sides = tf.strings.substr(header, 16, 8)
-        return tf.io.decode_raw(sides, tf.int32, little_endian=False)
-
-    def read_gif() -> tf.Tensor:
-        sides = tf.strings.substr(header, 6, 4)
-        return tf.cast(tf.io.decode_raw(sides, tf.uint16), tf.int32)
-
-    def fail() -> tf.Tensor:
-        refusal = tf.debugging.Assert(False, ['The image is not JPEG, PNG or still GIF.'])
-        with tf.control_dependencies([refusal]):
-            return tf.zeros([2], tf.int32)
-
-    readers = [
-        (start == b'\xff\xd8', read_jpeg),
-        (start == b'\x89P', read_png),
-        (start == b'GI', read_gif),
-    ]
-    return tf.reduce_prod(tf.cast(tf.case(readers, fail), tf.int64))
-
-
-def decode_image(contents: tf.Tensor) -> tf.Tensor:
-    """Returns an image as the graph decodes it, uint8 [height, width, 3].
-
-    Fails before decoding if the header names more than MAX_PIXELS pixels.
-    """
-    pixels = count_pixels(contents)
-    message = f'The image has more than {MAX_PIXELS:,} pixels.'
-    limit = tf.constant(MAX_PIXELS, tf.int64)
-    with tf.control_dependencies([tf.debugging.assert_less_equal(pixels, limit, message)]):
-        return tf.io.decode_jpeg(contents, channels=3)
 
 
 def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator:
@@ -1528,7 +1737,11 @@ def compute_bottlenecks(
     """
 
     def load(row: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        image = decode_image(contents)
+        # The workers of a service have no Python of this program.
+        if service:
+            image = decode_by_tensorflow(contents)
+        else:
+            image = decode_image(contents, backbone.is_upright)
         if distort:
             image = distort(image, row)
         else:
@@ -1563,9 +1776,11 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
 
 # Cache
 
-RECORD_VERSION = 2
+RECORD_VERSION = 3
 # What decides whether an image can be decoded: another decoder tries again.
 DECODER = f'TensorFlow {tf.__version__}, Pillow {PIL.__version__}, {MAX_PIXELS} pixels'
+if importlib.util.find_spec('pi_heif'):
+    DECODER += ', pi-heif'
 
 
 class Status(NamedTuple):
@@ -1585,7 +1800,8 @@ class CacheRecord:
     digest: int | None  # of the image's contents; None if they were not read
     model: int  # checksum of the network
     outcome: int | str  # digest of the cache file, or why the image cannot be decoded
-    orientation: int | None  # EXIF's, 1 to 8; None if there is none, or if it was not read
+    orientation: int | None  # of the image's Header
+    bits: int | None  # of the image's Header
     decoder: str
     version: int = RECORD_VERSION
 
@@ -1601,36 +1817,27 @@ def get_status(path: str) -> Status:
     return Status(-1, -1, -1)
 
 
-def read_orientation(path: str) -> int | None:
-    """Returns the EXIF orientation of an image, 1 to 8: from 2 on, viewers turn or mirror it."""
-    # Pillow has many kinds of errors.
-    with contextlib.suppress(Exception), open_file(path) as file, Image.open(file) as image:
-        exif = Image.Image.getexif(image)  # that of PNG would decode the image
-        orientation = exif.get(ExifTags.Base.Orientation, 0)
-        return int(orientation) if orientation in range(1, 9) else None
-    return None
-
-
 def explain_unreadable(path: str) -> tuple[str, int | None]:
     """Returns why an image could not be used, and the digest of its contents if they are why."""
     if is_special(path):
         return 'it is not a plain file', None
     digest = None
     try:
-        contents = tf.io.read_file(path)
+        contents = tf.io.read_file(path).numpy()
         digest = int(compute_digest(contents))
-        start = tf.strings.substr(contents, 0, 12).numpy()
-        if not start:
-            return 'it is empty', digest
-        if start[:2] not in (b'\xff\xd8', b'\x89P', b'GI'):
-            return f'it is not JPEG, PNG or still GIF: it starts with {start!r}', digest
-        pixels = int(count_pixels(contents))
-        if pixels > MAX_PIXELS:
-            return f'it has {pixels:,} pixels, more than {MAX_PIXELS:,}', digest
-        decode_image(contents)
-        return 'it changed while it was read', None
+        decode(contents, is_upright=False)
     except tf.errors.OpError as error:
         return describe(error).replace('\n', ' '), digest
+    except ImageError as error:
+        return str(error), digest
+    return 'it changed while it was read', None
+
+
+def load_header(path: str) -> Header:
+    """Returns what an image file says of itself, as far as it can be read."""
+    with contextlib.suppress(UserError, tf.errors.OpError):
+        return read_header(open_file(path).read())
+    return Header()
 
 
 def parse_record(text: bytes) -> CacheRecord | None:
@@ -1643,6 +1850,7 @@ def parse_record(text: bytes) -> CacheRecord | None:
             and isinstance(record.digest, int | None)
             and isinstance(record.outcome, int | str)
             and isinstance(record.orientation, int | None)
+            and isinstance(record.bits, int | None)
         )
         # A missing cache file has the digest -1.
         is_valid = is_valid and record.outcome != -1
@@ -1682,9 +1890,7 @@ class BottleneckCache:
         self.statuses = [get_status(path) for path in images.paths]
         self.written = 0
 
-    def record(
-        self, row: int, digest: int | None, outcome: int | str, orientation: int | None
-    ) -> bool:
+    def record(self, row: int, digest: int | None, outcome: int | str, header: Header) -> bool:
         """Records what was found in an image; returns False if it has changed since the run began.
 
         Then nothing is recorded, as the digest may be that of either version. Raises OpError if the
@@ -1700,7 +1906,7 @@ class BottleneckCache:
             digest=digest,
             model=model,
             outcome=outcome,
-            orientation=orientation,
+            **header._asdict(),
             decoder=DECODER,
         )
         old = self.records[row]
@@ -1713,10 +1919,12 @@ class BottleneckCache:
         self.records[row] = record
         return True
 
-    def try_to_record(self, row: int, *facts: Any, **named_facts: Any) -> None:
+    def try_to_record(
+        self, row: int, digest: int | None, outcome: int | str, header: Header
+    ) -> None:
         """Records what the next run would find out again if it cannot be written."""
         with contextlib.suppress(tf.errors.OpError):
-            self.record(row, *facts, **named_facts)
+            self.record(row, digest, outcome, header)
 
     def look_up(self, row: int, digest: int | None = None) -> int | str | None:
         """Returns the digest of a current cache file, or why its image cannot be decoded.
@@ -1748,7 +1956,8 @@ class BottleneckCache:
         for row, digest in until_stopped(enumerate(self.digests.tolist())):
             # A cache file without a usable record is trusted (bottlenecks/README.md).
             if digest >= 0 and self.records[row] is None:
-                self.try_to_record(row, digest=None, outcome=digest, orientation=None)
+                header = load_header(self.images.paths[row])
+                self.try_to_record(row, None, digest, header)
         outcomes = [self.look_up(row) for row in range(len(self.paths))]
         missing = [row for row, outcome in enumerate(outcomes) if outcome is None]
         # Their contents decide, as their size and time are not as recorded.
@@ -1758,7 +1967,9 @@ class BottleneckCache:
         for row, digest in until_stopped(files.as_numpy_iterator()):
             outcomes[row] = self.look_up(row, digest)
             if outcomes[row] is not None:
-                self.try_to_record(row, int(digest), outcomes[row], self.records[row].orientation)
+                record = self.records[row]
+                header = Header(record.orientation, record.bits)
+                self.try_to_record(row, int(digest), outcomes[row], header)
         reasons = {row: reason for row, reason in enumerate(outcomes) if isinstance(reason, str)}
         return np.flatnonzero([outcome is None for outcome in outcomes]), reasons
 
@@ -1789,7 +2000,8 @@ class BottleneckCache:
         text = orjson.dumps(bottleneck, option=orjson.OPT_SERIALIZE_NUMPY).strip(b'[]')
         outcome = int(compute_digest(text))
         try:
-            if not self.record(row, digest, outcome, read_orientation(self.images.paths[row])):
+            header = load_header(self.images.paths[row])
+            if not self.record(row, digest, outcome, header):
                 return
             write_whole(path, text)
         except tf.errors.InvalidArgumentError:
@@ -1835,18 +2047,32 @@ class BottleneckCache:
             left = rows
             if flags.data_service:
                 left = self.compute(left, flags.data_service, False, bar)
-                if left.size:
-                    tqdm.write(
-                        f'WARNING: {flags.data_service} left out {len(left)} of {len(rows)} '
-                        'images. They are tried here.'
-                    )
+                paths = [self.images.paths[row] for row in left]
+                report_left_out(paths, len(rows), flags.data_service)
             left = self.compute(left, None, flags.strict, bar)
         reasons = {}
         for row in until_stopped(left[:1] if flags.strict else left):
             reasons[row], digest = explain_unreadable(self.images.paths[row])
             if digest is not None:
-                self.try_to_record(row, digest, reasons[row], None)
+                self.try_to_record(row, digest, reasons[row], Header())
         return reasons
+
+
+def report_left_out(paths: list[str], count: int, service: str) -> None:
+    """Warns of images, of `count`, that a service should have computed: TensorFlow decodes them."""
+    starts = [read_start(path) for path in paths]
+    left_out = sum(start in TENSORFLOW_FORMATS for start in starts)
+    if left_out:
+        tqdm.write(
+            f'WARNING: {service} left out {left_out} of {count} images. They are tried here.'
+        )
+
+
+def read_start(path: str) -> bytes:
+    """Returns the first two bytes of a file, or none if it cannot be read."""
+    with contextlib.suppress(UserError, tf.errors.OpError):
+        return open_file(path).read(2)
+    return b''
 
 
 def report_unreadable(images: Images, reasons: dict[int, str], is_strict: bool) -> None:
@@ -1863,23 +2089,33 @@ def report_unreadable(images: Images, reasons: dict[int, str], is_strict: bool) 
         )
 
 
-def report_sideways(records: list[CacheRecord | None]) -> None:
-    """Warns of photographs that look right only in programs that read their EXIF orientation."""
-    sideways = sum(1 for record in records if record and record.orientation in range(2, 9))
-    if sideways:
+def report_headers(records: list[CacheRecord | None], is_upright: bool) -> int:
+    """Warns of images that do not look as in other programs; returns how many lie on their side."""
+    known = [record for record in records if record]
+    sideways = sum(record.orientation in range(2, 9) for record in known)
+    if sideways and not is_upright:
         print(
             'WARNING: images that the camera stored sideways, and that are used as stored: '
-            f'{sideways}. See data/README.md on how to rotate them.'
+            f'{sideways}. Add --upright to turn them, here and to tf_test.py.'
         )
+    deep = sum(record.bits == 16 for record in known)
+    if deep:
+        print(
+            'WARNING: images with 16 bits per sample, of which the upper 8 are used: '
+            f'{deep}. See data/README.md if they have fewer bits, and so look black.'
+        )
+    return sideways
 
 
 def cache_bottlenecks(
     images: Images, backbone: Backbone, flags: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns bottlenecks, float32 [images, size], and which of them exist, bool [images].
 
-    Raises UserError if a class has none. What is computed stays in memory while it is written:
-    float32 that is written as text and read again is the same number.
+    The third value is how many images are stored sideways. Raises UserError if a class has none.
+
+    What is computed stays in memory while it is written: float32 that is written as text and read
+    again is the same number.
     """
     cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
     missing, reasons = cache.compare()
@@ -1887,7 +2123,7 @@ def cache_bottlenecks(
         ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
         reasons |= cache.fill(missing, flags)
     report_unreadable(images, reasons, flags.strict)
-    report_sideways(cache.records)
+    sideways = report_headers(cache.records, backbone.is_upright)
     readable = np.ones(len(images.files), bool)
     readable[list(reasons)] = False
     lost = np.setdiff1d(images.classes, images.classes[readable])
@@ -1896,7 +2132,7 @@ def cache_bottlenecks(
         raise UserError(
             f"No image in the class folder '{folder}' can be read. Add some, or remove the folder."
         )
-    return cache.bottlenecks, readable
+    return cache.bottlenecks, readable, sideways
 
 
 # What the images say
@@ -2101,7 +2337,9 @@ def report_suspects(images: Images, scored: Iterable, flags: argparse.Namespace)
         own = f'{images.labels[images.classes[row]]} {own_scores[row]:.2f}'
         words = f'{own}  {images.labels[best_classes[row]]} {best_scores[row]:.2f}'
         print(escape(f'{images.paths[row]:>70}  {words}'))
-        pictures[f'{words}/{images.files[row]}'] = load_thumbnail(images.paths[row], 299)
+        pictures[f'{words}/{images.files[row]}'] = load_thumbnail(
+            images.paths[row], 299, flags.upright
+        )
     print(
         'Look at these images, here or in TensorBoard. Move those in a wrong folder, and run the '
         'same command again.'
@@ -2717,6 +2955,7 @@ def create_record(
         },
     }
     record['labels'] = images.labels
+    record['folders'] = images.folders
     record['images'] = {
         name: dict(zip(images.labels, counts.tolist(), strict=True))
         for name, counts in images.counts.items()
@@ -2874,15 +3113,23 @@ class SummaryWriter:
         print(f'WARNING: --summaries_dir: {describe(error)}. The training goes on without logs.')
 
 
-def load_thumbnail(path: str, side: int) -> Image.Image:
+def load_thumbnail(path: str, side: int, is_upright: bool) -> Image.Image:
     """Returns an image, at most `side` pixels wide and high.
 
-    What Pillow cannot read becomes a gray square.
+    What cannot be read becomes a gray square.
     """
-    with contextlib.suppress(Exception), open_file(path) as file, Image.open(file) as image:
-        image.draft('RGB', (side, side))  # decodes a JPEG no larger than needed
-        thumbnail = image.convert('RGB')
+    with contextlib.suppress(Exception):  # Pillow has many kinds
+        contents = open_file(path).read()
+        if name_format(contents) == 'JPEG':
+            thumbnail = open_by_pillow(contents)
+            thumbnail.draft('RGB', (side, side))  # decodes it no larger than needed
+            thumbnail = thumbnail.convert('RGB')
+        else:
+            thumbnail = Image.fromarray(decode(contents, is_upright=False))
         thumbnail.thumbnail((side, side))
+        if is_upright:
+            orientation = read_header(contents).orientation or 1
+            thumbnail = Image.fromarray(turn(np.asarray(thumbnail), orientation))
         return thumbnail
     return Image.new('RGB', (side, side), 'gray')
 
@@ -2934,7 +3181,9 @@ def draw_names(
         draw.text((middle - font.size / 2, top), name, 'black', upwards)
 
 
-def write_pictures(images: Images, head: Head, tested: Tested | None, folder: str) -> None:
+def write_pictures(
+    images: Images, head: Head, tested: Tested | None, flags: argparse.Namespace
+) -> None:
     """Writes the confusion matrix, misclassified images, and the similarities of the images."""
     pictures: dict[str, Any] = {}
     if head.familiarity:
@@ -2947,8 +3196,10 @@ def write_pictures(images: Images, head: Head, tested: Tested | None, folder: st
         path = images.paths[row]
         label = images.labels[images.classes[row]]
         name = f'{label} classified as {images.labels[predicted]}'
-        pictures[f'misclassified/{name}/{os.path.basename(path)}'] = load_thumbnail(path, 299)
-    SummaryWriter(folder).write(pictures)
+        pictures[f'misclassified/{name}/{os.path.basename(path)}'] = load_thumbnail(
+            path, 299, flags.upright
+        )
+    SummaryWriter(os.path.join(flags.summaries_dir, 'test')).write(pictures)
 
 
 # Main
@@ -2987,7 +3238,8 @@ def report_end(
             f"To get 'unknown' for images unlike yours, add --unknown {percentage}: see README.md."
         )
     print(f'Wrote the graph {graph} and the labels {labels}. To label an image with them:')
-    print(f'python3 tf_test.py <path to image> {graph} {labels}')
+    upright = ' --upright' if flags.upright else ''
+    print(f'python3 tf_test.py <path to image> {graph} {labels}{upright}')
 
 
 def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> int | None:
@@ -3015,15 +3267,15 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     images = list_images(flags)
     backbone = load_backbone(flags)
     report_start(images, backbone)
-    bottlenecks, readable = cache_bottlenecks(images, backbone, flags)
+    facts: dict[str, Any] = {'started': str(started)}
+    bottlenecks, readable, facts['sideways'] = cache_bottlenecks(images, backbone, flags)
     if not readable.all():
         images = images.keep(readable)
         bottlenecks = bottlenecks[readable]
     check_sets(images, flags)
     clear_events(flags.summaries_dir, started)
-    facts: dict[str, Any] = {'unreadable': int((~readable).sum())}
+    facts['unreadable'] = int((~readable).sum())
     facts['duplicates'] = search_images(images, bottlenecks, flags)
-    facts['started'] = str(started)
     familiarity = None
     with extra('the familiarity'):
         familiarity = find_familiarity(images, bottlenecks, flags)
@@ -3042,7 +3294,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
             facts['seconds'] = (datetime.datetime.now() - started).total_seconds()
             write_record(create_record(images, backbone, head, tested, flags) | facts, flags)
     with extra('the pictures for TensorBoard'):
-        write_pictures(images, head, tested, os.path.join(flags.summaries_dir, 'test'))
+        write_pictures(images, head, tested, flags)
     report_end(writers, failures, head, flags)
 
 
@@ -3117,7 +3369,8 @@ class Classifier(tf.Module):
 
     def load(self, contents: tf.Tensor) -> tf.Tensor:
         """Decodes and resizes an encoded image: float [*size, 3]."""
-        return resize_bilinear(decode_image(contents)[tf.newaxis], self.image_size)[0]
+        image = decode_by_tensorflow(contents)
+        return resize_bilinear(image[tf.newaxis], self.image_size)[0]
 
     def embed(self, contents: tf.Tensor) -> tf.Tensor:
         """Returns the bottlenecks of encoded images, string [N], as one batch: float [N, size]."""

@@ -11,10 +11,14 @@ This file stands alone. What tf_retrain.py has too is the same there, word for w
 
 import argparse
 import contextlib
+import dataclasses
 import filecmp
+import functools
+import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -23,7 +27,10 @@ import signal
 import stat
 import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 # Flags
@@ -55,9 +62,7 @@ def create_labeling_parser() -> argparse.ArgumentParser:
     size = checked(int, lambda value: value >= 1, '1 or more')
     score = checked(float, lambda value: 0 <= value <= 1, 'from 0 to 1')
     percentage = checked(float, lambda value: 0 <= value < 100, 'from 0 to below 100')
-    images = (
-        'a JPEG, PNG or still GIF file, a folder of them, or - to read paths from standard input'
-    )
+    images = 'an image file, a folder of them, or - to read paths from standard input'
     parser.add_argument('images', metavar='IMAGE', nargs='+', help=images)
     parser.add_argument('graph', metavar='GRAPH', help='the --output_graph of the training')
     parser.add_argument('labels', metavar='LABELS', help='the --output_labels of the training')
@@ -76,6 +81,11 @@ def create_labeling_parser() -> argparse.ArgumentParser:
         metavar='P',
         type=percentage,
         help="the label is 'unknown' if at most P percent of your images are less familiar",
+    )
+    parser.add_argument(
+        '--upright',
+        action='store_true',
+        help='turn images as their EXIF orientation says; use it if the training did',
     )
     parser.add_argument('--sort_into', metavar='DIR', help='link each image into DIR/<label>/')
     parser.add_argument(
@@ -129,7 +139,8 @@ if platform.machine() in ('x86_64', 'AMD64'):
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 try:
     import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
+    import PIL
+    from PIL import ExifTags, Image, ImageDraw, ImageFont
     from tqdm import tqdm
 
     with silenced_libraries():
@@ -149,6 +160,7 @@ from tensorflow.io import gfile
 
 tf.get_logger().setLevel('ERROR')
 Image.MAX_IMAGE_PIXELS = None  # Pillow does not warn: MAX_PIXELS decides
+warnings.filterwarnings('ignore', module='PIL')  # of odd files, which have a reason if they fail
 
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
 # Images per batch of the network: more are not faster on a CPU, and need more memory.
@@ -158,12 +170,16 @@ RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
 LABELS_NODE = 'final_training_ops/labels'
 FAMILIARITY_NODE = 'familiarity'
 UNFAMILIAR = 0.02  # share of one's own images: at or below it, the scores mean little
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')  # what the op DecodeJpeg decodes
-MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
+# What files end in that are taken for images. Their content decides how they are decoded.
+IMAGE_EXTENSIONS = (
+    *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.webp', '.avif', '.bmp'),
+    *('.tif', '.tiff', '.jp2', '.heic', '.heif'),
+)
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 MAX_LISTED = 4096  # paths that are listed before their images are labeled
 UNSURE = 'unsure'  # printed in place of a label below --min_score
 UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
+MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
 
 
 class UserError(Exception):
@@ -225,19 +241,55 @@ def load_labels(path: str) -> list[str]:
         )
 
 
+class Training(NamedTuple):
+    """What the record of a training says."""
+
+    folders: list[str]  # class folders, in the order of the labels
+    image_dir: str
+    percentages: tuple[int, int]  # --testing_percentage, --validation_percentage
+    is_upright: bool
+
+
+def load_training(path: str, checksum: int) -> Training | None:
+    """Returns what the record beside a graph says; None if there is none that is of this graph.
+
+    The checksum is the CRC-32 of the graph's file.
+    """
+    if not os.path.exists(to_bytes(f'{path}.json')):
+        return None
+    try:
+        record = json.loads(load_file(f'{path}.json', 'record'))
+        flags = record['flags']
+        training = Training(
+            folders=[str(folder) for folder in record['folders']],
+            image_dir=str(flags['image_dir']),
+            percentages=(flags['testing_percentage'] + 0, flags['validation_percentage'] + 0),
+            is_upright=bool(flags['upright']),
+        )
+        is_own = record['graph_checksum'] == checksum
+    except (UserError, ValueError, TypeError, LookupError, RecursionError):
+        return None  # damaged, or of an earlier version
+    if is_own:
+        return training
+    print(f"WARNING: '{path}.json' is of another training than '{path}'.", file=sys.stderr)
+    return None
+
+
 class Graph(NamedTuple):
     """A frozen graph up to its outputs."""
 
     graph_def: GraphDef
     outputs: list[str]  # the nodes of an Answer's fields: scores, and familiarity if there is one
     labels: list[str]  # those in the graph; none in the graphs of other programs
+    training: Training | None
 
 
 def load_graph(path: str) -> Graph:
     """Returns a frozen graph up to its last softmax and the familiarity."""
+    contents = load_file(path, 'graph')
     graph_def = GraphDef()
     try:
-        graph_def.ParseFromString(load_file(path, 'graph'))
+        graph_def.ParseFromString(contents)
     except DecodeError:
         graph_def.Clear()
     nodes = {node.name: node for node in graph_def.node}
@@ -261,7 +313,7 @@ def load_graph(path: str) -> Graph:
         graph_def = extract_sub_graph(graph_def, outputs)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' is damaged ({error}). Train again.")
-    return Graph(graph_def, outputs, labels)
+    return Graph(graph_def, outputs, labels, load_training(path, zlib.crc32(contents)))
 
 
 def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
@@ -317,22 +369,30 @@ def list_names(folder: str) -> list[str]:
 def find_images(folder: str, left_out: str | None) -> Iterator[str]:
     """Yields the paths of the images in a folder and below it, sorted.
 
-    Hidden ones, and those in the folder `left_out`, are passed over.
+    Hidden ones, and those in the folder `left_out`, are passed over. Links are followed.
     """
-    try:
-        names = list_names(folder)
-    except (tf.errors.OpError, OSError):
-        yield folder  # fails as an image that cannot be read
-        return
-    for name in names:
-        path = os.path.join(folder, name)
-        if name.startswith('.') or (left_out and is_same_path(path, left_out)):
-            continue
-        if is_folder(path):
-            if not os.path.islink(to_bytes(path)):  # it may lead back to this folder
-                yield from find_images(path, left_out)
-        elif name.lower().endswith(IMAGE_EXTENSIONS):
+    found = set()
+    remaining = [folder]
+    while remaining:
+        path = remaining.pop()
+        if not is_folder(path):
             yield path
+            continue
+        real_path = os.path.realpath(to_bytes(path))
+        if real_path in found:  # a link led back to it
+            continue
+        found.add(real_path)
+        try:
+            names = list_names(path)
+        except (tf.errors.OpError, OSError):
+            yield path  # fails as an image that cannot be read
+            continue
+        for name in reversed(names):
+            inner = os.path.join(path, name)
+            is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
+            is_left_out = left_out and is_same_path(inner, left_out)
+            if is_wanted and not name.startswith('.') and not is_left_out:
+                remaining.append(inner)
 
 
 def is_same_path(first: str, second: str) -> bool:
@@ -411,19 +471,63 @@ def link_or_copy(source: bytes, target: bytes) -> None:
             raise
 
 
-# Images
+# Image files
+
+MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
+# Regular expressions for what files of a format begin with.
+SIGNATURES = {
+    'JPEG': rb'\xff\xd8',
+    'PNG': rb'\x89P',
+    'GIF': rb'GI',
+    'WebP': rb'RIFF....WEBP',
+    'AVIF': rb'....ftyp(avi[fs]|mif1.{0,24}avif)',
+    'HEIC': rb'....ftyp(he|mif1|msf1)',
+    'BMP': rb'BM',
+    'DIB': rb'\x28\0\0\0',
+    'a raw photograph (CR2)': rb'II\*\0....CR',
+    'TIFF': rb'II\*\0|MM\0\*',
+    'JPEG 2000': rb'\0\0\0\x0cjP|\xff\x4f\xff\x51',
+    'PPM': rb'P[1-6]\s',
+    'JPEG XL': rb'\xff\x0a|\0\0\0\x0cJXL',
+    'a raw photograph (CR3)': rb'....ftypcrx',
+    'a video': rb'....ftyp|RIFF....AVI|\x1aE\xdf\xa3',
+    'EPS': rb'%!PS|\xc5\xd0\xd3\xc6',
+    'Photoshop (PSD)': rb'8BPS',
+    'FITS': rb'SIMPLE',
+    'PDF': rb'%PDF',
+    'SVG': rb'\s*<svg|\s*<\?xml',
+    'a web page (HTML)': rb'(?i:\s*(<!doctype )?<?html)',
+    'a ZIP archive': rb'PK',
+}
+# The formats that are read, and Pillow's names for them. Pillow knows thirty more: for some, it
+# starts other programs.
+FORMATS = {
+    'JPEG': 'JPEG',
+    'PNG': 'PNG',
+    'GIF': 'GIF',
+    'WebP': 'WEBP',
+    'AVIF': 'AVIF',
+    'HEIC': 'HEIF',
+    'BMP': 'BMP',
+    'DIB': 'DIB',
+    'TIFF': 'TIFF',
+    'JPEG 2000': 'JPEG2000',
+    'PPM': 'PPM',
+}
+# TensorFlow decodes these formats, and Pillow the others.
+TENSORFLOW_FORMATS = {b'\xff\xd8': 'JPEG', b'\x89P': 'PNG', b'GI': 'GIF'}
 
 
-def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
-    """Returns a dataset of load(row, contents) of the file of each row; skips files that fail.
+class ImageError(Exception):
+    """Why an image cannot be decoded."""
 
-    paths[i] is the file of rows[i]. What is not a plain file is not opened.
-    """
-    is_plain = np.array([not is_special(path) for path in paths], bool)
-    names = np.array([to_bytes(path) for path in paths], object)
-    files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
-    loaded = files.map(lambda row, path: load(row, tf.io.read_file(path)), tf.data.AUTOTUNE)
-    return loaded.ignore_errors()
+
+def name_format(contents: bytes) -> str:
+    """Returns the format of a file by what it begins with; '' if it is not in SIGNATURES."""
+    for name, pattern in SIGNATURES.items():
+        if re.match(pattern, contents, re.DOTALL):
+            return name
+    return ''
 
 
 def count_pixels(contents: tf.Tensor) -> tf.Tensor:
@@ -447,8 +551,12 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.io.decode_raw(sides, tf.uint16), tf.int32)
 
     def fail() -> tf.Tensor:
-        refusal = tf.debugging.Assert(False, ['The image is not JPEG, PNG or still GIF.'])
-        with tf.control_dependencies([refusal]):
+        # Clients want text: bytes that are none become dots.
+        text = tf.strings.unicode_transcode(
+            header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
+        )
+        message = ['The image is not JPEG, PNG or GIF. It starts with', text]
+        with tf.control_dependencies([tf.debugging.Assert(False, message)]):
             return tf.zeros([2], tf.int32)
 
     readers = [
@@ -459,46 +567,185 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
     return tf.reduce_prod(tf.cast(tf.case(readers, fail), tf.int64))
 
 
-def decode_image(contents: tf.Tensor) -> tf.Tensor:
-    """Returns an image as the graph decodes it, uint8 [height, width, 3].
+def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
+    """Returns a JPEG, PNG or GIF as the graph decodes it, uint8 [height, width, 3].
 
-    Fails before decoding if the header names more than MAX_PIXELS pixels.
+    Of an animated GIF, that is the first frame. Fails before decoding if the header names more than
+    MAX_PIXELS pixels.
     """
     pixels = count_pixels(contents)
     message = f'The image has more than {MAX_PIXELS:,} pixels.'
     limit = tf.constant(MAX_PIXELS, tf.int64)
     with tf.control_dependencies([tf.debugging.assert_less_equal(pixels, limit, message)]):
-        return tf.io.decode_jpeg(contents, channels=3)
+        contents = tf.identity(contents)
+    image = tf.cond(
+        tf.strings.substr(contents, 0, 2) == b'GI',
+        lambda: tf.io.decode_image(contents, channels=3, expand_animations=False),
+        lambda: tf.io.decode_jpeg(contents, channels=3),
+    )
+    image.set_shape([None, None, 3])
+    return image
 
 
-def load_image(path: str) -> bytes:
-    """Returns the contents of an image file.
+def open_by_pillow(contents: bytes) -> Image.Image:
+    """Opens an image of one of FORMATS; raises KeyError for others, ImportError without pi-heif."""
+    name = name_format(contents)
+    if name == 'HEIC':
+        import pi_heif
 
-    Raises UserError if its header shows no image, or one of too many pixels.
+        pi_heif.register_heif_opener()
+    return Image.open(io.BytesIO(contents), formats=[FORMATS[name]])
+
+
+def decode_by_pillow(contents: bytes) -> np.ndarray:
+    """Returns the first frame of an image that TensorFlow does not decode: [height, width, 3].
+
+    Of gray samples with 16 bits, it takes the upper byte, as TensorFlow does of PNG: Pillow would
+    make all from 255 on white.
+    """
+    with open_by_pillow(contents) as image:
+        check_size(image.width * image.height)
+        is_gray = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
+        if is_gray:
+            upper = np.uint8(np.asarray(image) >> 8)
+            return np.repeat(upper[:, :, np.newaxis], 3, axis=2)
+        if image.mode in ('I', 'F'):
+            raise ImageError('it has samples of 32 bits. Save it with 8 bits')
+        return np.array(image.convert('RGB'))
+
+
+def check_size(pixels: int) -> None:
+    """Raises ImageError for an image of too many pixels."""
+    if pixels > MAX_PIXELS:
+        raise ImageError(f'it has {pixels:,} pixels, more than {MAX_PIXELS:,}')
+
+
+def decode(contents: bytes, is_upright: bool) -> np.ndarray:
+    """Returns an image, uint8 [height, width, 3]; raises ImageError if it cannot be decoded.
+
+    With `is_upright`, it is turned as its EXIF orientation says.
+    """
+    name = name_format(contents)
+    if not contents:
+        raise ImageError('it is empty')
+    if not name:
+        raise ImageError(f'its format is not known: it starts with {contents[:12]!r}')
+    if name not in FORMATS:
+        raise ImageError(f'it is {name}, which is not read')
+    try:
+        if name in TENSORFLOW_FORMATS.values():
+            check_size(int(count_pixels(contents)))
+            pixels = decode_by_tensorflow(contents).numpy()
+        else:
+            pixels = decode_by_pillow(contents)
+    except ImportError:
+        raise ImageError('it is HEIC. To read it, run: pip install pi-heif')
+    except ImageError:
+        raise
+    except PIL.UnidentifiedImageError:
+        raise ImageError(f'it is {name}, and damaged')
+    except Exception as error:  # Pillow has many kinds
+        raise ImageError(f'it is {name}, and damaged ({describe(error)})')
+    return turn(pixels, read_header(contents).orientation or 1) if is_upright else pixels
+
+
+def decode_image(contents: tf.Tensor, is_upright: bool) -> tf.Tensor:
+    """Does what decode() does, in a graph."""
+
+    def decode_in_python() -> tf.Tensor:
+        call = functools.partial(decode, is_upright=is_upright)
+        return tf.ensure_shape(tf.numpy_function(call, [contents], tf.uint8), [None, None, 3])
+
+    if is_upright:
+        return decode_in_python()
+    start = tf.strings.substr(contents, 0, 2)
+    is_tensorflow = tf.reduce_any(start == list(TENSORFLOW_FORMATS))
+    return tf.cond(is_tensorflow, lambda: decode_by_tensorflow(contents), decode_in_python)
+
+
+def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns or mirrors an image, [height, width, 3], that was stored with an EXIF orientation.
+
+    The values 1 to 8 are those of the tag Orientation in TIFF 6.0.
+    """
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+class Header(NamedTuple):
+    """What an image says of itself."""
+
+    orientation: int | None = None  # EXIF's, 1 to 8: from 2 on, viewers turn or mirror the image
+    bits: int | None = None  # per sample
+
+
+def read_header(contents: bytes) -> Header:
+    """Returns what an image says of itself, as far as Pillow can read it.
+
+    HEIC and TIFF have no orientation: Pillow turns them while it decodes them.
+    """
+    # Pillow has many kinds of errors.
+    with contextlib.suppress(Exception), open_by_pillow(contents) as image:
+        # The mode is then 'I' or such as 'I;16', or the raw mode of the decoder such as 'RGB;16B'.
+        has_16_bits = image.mode.startswith('I') or ';16' in str(image.tile)
+        orientation = None
+        if image.format not in ('HEIF', 'TIFF'):
+            exif = Image.Image.getexif(image)  # that of PNG would decode the image
+            orientation = exif.get(ExifTags.Base.Orientation)
+        if orientation not in range(1, 9):
+            orientation = None
+        return Header(orientation, 16 if has_16_bits else 8)
+    return Header()
+
+
+def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
+    """Returns a dataset of load(row, contents) of the file of each row; skips files that fail.
+
+    paths[i] is the file of rows[i]. What is missing or not a plain file is not opened.
+    """
+
+    @tf.autograph.experimental.do_not_convert  # it would take a quarter of a second
+    def load_file(row: tf.Tensor, path: tf.Tensor) -> Any:
+        return load(row, tf.io.read_file(path))
+
+    names = np.array([to_bytes(path) for path in paths], object)
+    # Only TensorFlow can tell what is on gs:// and its like, and takes 50 us to miss a file.
+    is_plain = np.array([b'://' in name or os.path.isfile(name) for name in names], bool)
+    files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
+    return files.map(load_file, tf.data.AUTOTUNE).ignore_errors()
+
+
+def load_image(path: str, is_upright: bool) -> bytes:
+    """Returns an image as the graph takes it: a JPEG or PNG as it is, and all others as PNG.
+
+    Raises ImageError if it cannot be decoded, though not for all that is damaged.
     """
     contents = load_file(path, 'image')
-    try:
-        pixels = int(count_pixels(contents))
-    except tf.errors.InvalidArgumentError:
-        raise UserError(
-            f"'{path}' is not an image that the graph decodes. Save it as JPEG, PNG or still GIF."
-        )
-    if pixels > MAX_PIXELS:
-        raise UserError(
-            f"'{path}' has {pixels:,} pixels. Make it smaller: at most {MAX_PIXELS:,} are read."
-        )
-    return contents
+    is_turned = is_upright and (read_header(contents).orientation or 1) > 1
+    if name_format(contents) in ('JPEG', 'PNG') and not is_turned:
+        with contextlib.suppress(tf.errors.OpError):  # damaged: the graph will say so
+            check_size(int(count_pixels(contents)))
+        return contents
+    png = io.BytesIO()
+    Image.fromarray(decode(contents, is_upright)).save(png, 'PNG', compress_level=1)  # fast
+    return png.getvalue()
 
 
 def explain_failure(path: str) -> str:
     """Returns why an image cannot be labeled; '' if it can be."""
     try:
-        decode_image(load_image(path))
+        decode(load_file(path, 'image'), is_upright=False)
     except UserError as error:
         return str(error)
-    except tf.errors.OpError:
+    except ImageError as error:
         return (
-            f"'{path}' is not an image that the graph decodes. Save it as JPEG, PNG or still GIF."
+            f"'{path}' cannot be labeled: {error}. Replace it, or save it as a JPEG or PNG of at "
+            f'most {MAX_PIXELS:,} pixels.'
         )
     return ''
 
@@ -612,7 +859,8 @@ class Answer(NamedTuple):
     """What the graph says of an image."""
 
     scores: np.ndarray  # float [classes]
-    familiarity: float | None = None  # share of the user's images that are as familiar or less
+    familiarity: np.ndarray | None  # float []: share of the user's images that are no more familiar
+    orientation: int  # EXIF's, 1 to 8: from 2 on, viewers turn or mirror the image
 
 
 def create_classifier(graph: Graph) -> tuple[Callable, np.ndarray]:
@@ -637,35 +885,53 @@ def create_classifier(graph: Graph) -> tuple[Callable, np.ndarray]:
     return classify, size
 
 
-def score_images(graph: Graph, paths: Iterable[str]) -> Iterator[tuple[str, Answer | None]]:
+def create_answer(outputs: Sequence[np.ndarray], orientation: np.int64) -> Answer:
+    """Returns the answer of the graph's outputs for one image: scores, and familiarity if any."""
+    scores, *familiarity = outputs
+    return Answer(scores, familiarity[0] if familiarity else None, int(orientation))
+
+
+def read_orientation(contents: bytes) -> np.int64:
+    """Returns the EXIF orientation of an image; 1 if it has none."""
+    return np.int64(read_header(contents).orientation or 1)
+
+
+def score_images(
+    graph: Graph, paths: Iterable[str], is_upright: bool
+) -> Iterator[tuple[str, Answer | None]]:
     """Yields (path, answer) of images in their order; None for what cannot be decoded."""
     classify, size = create_classifier(graph)
 
-    def load(row: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        return row, resize_bilinear(decode_image(contents)[tf.newaxis], size)[0]
+    def load(row: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, ...]:
+        image = decode_image(contents, is_upright)
+        orientation = tf.ensure_shape(tf.numpy_function(read_orientation, [contents], tf.int64), [])
+        return row, orientation, resize_bilinear(image[tf.newaxis], size)[0]
 
     remaining = iter(paths)
     while names := list(itertools.islice(remaining, MAX_LISTED)):
         images = load_files(np.arange(len(names)), names, load)
         next_row = 0
-        for rows, batch in images.batch(NETWORK_BATCH_SIZE).prefetch(2):
-            answers = zip(*[output.numpy() for output in classify(batch)], strict=True)
-            for row, outputs in zip(rows.numpy(), answers, strict=True):
+        for rows, orientations, batch in images.batch(NETWORK_BATCH_SIZE).prefetch(2):
+            outputs = zip(*[output.numpy() for output in classify(batch)], strict=True)
+            answers = map(create_answer, outputs, orientations.numpy())
+            for row, answer in zip(rows.numpy(), answers, strict=True):
                 # Rows that are missing in the batches could not be decoded.
                 for missing in range(next_row, row):
                     yield names[missing], None
-                yield names[row], Answer(*outputs)
+                yield names[row], answer
                 next_row = row + 1
         for missing in range(next_row, len(names)):
             yield names[missing], None
 
 
-def score_image(graph: Graph, path: str) -> Iterator[tuple[str, Answer | None]]:
+def score_image(graph: Graph, path: str, is_upright: bool) -> Iterator[tuple[str, Answer | None]]:
     """Yields what score_images would yield of one image, sooner."""
     try:
-        outputs = run_graph(graph.graph_def, load_image(path), graph.outputs)
-        yield path, Answer(*[output[0] for output in outputs])
-    except UserError:
+        contents = load_image(path, is_upright)
+        outputs = run_graph(graph.graph_def, contents, graph.outputs)
+        orientation = read_orientation(load_file(path, 'image'))
+        yield path, create_answer([output[0] for output in outputs], orientation)
+    except (UserError, ImageError):
         yield path, None
     except tf.errors.InvalidArgumentError:
         if not explain_failure(path):
@@ -715,13 +981,12 @@ def find_mean(graph: Graph) -> tuple[NodeDef, str]:
     return node, logits
 
 
-def draw_heatmap(contents: bytes, heatmap: np.ndarray, title: str) -> Image.Image:
-    """Draws a photograph in gray, redder where the heatmap is higher.
+def draw_heatmap(pixels: np.ndarray, heatmap: np.ndarray, title: str) -> Image.Image:
+    """Draws a photograph, uint8 [height, width, 3], in gray, redder where the heatmap is higher.
 
     A title stands above it, and a scale of the colors below it.
     """
-    with Image.open(io.BytesIO(contents)) as photograph:
-        gray = photograph.convert('RGB').convert('L').convert('RGB')
+    gray = Image.fromarray(pixels).convert('L').convert('RGB')
     shares = np.maximum(heatmap, 0) / max(heatmap.max(), 1e-12)
     paint_red(gray, shares)
     font_size = max(16, gray.width // 40)
@@ -761,6 +1026,156 @@ def save_picture(picture: Image.Image, target: str) -> None:
         raise UserError(f'--heatmap: {error}. Name a file such as heatmap.png.')
 
 
+# Classes
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """The classes of the graph, in its order."""
+
+    labels: list[str]  # those of the labels file
+    folders: list[str]  # the class folders of the training, or the labels if they are not known
+
+    @functools.cached_property
+    def indices(self) -> dict[str, int]:
+        """The class of each label and of each class folder."""
+        names = itertools.chain(enumerate(self.labels), enumerate(self.folders))
+        return {name: index for index, name in names}
+
+    def find(self, path: str) -> int | None:
+        """Returns the class of the nearest folder above an image that is named like one."""
+        for folder in reversed(path.split('/')[:-1]):
+            if folder in self.indices:
+                return self.indices[folder]
+        return None
+
+    def get_folder(self, label: str) -> str:
+        """Returns the class folder of a label. There is none for UNSURE and UNKNOWN."""
+        return self.folders[self.indices[label]] if label in self.labels else label
+
+
+def create_classes(labels: list[str], training: Training | None) -> Classes:
+    """Returns the classes, with the folders of the training if they are known."""
+    if training and len(training.folders) == len(labels):
+        return Classes(labels, training.folders)
+    return Classes(labels, labels)
+
+
+@dataclasses.dataclass
+class Tally:
+    """What became of the images."""
+
+    classes: Classes
+    folder: str  # the first IMAGE
+    training: Training | None  # the one that used the images in `folder`, if the record says so
+    images: int = 0
+    failed: int = 0
+    sideways: int = 0
+    # How many images there are of {(class of the folder, label)}.
+    confusion: Counter = dataclasses.field(default_factory=Counter)
+
+    def add(self, path: str, answer: Answer, label: str) -> None:
+        """Counts an image and its label."""
+        self.sideways += answer.orientation > 1
+        index = self.classes.find(path)
+        if index is not None and self.is_new(path):
+            self.confusion[index, label] += 1
+
+    def is_new(self, path: str) -> bool:
+        """Tells whether the graph was not trained with an image."""
+        if self.training is None:
+            return True
+        file = path.removeprefix(self.folder).lstrip('/')
+        path_in_training = os.path.join(self.training.image_dir, file)
+        return get_set(path_in_training, *self.training.percentages) == 'testing'
+
+
+def create_tally(classes: Classes, training: Training | None, images: list[str]) -> Tally:
+    """Returns a tally of images, which may be those of the training."""
+    if training and len(images) == 1 and is_same_path(images[0], training.image_dir):
+        return Tally(classes, images[0], training)
+    return Tally(classes, images[0], None)
+
+
+def get_stem(path: str) -> str:
+    """Returns a path without what tells variants of one photograph apart."""
+    return re.sub(r'_nohash_.*$', '', path)
+
+
+def get_set(path: str, testing_percentage: int, validation_percentage: int) -> str:
+    """Returns the set of an image: a hash of its path decides, so that it never changes.
+
+    This looks a bit magical, but an image must stay in its set when others come or go, or images
+    that were trained on yesterday would be tested with today. So the set depends on nothing but the
+    path: its hash becomes a percentage, p. For 'data/cat/cat.0.jpg', p is 15.728: with 10 % for
+    each, validation has p below 10, testing has p below 20, and training has the rest.
+    """
+    digest = int(hashlib.sha1(get_stem(path).encode()).hexdigest(), 16)
+    share = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
+    percentage_hash = share * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
+    if percentage_hash < validation_percentage:
+        return 'validation'
+    if percentage_hash < testing_percentage + validation_percentage:
+        return 'testing'
+    return 'training'
+
+
+def get_interval(right: int, count: int) -> tuple[float, float]:
+    """Returns Wilson's 95 % interval of a share (Wilson 1927, https://doi.org/10.2307/2276774)."""
+    z = 1.96
+    share = right / count
+    widening = 1 + z * z / count
+    center = (share + z * z / (2 * count)) / widening
+    variance = share * (1 - share) / count + z * z / (4 * count * count)
+    half_width = z * math.sqrt(variance) / widening
+    return max(0.0, center - half_width), min(1.0, center + half_width)
+
+
+def print_table(confusion: np.ndarray, labels: list[str]) -> None:
+    """Prints a line per class on the counts, int [true class, predicted class]."""
+    width = min(max(map(len, [*labels, 'class'])), 24)
+    print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
+    predicted = confusion.sum(axis=0)
+    for index, counts in enumerate(confusion):
+        right = counts[index]
+        wrong = counts.sum() - right
+        precision = f'{100 * right / predicted[index]:8.1f}%' if predicted[index] else f'{"-":>9}'
+        worst = ''
+        if wrong:
+            others = counts.copy()
+            others[index] = 0
+            worst = f'  {labels[others.argmax()]} ({others.max()})'
+        numbers = f'{counts.sum():6}  {right:6}  {wrong:6}  {precision}'
+        print(f'{labels[index]:{width}}  {numbers}{worst}')
+
+
+def report_accuracy(tally: Tally) -> None:
+    """Prints the accuracy on images whose folder is a class, as a whole and per class."""
+    classes = tally.classes
+    size = len(classes.labels)
+    confusion = np.zeros([size, size], int)
+    refused = 0
+    for (index, label), count in tally.confusion.items():
+        if label in classes.labels:
+            confusion[index, classes.indices[label]] += count
+        else:
+            refused += count
+    count = confusion.sum()
+    if tally.training:
+        print('These images were used for the training: only its test images count.')
+    if count:
+        right = np.trace(confusion)
+        low, high = get_interval(right, count)
+        print(
+            f'Accuracy on the {count} images whose folder is a class: {100 * right / count:.1f}% '
+            f'(95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%)'
+        )
+        print_table(confusion, classes.labels)
+    if refused:
+        share = 100 * refused / (count + refused)
+        print(f'Without a label, as {UNSURE} or {UNKNOWN}: {refused} more images, {share:.1f}%')
+
+
 # Main
 
 
@@ -784,6 +1199,7 @@ def print_json(
     path: str,
     ranking: list[tuple[str, float]],
     answer: Answer,
+    folder_label: str | None,
     flags: argparse.Namespace,
 ) -> None:
     """Prints an image with its labels and scores, all or --top of them, as a JSON object."""
@@ -791,6 +1207,10 @@ def print_json(
     fields: dict[str, Any] = {'image': path, 'labels': labels, 'scores': scores}
     if answer.familiarity is not None:
         fields['familiarity'] = round(float(answer.familiarity), 7)
+    if folder_label is not None:
+        fields['folder_label'] = folder_label
+    if answer.orientation > 1 and not flags.upright:
+        fields['orientation'] = answer.orientation
     print(json.dumps(fields), flush=True)
 
 
@@ -857,29 +1277,30 @@ def check_flags(flags: argparse.Namespace, is_single: bool) -> None:
         raise UserError('-: standard input is closed. Name images or a folder.')
 
 
-def draw(graph: Graph, path: str, answer: Answer, labels: list[str], target: str) -> None:
+def draw(
+    graph: Graph, path: str, answer: Answer, labels: list[str], flags: argparse.Namespace
+) -> None:
     """Writes the heatmap of an image for its best label."""
-    contents = load_image(path)
+    contents = load_image(path, flags.upright)
     heatmap = compute_heatmap(graph, contents, int(answer.scores.argmax()))
-    try:
-        picture = draw_heatmap(contents, heatmap, describe_best(answer, labels))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow's, which refuses more than the op
-        raise UserError(f"--heatmap: '{path}' cannot be drawn ({error}). Save it again as PNG.")
-    save_picture(picture, target)
+    title = describe_best(answer, labels)
+    save_picture(draw_heatmap(decode(contents, is_upright=False), heatmap, title), flags.heatmap)
 
 
 def report_answer(
     path: str,
     answer: Answer,
-    labels: list[str],
+    classes: Classes,
     flags: argparse.Namespace,
     is_single: bool,
 ) -> str:
     """Prints what the graph says of an image; returns the image's label."""
-    ranking = rank(answer.scores, labels, flags)
+    ranking = rank(answer.scores, classes.labels, flags)
     label = choose_label(ranking[0], answer, flags)
     if flags.json:
-        print_json(path, ranking, answer, flags)
+        index = classes.find(path)
+        folder_label = None if index is None else classes.labels[index]
+        print_json(path, ranking, answer, folder_label, flags)
     else:
         print_ranking(path, [(label, ranking[0][1]), *ranking[1:]], flags, is_single)
     if is_single:
@@ -904,29 +1325,50 @@ def label_images(flags: argparse.Namespace) -> None:
     labels = load_labels(flags.labels)
     graph = load_graph(flags.graph)
     check_labels(labels, graph, flags)
-    paths = expand(flags.images, flags.sort_into)
-    answers = score_image(graph, first) if is_single else score_images(graph, paths)
-    count = 0
-    failed = 0
+    classes = create_classes(labels, graph.training)
+    tally = create_tally(classes, graph.training, flags.images)
+    if is_single:
+        answers = score_image(graph, first, flags.upright)
+    else:
+        answers = score_images(graph, expand(flags.images, flags.sort_into), flags.upright)
     for path, answer in tqdm(answers, unit='image', disable=is_single or not has_bar()):
-        count += 1
+        tally.images += 1
         if answer is None:
-            failed += 1
+            tally.failed += 1
             report_failure(path, flags, is_single)
             continue
-        label = report_answer(path, answer, labels, flags, is_single)
+        label = report_answer(path, answer, classes, flags, is_single)
+        tally.add(path, answer, label)
         if flags.sort_into:
-            failed += not try_to_place(path, label, flags.sort_into)
+            folder = classes.get_folder(label)
+            tally.failed += not try_to_place(path, folder, flags.sort_into)
         if flags.heatmap:
-            draw(graph, path, answer, labels, flags.heatmap)
-    if not count:
+            draw(graph, path, answer, labels, flags)
+    report_tally(tally, graph.training, flags)
+
+
+def report_tally(tally: Tally, training: Training | None, flags: argparse.Namespace) -> None:
+    """Says on standard error what became of the images; raises UserError if some have failed."""
+    if not tally.images:
         raise UserError(
             f'There is no image in {", ".join(flags.images)}. Name a folder with '
             f'{" ".join(IMAGE_EXTENSIONS)}'
         )
-    if failed:
+    if training and training.is_upright != flags.upright:
+        what = 'Add --upright' if training.is_upright else 'Leave out --upright'
+        print(f'WARNING: {what}: that is how the graph was trained.', file=sys.stderr)
+    elif tally.sideways and not flags.upright:
+        print(
+            'WARNING: images that the camera stored sideways, and that are labeled as stored: '
+            f'{tally.sideways}. To turn them, train with --upright, and add it here.',
+            file=sys.stderr,
+        )
+    if tally.confusion and any(map(is_folder, flags.images)):
+        with contextlib.redirect_stdout(sys.stderr):  # the lines on standard output are data
+            report_accuracy(tally)
+    if tally.failed:
         what = 'labeled and sorted' if flags.sort_into else 'labeled'
-        raise UserError(f'{failed} of {count} images could not be {what}.')
+        raise UserError(f'{tally.failed} of {tally.images} images could not be {what}.')
 
 
 def has_bar() -> bool:

@@ -75,7 +75,7 @@ def make_clone(folder, model):
     for name in ('tf_retrain.py', 'retrain_serving.py', 'tf_test.py'):
         shutil.copy(ROOT / name, folder)
     for label, colour in zip(('cat', 'dog'), COLOURS, strict=False):
-        write_photographs(folder / 'data', label, 40, colour)
+        write_photographs(folder / 'data', label, 40, colour, spread=15)
     for name in ('inception', 'trained_model', 'trained_model_serving', 'bottlenecks'):
         (folder / name).mkdir()
     shutil.copy(model, folder / 'inception')

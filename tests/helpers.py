@@ -52,13 +52,17 @@ def write_module(path, **options):
 COLOURS = [(200, 60, 60), (60, 60, 200), (60, 200, 60), (200, 200, 60)]
 
 
-def write_photographs(folder, label, count, colour, **save):
-    """Writes JPEG files of noise around a colour, which the small model tells apart with ease."""
+def write_photographs(folder, label, count, colour, spread=0, **save):
+    """Writes JPEG files of noise around a colour, which the small model tells apart with ease.
+
+    With a spread, each has a colour of its own: otherwise, those of a label are nearly alike.
+    """
     rng = np.random.default_rng(len(label))
+    colours = colour + np.random.default_rng(0).normal(0, spread, [count, 3])
     target = folder / label
     target.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        pixels = np.clip(rng.normal(colour, 40, [30, 40, 3]), 0, 255).astype(np.uint8)
+        pixels = np.clip(rng.normal(colours[i], 40, [30, 40, 3]), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(target / f'{label} {i}.jpg', **save)
 
 
@@ -144,7 +148,8 @@ class Job:
         flags = parse(*self.arguments(*more, **changes))
         images = tf_retrain.list_images(flags)
         backbone = tf_retrain.load_backbone(flags)
-        self.bottlenecks, self.readable = tf_retrain.cache_bottlenecks(images, backbone, flags)
+        cached = tf_retrain.cache_bottlenecks(images, backbone, flags)
+        self.bottlenecks, self.readable, _ = cached
         return self.capsys.readouterr().out
 
     def cache_file(self, file):
@@ -231,10 +236,23 @@ def label_images(folder, images, graph=GRAPH, labels=LABELS):
     return np.array([[row[name] for name in names] for row in scores])
 
 
-def classify_images(folder, images):
-    """Returns the scores of the SavedModel in saved/1, [images, classes]."""
-    classify = tf.saved_model.load(str(folder / 'saved/1')).signatures['serving_default']
-    return classify(image=tf.constant([path.read_bytes() for path in images]))['prediction']
+def load_signatures(folder):
+    """Returns the functions of the SavedModel in saved/1."""
+    return tf.saved_model.load(str(folder / 'saved/1')).signatures
+
+
+def classify_images(signatures, images):
+    """Returns the scores by a SavedModel, [images, classes]."""
+    contents = tf.constant([path.read_bytes() for path in images])
+    return signatures['serving_default'](image=contents)['prediction']
+
+
+def run_openvino(folder, recipe, images):
+    """Returns the scores that a recipe for OpenVINO gives to each of some decoded images."""
+    (folder / 'recipe.py').write_text(recipe)
+    np.savez(folder / 'images.npz', *images)
+    run('tests/programs/run_openvino.py', 'recipe.py', 'images.npz', 'outputs.npz', cwd=folder)
+    return list(np.load(folder / 'outputs.npz').values())
 
 
 def read_cache(path):

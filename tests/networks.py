@@ -11,6 +11,18 @@ tf = tf_retrain.tf
 HALF = 2, 'VALID'  # stride and padding of a convolution that halves width and height
 VALID = 1, 'VALID'
 
+# What files of 2015 say of an op, although it is the default.
+DEFAULTS = {
+    'DecodeJpeg': {
+        'ratio': {'i': 1},
+        'fancy_upscaling': {'b': True},
+        'try_recover_truncated': {'b': False},
+        'acceptable_fraction': {'f': 1},
+    },
+    'Conv2D': {'use_cudnn_on_gpu': {'b': True}},
+    'MatMul': {'transpose_a': {'b': False}, 'transpose_b': {'b': False}},
+}
+
 
 def exported(add):
     """Makes a function that adds ops to a graph return the graph, without what is newer than it.
@@ -28,6 +40,8 @@ def exported(add):
         for node in meta_graph.graph_def.node:
             for key in ('_output_shapes', '_has_manual_control_dependencies'):
                 node.attr.pop(key, None)
+            for key, value in DEFAULTS.get(node.op, {}).items():
+                node.attr[key].CopyFrom(tf.compat.v1.AttrValue(**value))
         meta_graph.graph_def.ClearField('versions')
         return meta_graph.graph_def
 
@@ -193,6 +207,10 @@ def add_cells_of_8(x, pool):
 
 # MobileNet
 
+# What is added is small, or it would be most of a bottleneck, and all images would be alike.
+SMALL = -0.02, 0.02
+NEAR_1 = 0.8, 1.2
+
 
 def read(weights):
     """Adds the node that reads weights, and has to be where they are."""
@@ -204,9 +222,9 @@ def read(weights):
 def add_layer(x, convolve, weights, stride):
     """Adds a convolution, its batch norm, and a Relu6."""
     x = convolve(x, read(weights), [1, stride, stride, 1], 'SAME', name='convolution')
-    keys = 'moving_mean', 'moving_variance', 'beta', 'gamma'
+    ranges = {'moving_mean': SMALL, 'moving_variance': NEAR_1, 'beta': SMALL, 'gamma': NEAR_1}
     with tf.name_scope('BatchNorm'):
-        statistics = [read(add_numbers(key, 0.8, 1.2, x.shape[3])) for key in keys]
+        statistics = [read(add_numbers(key, *of, x.shape[3])) for key, of in ranges.items()]
         x = tf.nn.batch_normalization(x, *statistics, 0.001)
     return tf.nn.relu6(x)
 
@@ -222,7 +240,7 @@ def build_mobilenet(side):
         x = add_layer(x, tf.compat.v1.nn.depthwise_conv2d_native, weights, 1)
     with tf.name_scope('MobilenetV1/Logits'):
         x = tf.nn.avg_pool2d(x, side // 8, 2, 'VALID', name='AvgPool_1a/AvgPool')
-        biases = read(add_numbers('biases', 0.8, 1.2, 1001))
+        biases = read(add_numbers('biases', *SMALL, 1001))
         with tf.name_scope('Conv2d_1c_1x1'):
             weights = read(add_weights('weights', 1, 1, 16, 1001))
             x = tf.nn.bias_add(tf.nn.conv2d(x, weights, 1, 'SAME', name='convolution'), biases)

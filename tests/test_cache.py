@@ -368,7 +368,7 @@ def test_what_cannot_be_decoded_is_tried_once(cached, monkeypatch):
     path = cached.data / 'cat/cut.jpg'
     contents = (cached.data / CAT).read_bytes()
     path.write_bytes(contents[:600])
-    line = "'data/cat/cut.jpg' is left out: Invalid JPEG data"
+    line = "'data/cat/cut.jpg' is left out: it is JPEG, and damaged (Invalid JPEG data"
     assert line in cached.cache()
     monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', None)
     for times in ((1, 1), (2, 2), None):

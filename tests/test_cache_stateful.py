@@ -73,7 +73,11 @@ class Run:
         self.steps = itertools.count()
         self.change, self.changed_at = change, changed_at
         source = types.SimpleNamespace(
-            source='model', checksum=model, cache_suffix='', bottleneck_size=SIZE
+            source='model',
+            checksum=model,
+            is_upright=False,
+            cache_suffix='',
+            bottleneck_size=SIZE,
         )
         flags = types.SimpleNamespace(bottleneck_dir=str(folder), data_service=None, strict=False)
         self.thread = threading.Thread(target=self.work, args=(images, source, flags))
@@ -214,7 +218,8 @@ class Cache(RuleBasedStateMachine):
             assert run.computed[str(self.image(name))] <= (not was_cached), name
         if run.result is None:
             return
-        for name, bottleneck, is_readable in zip(before, *run.result, strict=True):
+        bottlenecks, readable, _ = run.result
+        for name, bottleneck, is_readable in zip(before, bottlenecks, readable, strict=True):
             expected = self.expected(name)
             assert is_readable == (expected is not None), name
             if is_readable:

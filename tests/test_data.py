@@ -2,13 +2,16 @@
 
 import itertools
 import re
+import shutil
 from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import Job, parse, read_events
+from helpers import Job, created, parse, read_events
+from PIL import Image
 
 import tf_retrain
+from tf_retrain import get_set
 
 RNG = np.random.default_rng(0)
 BASE = RNG.uniform(size=[13, 2048])
@@ -26,7 +29,7 @@ def compare(job, monkeypatch):
             path = job.data / f'{name}.jpg'
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-        found = np.float32(bottlenecks), np.ones(len(names), bool)
+        found = np.float32(bottlenecks), np.ones(len(names), bool), 0
         monkeypatch.setattr(tf_retrain, 'cache_bottlenecks', lambda *arguments: found)
         return job.main(*more, **{'how_many_training_steps': '1', **changes})
 
@@ -146,6 +149,30 @@ def test_no_pair_is_missed(compare, noise, size):
     assert {*itertools.chain(*pairs(out))} == {*expected}
 
 
+def test_copies_of_photographs(job):
+    """A run finds them, and so does one that has all bottlenecks from the cache."""
+    copies = {}
+    for i, colour in enumerate(itertools.product((0, 170), repeat=3)):
+        label = ('cat', 'dog')[i % 2]
+        copies[f'{label}/{i}'] = f'{label}/copy {i}' if i else 'dog/stray'
+        path = job.data / label / f'{i}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (40, 30), colour).save(path)
+    for name, copy in copies.items():
+        shutil.copy(job.data / f'{name}.jpg', job.data / f'{copy}.jpg')
+    sets = [[get_set(f'data/{name}.jpg', 40, 10) for name in pair] for pair in copies.items()]
+    leaked = sum(pair.count('training') == 1 for pair in sets)
+    assert 0 < leaked < 8
+    for count in (16, 0):
+        out = job.main('--print_duplicates', testing_percentage='40')
+        assert len(created(out)) == count
+        assert pairs(out)[0] == ('cat/0', 'dog/stray')
+        assert sorted(pairs(out)) == sorted(copies.items())
+        assert 'WARNING: pairs of near copies with different labels: 1. ' in out
+        assert count_leaked(out) == leaked
+        assert out.index('near copies') < out.index('Step 0')
+
+
 # Suspects
 
 
@@ -175,17 +202,18 @@ def test_images_in_the_wrong_folder_are_the_first_suspects(swapped):
         ('dog/wrong 1.jpg', 'dog', 'cat'),
         ('cat/wrong.jpg', 'cat', 'dog'),
     }
-    scores = [score for _, _, score, _, _ in swapped.suspects]
+    scores = [float(score) for _, _, score, _, _ in swapped.suspects]
     assert len(scores) == 5
     assert sorted(scores) == scores
-    assert scores[2] < '0.5'
+    for _, _, score, _, best_score in swapped.suspects[:3]:
+        assert float(score) < 0.5 < float(best_score)
 
 
 def test_suspects_in_tensorboard(swapped):
     events = read_events(swapped.folder / 'logs/suspects')
     values = [value for event in events for value in event.summary.value]
-    expected = [f'{" ".join(words)}/{path}' for path, *words in swapped.suspects]
-    assert [value.tag.replace('  ', ' ') for value in values] == expected
+    expected = ['{} {}  {} {}/{}'.format(*words, path) for path, *words in swapped.suspects]
+    assert [value.tag for value in values] == expected
     for value in values:
         assert value.image.width
         assert value.image.encoded_image_string.startswith(b'\x89PNG')
@@ -208,6 +236,37 @@ def test_each_image_is_scored_by_a_layer_that_never_saw_it(compare):
     scores = [float(score) for _, _, score, _, _ in suspects(out)]
     assert len(scores) == 50
     assert scores == pytest.approx([0.5] * 50, abs=0.1)
+
+
+def test_cross_validation(monkeypatch):
+    """Each image is in one test, all others are trained on, and the scores are probabilities."""
+    tests = []
+
+    class Recording(tf_retrain.FinalLayer):
+        trained = frozenset()
+
+        def train(self, bottlenecks, classes):
+            self.trained |= {*bottlenecks[:, 0]}
+            return super().train(bottlenecks, classes)
+
+        def evaluate(self, bottlenecks, classes):
+            if not self.trained & {*bottlenecks[:, 0]}:
+                tests.append((len(self.trained), {*bottlenecks[:, 0]}))
+            return super().evaluate(bottlenecks, classes)
+
+    monkeypatch.setattr(tf_retrain, 'FinalLayer', Recording)
+    classes = np.repeat([0, 1], 25)
+    files = np.array([f'{"ab"[of]}/{i}.jpg' for i, of in enumerate(classes)], object)
+    images = tf_retrain.Images('data', ['a', 'b'], files, classes, np.full(50, 'training'))
+    bottlenecks = np.random.default_rng(0).uniform(size=[50, 8]).astype(np.float32)
+    bottlenecks[:, 0] = np.arange(50)  # which image it is
+    flags = parse('--image_dir=data', '--how_many_training_steps=30')
+    blocks = tf_retrain.cross_validate(images, bottlenecks, flags)
+    scores = np.concatenate([block for _, block in blocks])
+    np.testing.assert_allclose(scores.sum(axis=1), 1, atol=1e-5)
+    assert [len(rows) for _, rows in tests] == [10] * tf_retrain.FOLDS
+    assert set().union(*(rows for _, rows in tests)) == {*range(50)}
+    assert min(trained for trained, _ in tests) > 30
 
 
 def test_scores_come_in_blocks(compare, monkeypatch):

@@ -25,20 +25,25 @@ def set_processor(monkeypatch, features):
 
 
 @contextlib.contextmanager
-def run_service():
-    """Yields the address of a dispatcher in this process, and its two workers."""
+def run_service(count=2):
+    """Yields the address of a dispatcher in this process, its workers, and how to start one."""
     dispatcher = tf.data.experimental.service.DispatchServer()
     command = [PROGRAMS / 'worker.py', dispatcher.target.removeprefix('grpc://')]
-    with Fork(command) as first, Fork(command) as second:
-        for worker in (first, second):
+    with contextlib.ExitStack() as stack:
+
+        def start():
+            return stack.enter_context(Fork(command))
+
+        workers = [start() for _ in range(count)]
+        for worker in workers:
             worker.wait_for('The worker is up')
-        yield dispatcher.target, [first, second]
+        yield dispatcher.target, workers, start
 
 
 @pytest.fixture(scope='module')
 def address():
     """A service for the tests that leave its workers alone."""
-    with run_service() as (address, _):
+    with run_service() as (address, *_):
         yield address
 
 
@@ -61,7 +66,10 @@ def test_workers_compute_every_bottleneck_once(job, monkeypatch, small_batches, 
 
 
 def test_a_worker_that_dies(job, monkeypatch, small_batches):
-    """What it had in its hands is computed here: a few batches that it made or was making."""
+    """What it had in its hands is computed here: a few batches that it made or was making.
+
+    It is alone until then, so it has some: another worker comes and does the rest.
+    """
     job.photographs(cat=150, dog=150).cache(bottleneck_dir='alone')
     compute, here, writes = tf_retrain.run_networks, [], itertools.count(1)
 
@@ -70,19 +78,20 @@ def test_a_worker_that_dies(job, monkeypatch, small_batches):
             here.extend(rows)
             yield rows, *result
 
-    with run_service() as (address, workers):
+    with run_service(1) as (address, (worker,), start):
 
         def write(path, contents, write_whole=tf_retrain.write_whole):
             write_whole(path, contents)
-            if next(writes) == 1:
-                workers[0].kill()
+            if next(writes) == 40:
+                start().wait_for('The worker is up')
+                worker.kill()
                 monkeypatch.setattr(tf_retrain, 'DATA_SERVICE_TIMEOUT', 10)
 
         monkeypatch.setattr(tf_retrain, 'write_whole', write)
         monkeypatch.setattr(tf_retrain, 'run_networks', count)
         out = job.cache(data_service=address)
     assert out.count('Creating bottleneck at') == 300
-    assert len(here) <= 16 * tf_retrain.NETWORK_BATCH_SIZE
+    assert 0 < len(here) <= 16 * tf_retrain.NETWORK_BATCH_SIZE
     check_same_bottlenecks(job.folder / 'alone', job.folder / 'bottlenecks')
 
 
@@ -101,7 +110,7 @@ def check_computed_here(job, address):
 def test_workers_that_hang_do_not_hold_up_the_run(job):
     """Neither when they bring nothing, nor at the end of the process."""
     job.photographs(cat=30, dog=30)
-    with run_service() as (address, workers):
+    with run_service() as (address, workers, _):
         for worker in workers:
             worker.send_signal(signal.SIGSTOP)
         check_computed_here(job, address)

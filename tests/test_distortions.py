@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import get_scores, get_set, parse, write_mobilenet
+from helpers import get_scores, get_set, parse, read_events, write_mobilenet
 
 import tf_retrain
 
@@ -51,6 +51,9 @@ def test_training_with_distortions(job, distortion):
     out = job.photographs(cat=25, dog=25).main(distortion, **flags)
     distorted = job.graph()
     assert 'Step 11: Train accuracy' in out
+    events = read_events(job.folder / 'logs/train')
+    logged = [event.step for event in events if 'accuracy_1' in str(event.summary)]
+    assert logged == list(range(12))
     job.main(distortion, **flags)
     assert job.graph() == distorted  # with the same seed
     job.main(**flags)

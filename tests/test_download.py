@@ -209,6 +209,15 @@ def test_an_archive_without_the_graph_is_renamed(tmp_path, server, capsys, conte
     assert names(tmp_path) == [GRAPH, ARCHIVE, f'{ARCHIVE}.broken']
 
 
+def test_a_damaged_archive_is_renamed_and_downloaded_again(tmp_path, server, capsys):
+    """In one run."""
+    (tmp_path / ARCHIVE).write_bytes(WHOLE[:-100])
+    server(body(WHOLE))
+    load_backbone(tmp_path)
+    assert names(tmp_path) == [GRAPH, ARCHIVE, f'{ARCHIVE}.broken']
+    assert f'{ARCHIVE} is damaged, or has no {GRAPH} in it' in capsys.readouterr().out
+
+
 def lacking(*names):
     """Returns the model without the names of some nodes."""
     graph_def = build_model()

@@ -22,6 +22,7 @@ USAGE_ERRORS = [
     ('--data_service=grpc://localhost:99999999999999999999', 'grpc://HOST:PORT'),
     ('--tfhub_module=', 'the URL or folder of a module'),
     ('--train_batch_size=0', 'a whole number from 1 to 100,000'),
+    ('--train_batch_size=-1', 'a whole number from 1 to 100,000'),
     ('--train_batch_size=1000000000000', 'a whole number from 1 to 100,000'),
     ('--validation_batch_size=0', 'from 1 to 100,000, or -1 for all'),
     ('--test_batch_size=-2', 'from 1 to 100,000, or -1 for all'),

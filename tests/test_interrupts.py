@@ -5,8 +5,11 @@ import fcntl
 import itertools
 import os
 import pty
+import shlex
 import signal
 import struct
+import subprocess
+import sys
 import termios
 import threading
 
@@ -56,6 +59,23 @@ def test_a_stop_while_training_keeps_what_was_learned(job, signum):
     check_graph(job)
 
 
+@pytest.mark.parametrize(('paused', 'changes'), [('get_interval', ENDLESS), ('write_record', {})])
+def test_a_second_ctrl_c_quits_at_once(job, paused, changes):
+    """The first comes during the training or after it, where the program waits for the second."""
+    job.photographs(cat=30, dog=30)
+    with start(job, PAUSE, paused, 1, **changes) as process:
+        process.wait_for('Step 100: Validation' if changes else 'Paused')
+        process.send_signal(signal.SIGINT)
+        process.wait_for('Ctrl-C: what was learned')
+        process.wait_for('Paused')
+        process.send_signal(signal.SIGINT)
+        out = ''.join(process.communicate())
+    assert process.returncode == -signal.SIGINT
+    assert 'Traceback' not in out
+    is_written = paused == 'write_record'
+    assert (job.folder / 'trained_model/unoptimized_model.pb').exists() == is_written
+
+
 @pytest.fixture
 def signals():
     """The handlers of a run; those of pytest come back."""
@@ -87,7 +107,7 @@ def stop_at(monkeypatch, name, signum, is_dropped=False):
     monkeypatch.setattr(tf_retrain, name, stop)
 
 
-BEFORE_TRAINING = ['list_dir', 'load_backbone', 'read_records', 'read_orientation']
+BEFORE_TRAINING = ['list_dir', 'load_backbone', 'read_records', 'load_header']
 BEFORE_TRAINING += ['compute_digest', 'explain_unreadable', 'compare_bottlenecks']
 BEFORE_TRAINING += ['cross_validate', 'find_familiarity', 'draw_batches']
 AFTER_TRAINING = ['get_interval', 'write_outputs', 'create_record', 'draw_confusion_matrix']
@@ -199,9 +219,10 @@ def test_in_a_terminal_of_20_columns(job):
     os.close(screen)
     assert process.returncode == 0
     out = b''.join(blocks).decode()
-    assert out.splitlines()[-1].startswith('python3 tf_test.py ')
-    assert out.count('Creating bottleneck at') == 200
-    assert out.count('Bottlenecks') > 2
+    lines = out.splitlines()
+    assert lines[-1].startswith('python3 tf_test.py ')
+    assert sum('Creating bottleneck at' in line for line in lines) == 200
+    assert sum('Bottlenecks' in part for part in out.split('\r')) > 2
 
 
 @pytest.mark.parametrize(
@@ -228,9 +249,14 @@ def test_names_that_the_terminal_cannot_show(job, monkeypatch, settings, shown):
     assert (job.folder / 'again.txt').read_text(encoding='utf-8') == 'cat\n猫\n'
 
 
+def check_all_is_written(job):
+    assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 60
+    check_graph(job)
+
+
 @pytest.mark.parametrize(
     ('stdout', 'stderr'),
-    [('pipe', 'errors'), (None, 'errors'), ('lines', None), (None, None), ('/dev/full', 'errors')],
+    [('pipe', 'errors'), (None, 'errors'), ('lines', None), ('/dev/full', 'errors')],
 )
 def test_output_that_cannot_be_written(job, stdout, stderr):
     """The training goes on. The pipe's reader leaves after one line; None is a closed stream."""
@@ -245,8 +271,15 @@ def test_output_that_cannot_be_written(job, stdout, stderr):
         process.communicate()
     assert process.returncode == 0
     assert not stderr or 'rror' not in (job.folder / 'errors').read_text()
-    assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 60
-    check_graph(job)
+    check_all_is_written(job)
+
+
+def test_all_streams_closed_from_the_start(job):
+    """In a new interpreter: no file of the program gets the number of a standard stream."""
+    arguments = job.photographs(cat=30, dog=30).arguments()
+    command = shlex.join([sys.executable, str(SCRIPT), *arguments])
+    subprocess.run(['bash', '-c', f'{command} >&- 2>&- <&-'], cwd=job.folder, check=True)
+    check_all_is_written(job)
 
 
 def test_kills_at_any_moment(job):

@@ -2,8 +2,10 @@
 
 import keras
 import numpy as np
-from helpers import classify_images, label_images, read_cache, resize
+from helpers import classify_images, label_images, load_signatures, read_cache, resize
 from keras.src.applications import convnext, efficientnet_v2, mobilenet_v3, resnet
+
+from tf_retrain import tf
 
 SIDE = 64
 OPTIONS = {'include_top': False, 'weights': None, 'pooling': 'avg'}
@@ -80,4 +82,10 @@ def test_networks_of_keras(job):
 
     scores = label_images(job.folder, images)
     assert np.ptp(scores) > 0.01
-    np.testing.assert_allclose(classify_images(job.folder, images), scores, atol=1e-5)
+    signatures = load_signatures(job.folder)
+    np.testing.assert_allclose(classify_images(signatures, images), scores, atol=1e-5)
+    rows = signatures['predict_rows'](image=tf.constant([path.read_bytes() for path in images]))
+    best_first = np.argsort(-scores)
+    np.testing.assert_array_equal(rows['labels'], np.array([b'cat', b'dog'])[best_first])
+    expected = np.take_along_axis(scores, best_first, 1)
+    np.testing.assert_allclose(rows['scores'], expected, atol=1e-5)

