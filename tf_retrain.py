@@ -2861,9 +2861,9 @@ def create_final_nodes(backbone: Backbone, head: Head, final_tensor_name: str) -
     trained_weights = head.layer.weights  # a WideLayer cannot read them while a graph is built
     with tf.Graph().as_default() as graph:
         source = tf.compat.v1.placeholder(tf.float32, name=backbone.bottleneck)
-        shape = [None, backbone.bottleneck_size]
-        input_name = 'input/BottleneckInputPlaceholder'
-        fed = tf.compat.v1.placeholder_with_default(source, shape, input_name)
+        fed = tf.compat.v1.placeholder_with_default(
+            source, [None, backbone.bottleneck_size], 'input/BottleneckInputPlaceholder'
+        )
         weights = freeze(trained_weights, f'{scope}/weights/final_weights')
         biases = freeze(head.layer.biases, f'{scope}/biases/final_biases')
         product = tf.matmul(fed, weights, name=f'{scope}/Wx_plus_b/MatMul')
