@@ -29,7 +29,6 @@ import sys
 import uuid
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -63,9 +62,16 @@ def create_labeling_parser() -> argparse.ArgumentParser:
     score = checked(float, lambda value: 0 <= value <= 1, 'from 0 to 1')
     percentage = checked(float, lambda value: 0 <= value < 100, 'from 0 to below 100')
     images = 'an image file, a folder of them, or - to read paths from standard input'
-    parser.add_argument('images', metavar='IMAGE', nargs='+', help=images)
-    parser.add_argument('graph', metavar='GRAPH', help='the --output_graph of the training')
-    parser.add_argument('labels', metavar='LABELS', help='the --output_labels of the training')
+    parser.add_argument('images', metavar='IMAGE', nargs='+', type=os.path.expanduser, help=images)
+    parser.add_argument(
+        'graph', metavar='GRAPH', type=os.path.expanduser, help='the --output_graph of the training'
+    )
+    parser.add_argument(
+        'labels',
+        metavar='LABELS',
+        type=os.path.expanduser,
+        help='the --output_labels of the training',
+    )
     parser.add_argument(
         '--top',
         metavar='N',
@@ -87,9 +93,17 @@ def create_labeling_parser() -> argparse.ArgumentParser:
         action='store_true',
         help='turn images as their EXIF orientation says; use it if the training did',
     )
-    parser.add_argument('--sort_into', metavar='DIR', help='link each image into DIR/<label>/')
     parser.add_argument(
-        '--heatmap', metavar='FILE', help='of one image: draw which pixels speak for the best label'
+        '--sort_into',
+        metavar='DIR',
+        type=os.path.expanduser,
+        help='link each image into DIR/<label>/',
+    )
+    parser.add_argument(
+        '--heatmap',
+        metavar='FILE',
+        type=os.path.expanduser,
+        help='of one image: draw which pixels speak for the best label',
     )
     return parser
 
@@ -177,6 +191,8 @@ IMAGE_EXTENSIONS = (
 )
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 MAX_LISTED = 4096  # paths that are listed before their images are labeled
+TABLE_CLASSES = 30  # up to so many classes, the table has all of them, and from then on ...
+WORST_CLASSES = 20  # ... those with the most errors
 UNSURE = 'unsure'  # printed in place of a label below --min_score
 UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
@@ -246,6 +262,7 @@ class Training(NamedTuple):
 
     folders: list[str]  # class folders, in the order of the labels
     image_dir: str
+    set_folders: dict[str, str]  # {folder: its set} of images that were split already
     percentages: tuple[int, int]  # --testing_percentage, --validation_percentage
     is_upright: bool
 
@@ -263,6 +280,7 @@ def load_training(path: str, checksum: int) -> Training | None:
         training = Training(
             folders=[str(folder) for folder in record['folders']],
             image_dir=str(flags['image_dir']),
+            set_folders=dict(record['set_folders']),
             percentages=(flags['testing_percentage'] + 0, flags['validation_percentage'] + 0),
             is_upright=bool(flags['upright']),
         )
@@ -1071,23 +1089,31 @@ class Tally:
     images: int = 0
     failed: int = 0
     sideways: int = 0
-    # How many images there are of {(class of the folder, label)}.
-    confusion: Counter = dataclasses.field(default_factory=Counter)
+    refused: int = 0  # of those in class folders
+    other_folders: set[str] = dataclasses.field(default_factory=set)
+    # Of the images in class folders that have a label:
+    true_classes: list[int] = dataclasses.field(default_factory=list)
+    predictions: list[int] = dataclasses.field(default_factory=list)
 
     def add(self, path: str, answer: Answer, label: str) -> None:
         """Counts an image and its label."""
         self.sideways += answer.orientation > 1
         index = self.classes.find(path)
-        if index is not None and self.is_new(path):
-            self.confusion[index, label] += 1
+        if index is None:
+            self.other_folders.add(os.path.dirname(path))
+        elif self.is_new(path) and label in self.classes.labels:
+            self.true_classes.append(index)
+            self.predictions.append(int(answer.scores.argmax()))
+        elif self.is_new(path):
+            self.refused += 1
 
     def is_new(self, path: str) -> bool:
         """Tells whether the graph was not trained with an image."""
         if self.training is None:
             return True
         file = path.removeprefix(self.folder).lstrip('/')
-        path_in_training = os.path.join(self.training.image_dir, file)
-        return get_set(path_in_training, *self.training.percentages) == 'testing'
+        _, image_dir, set_folders, percentages, _ = self.training
+        return get_set_of_file(image_dir, file, set_folders, percentages) == 'testing'
 
 
 def create_tally(classes: Classes, training: Training | None, images: list[str]) -> Tally:
@@ -1120,6 +1146,25 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
     return 'training'
 
 
+def get_set_of_file(
+    image_dir: str, file: str, set_folders: dict[str, str], percentages: tuple[int, int]
+) -> str:
+    """Returns the set of an image, 'class folder/file' or 'set folder/class folder/file'.
+
+    The sets of set_folders, {folder: set}, are those of the folders. Others are drawn from the
+    training images by get_set().
+    """
+    of_folder = set_folders.get(file.split('/')[0], 'training')
+    if of_folder != 'training':
+        return of_folder
+    testing, validation = percentages
+    if 'testing' in set_folders.values():
+        testing = 0
+    if 'validation' in set_folders.values():
+        validation = 0
+    return get_set(os.path.join(image_dir, file), testing, validation)
+
+
 def get_interval(right: int, count: int) -> tuple[float, float]:
     """Returns Wilson's 95 % interval of a share (Wilson 1927, https://doi.org/10.2307/2276774)."""
     z = 1.96
@@ -1131,49 +1176,63 @@ def get_interval(right: int, count: int) -> tuple[float, float]:
     return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
-def print_table(confusion: np.ndarray, labels: list[str]) -> None:
-    """Prints a line per class on the counts, int [true class, predicted class]."""
-    width = min(max(map(len, [*labels, 'class'])), 24)
+def print_table(classes: np.ndarray, predictions: np.ndarray, labels: list[str]) -> None:
+    """Prints a line per class on the true classes, int [N], and the predicted ones of N images.
+
+    Of many classes, it prints only those with the most errors.
+    """
+    shown = list(range(len(labels)))
+    if len(labels) > TABLE_CLASSES:
+        errors = np.bincount(classes[predictions != classes], minlength=len(labels))
+        shown = np.argsort(-errors, kind='stable')[:WORST_CLASSES].tolist()
+    width = min(max(len('class'), *(len(labels[index]) for index in shown)), 24)
     print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
-    predicted = confusion.sum(axis=0)
-    for index, counts in enumerate(confusion):
-        right = counts[index]
-        wrong = counts.sum() - right
-        precision = f'{100 * right / predicted[index]:8.1f}%' if predicted[index] else f'{"-":>9}'
-        worst = ''
-        if wrong:
-            others = counts.copy()
-            others[index] = 0
-            worst = f'  {labels[others.argmax()]} ({others.max()})'
-        numbers = f'{counts.sum():6}  {right:6}  {wrong:6}  {precision}'
-        print(f'{labels[index]:{width}}  {numbers}{worst}')
+    for index in shown:
+        numbers = describe_class(classes == index, predictions, index, labels)
+        print(f'{labels[index]:{width}}  {numbers}')
+    if len(shown) < len(labels):
+        print(f'These {len(shown)} of {len(labels):,} classes have the most errors.')
+
+
+def describe_class(
+    is_own: np.ndarray, predictions: np.ndarray, index: int, labels: list[str]
+) -> str:
+    """Returns the numbers of a class in the table; is_own, bool [N], has its own images."""
+    is_predicted = predictions == index
+    right = (is_own & is_predicted).sum()
+    wrong = is_own.sum() - right
+    precision = f'{"-":>9}'
+    if is_predicted.any():
+        precision = f'{100 * right / is_predicted.sum():8.1f}%'
+    worst = ''
+    if wrong:
+        others = np.bincount(predictions[is_own & ~is_predicted])
+        worst = f'  {labels[others.argmax()]} ({others.max()})'
+    return f'{is_own.sum():6}  {right:6}  {wrong:6}  {precision}{worst}'
 
 
 def report_accuracy(tally: Tally) -> None:
     """Prints the accuracy on images whose folder is a class, as a whole and per class."""
-    classes = tally.classes
-    size = len(classes.labels)
-    confusion = np.zeros([size, size], int)
-    refused = 0
-    for (index, label), count in tally.confusion.items():
-        if label in classes.labels:
-            confusion[index, classes.indices[label]] += count
-        else:
-            refused += count
-    count = confusion.sum()
+    labels = tally.classes.labels
+    true_classes = np.array(tally.true_classes)
+    predictions = np.array(tally.predictions)
     if tally.training:
         print('These images were used for the training: only its test images count.')
-    if count:
-        right = np.trace(confusion)
+    if tally.predictions:
+        count = len(predictions)
+        right = (predictions == true_classes).sum()
         low, high = get_interval(right, count)
         print(
             f'Accuracy on the {count} images whose folder is a class: {100 * right / count:.1f}% '
             f'(95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%)'
         )
-        print_table(confusion, classes.labels)
-    if refused:
-        share = 100 * refused / (count + refused)
-        print(f'Without a label, as {UNSURE} or {UNKNOWN}: {refused} more images, {share:.1f}%')
+        print_table(true_classes, predictions, labels)
+    if tally.refused:
+        share = 100 * tally.refused / (len(predictions) + tally.refused)
+        print(f'Without a label, as {UNSURE} or {UNKNOWN}: {tally.refused} more, {share:.1f}%')
+    if tally.other_folders:
+        names = ', '.join(sorted(tally.other_folders))
+        print(escape(f'Folders that are no class, and do not count: {names}'))
 
 
 # Main
@@ -1363,7 +1422,7 @@ def report_tally(tally: Tally, training: Training | None, flags: argparse.Namesp
             f'{tally.sideways}. To turn them, train with --upright, and add it here.',
             file=sys.stderr,
         )
-    if tally.confusion and any(map(is_folder, flags.images)):
+    if (tally.predictions or tally.refused) and any(map(is_folder, flags.images)):
         with contextlib.redirect_stdout(sys.stderr):  # the lines on standard output are data
             report_accuracy(tally)
     if tally.failed:

@@ -61,7 +61,7 @@ def test_image_dir_is_required(capsys):
 
 def test_defaults_are_those_of_the_original():
     new = {'random_seed', 'strict', 'data_service', 'architecture', 'tfhub_module'}
-    new |= {'optimized_graph', 'precision', 'print_duplicates', 'find_suspects'}
+    new |= {'optimized_graph', 'precision', 'print_duplicates', 'find_suspects', 'upright'}
     flags = vars(parse('--image_dir', 'data/'))
     assert new < set(flags)
     assert {name: value for name, value in flags.items() if name not in new} == {
