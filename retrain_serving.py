@@ -79,6 +79,19 @@ HANDLE = checked(str, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
 NODE_PATTERN = re.compile(r'[A-Za-z0-9.][A-Za-z0-9_./-]*')
 NODE_NAME = checked(str, NODE_PATTERN.fullmatch, 'of letters, digits, _ . - /')
+BOOLEAN = checked(
+    lambda text: {'true': True, 'false': False}.get(text.lower()),
+    lambda value: True,
+    'True or False',
+)
+# Tutorials write `--flip_left_right True`, and the original ignored the second word.
+SWITCH: dict[str, Any] = {
+    'nargs': '?',
+    'metavar': 'True',
+    'type': BOOLEAN,
+    'const': True,
+    'default': False,
+}
 
 
 def architecture(text: str) -> str:
@@ -113,7 +126,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         '--strict',
-        action='store_true',
+        **SWITCH,
         help='stop at an image that cannot be read instead of leaving it out',
     )
     group.add_argument(
@@ -134,7 +147,7 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('what to look for in the data')
     group.add_argument(
         '--print_duplicates',
-        action='store_true',
+        **SWITCH,
         help='name all near copies among the images, not only ten pairs',
     )
     group.add_argument(
@@ -233,7 +246,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         '--print_misclassified_test_images',
-        action='store_true',
+        **SWITCH,
         help='list the misclassified test images',
     )
 
@@ -243,7 +256,7 @@ def add_distortion_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(title)
     group.add_argument(
         '--flip_left_right',
-        action='store_true',
+        **SWITCH,
         help='mirror half of the images at random',
     )
     group.add_argument(
