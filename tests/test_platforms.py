@@ -1,5 +1,6 @@
 """Other systems, and other places where a run starts: what they lack is taken away here."""
 
+import contextlib
 import io
 import ntpath
 import os
@@ -225,8 +226,12 @@ def test_a_run_in_a_thread(job, monkeypatch):
     screen = use_screen(monkeypatch)
     flags = parse(*job.arguments())
 
+    def run_job(job_of_thread):
+        with contextlib.suppress(SystemExit):  # pytest would warn of it
+            tf_retrain.run(job_of_thread, flags)
+
     def run_in_thread(job_of_thread):
-        thread = threading.Thread(target=tf_retrain.run, args=[job_of_thread, flags])
+        thread = threading.Thread(target=run_job, args=[job_of_thread])
         thread.start()
         thread.join()
 
