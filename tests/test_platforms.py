@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import types
+from unittest import mock
 
 import forks
 import pytest
@@ -43,10 +44,9 @@ def test_without_what_windows_lacks(job):
     assert line.endswith('On Windows, end TensorBoard before the next run.')
     assert logs < set(job.folder.glob('logs/*/*'))
     assert (job.folder / 'saved/1/saved_model.pb').exists()
-    third = run(
-        OTHER_SYSTEM, ROOT / SCRIPTS[2], 'data', GRAPH, LABELS, '--sort_into=sorted', cwd=job.folder
-    )
-    assert first.stderr == second.stderr == third.stderr == ''
+    assert first.stderr == second.stderr == ''
+    labelling = [ROOT / SCRIPTS[2], 'data', GRAPH, LABELS, '--sort_into=sorted']
+    run(OTHER_SYSTEM, *labelling, cwd=job.folder)
     copies = list(job.folder.glob('sorted/*/*.jpg'))
     assert len(copies) == 60
     assert {path.stat().st_nlink for path in copies} == {1}
@@ -314,6 +314,17 @@ def test_a_library_that_is_missing(tmp_path, script):
         'libfoo says why',
         'ERROR: libfoo.so.1: cannot open shared object file. See "Problems" in README.md.',
     ]
+
+
+def test_without_a_folder_for_temporary_files(monkeypatch, capfd):
+    """What the libraries write is lost, and the error is not."""
+    fail = mock.Mock(side_effect=FileNotFoundError(2, 'No usable temporary directory found'))
+    monkeypatch.setattr(tf_retrain.tempfile, 'TemporaryFile', fail)
+    with pytest.raises(ImportError, match='^no$'), tf_retrain.silenced_libraries():
+        os.write(2, b'lost')
+        raise ImportError('no')
+    os.write(2, b'shown')
+    assert capfd.readouterr().err == 'shown'
 
 
 def test_how_to_activate_the_environment_on_windows(windows):
