@@ -33,7 +33,9 @@ import json
 import math
 import multiprocessing.pool
 import os
+import pathlib
 import platform
+import posixpath
 import re
 import shlex
 import signal
@@ -41,6 +43,7 @@ import socket
 import stat
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import urllib.request
@@ -90,6 +93,19 @@ HANDLE = checked(os.path.expanduser, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
 NODE_PATTERN = re.compile(r'[A-Za-z0-9.][A-Za-z0-9_./-]*')
 NODE_NAME = checked(str, NODE_PATTERN.fullmatch, 'of letters, digits, _ . - /')
+BOOLEAN = checked(
+    lambda text: {'true': True, 'false': False}.get(text.lower()),
+    lambda value: True,
+    'True or False',
+)
+# Tutorials write `--flip_left_right True`, and the original ignored the second word.
+SWITCH: dict[str, Any] = {
+    'nargs': '?',
+    'metavar': 'True',
+    'type': BOOLEAN,
+    'const': True,
+    'default': False,
+}
 
 
 def architecture(text: str) -> str:
@@ -125,7 +141,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         '--strict',
-        action='store_true',
+        **SWITCH,
         help='stop at an image that cannot be read instead of leaving it out',
     )
     group.add_argument(
@@ -152,7 +168,7 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('what to look for in the data')
     group.add_argument(
         '--print_duplicates',
-        action='store_true',
+        **SWITCH,
         help='name all near copies among the images, not only ten pairs',
     )
     group.add_argument(
@@ -252,7 +268,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         '--print_misclassified_test_images',
-        action='store_true',
+        **SWITCH,
         help='list the misclassified test images',
     )
 
@@ -262,7 +278,7 @@ def add_distortion_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(title)
     group.add_argument(
         '--flip_left_right',
-        action='store_true',
+        **SWITCH,
         help='mirror half of the images at random',
     )
     group.add_argument(
@@ -379,16 +395,49 @@ def prepare_process() -> None:
 
 @contextlib.contextmanager
 def silenced_libraries() -> Iterator[None]:
-    """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level."""
-    stderr = os.dup(2)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 2)
+    """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level.
+
+    If they cannot be loaded, it is shown, as it may say why.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed, as in programs of Windows that have no console
+        yield
+        return
+    try:
+        hidden: Any = tempfile.TemporaryFile()
+    except OSError:  # there is no folder for it
+        hidden = open(os.devnull, 'rb+', buffering=0)
+    os.dup2(hidden.fileno(), 2)
     try:
         yield
+    except Exception:
+        hidden.seek(0)
+        os.write(stderr, hidden.read())
+        raise
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(silence)
+        hidden.close()
+
+
+def ensure_avx() -> None:
+    """Raises ImportError on a processor without AVX: TensorFlow would abort the whole process."""
+    try:
+        with open('/proc/cpuinfo') as file:
+            found = re.search(r'^flags\s*:(.*)', file.read(), re.MULTILINE)
+    except OSError:  # not Linux
+        return
+    if found and 'avx' not in found[1].split():  # ARM processors have no flags
+        raise ImportError('this processor has no AVX instructions, which TensorFlow needs')
+
+
+def explain_import_error(error: ImportError) -> str:
+    """Returns what to do about a package that cannot be imported."""
+    if not isinstance(error, ModuleNotFoundError):
+        return f'{error}. See "Problems" in README.md.'
+    activate = r'.venv\Scripts\activate' if os.sep == '\\' else '. .venv/bin/activate'
+    return f'{error}. Run `{activate}` first, as README.md shows.'
 
 
 if __name__ == '__main__':
@@ -403,6 +452,7 @@ if platform.machine() in ('x86_64', 'AMD64'):
     # By default, TensorFlow uses oneDNN only where the processor has AVX-512 VNNI or the like.
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 try:
+    ensure_avx()
     import numpy as np
     import orjson
     import PIL
@@ -411,10 +461,10 @@ try:
 
     with silenced_libraries():
         import tensorflow as tf
-except ModuleNotFoundError as error:
+except ImportError as error:
     if __name__ != '__main__':
         raise
-    sys.exit(f'ERROR: {error}. Run `. .venv/bin/activate` first, as README.md shows.')
+    sys.exit(f'ERROR: {explain_import_error(error)}')
 
 from google.protobuf.message import DecodeError
 from tensorflow.compat.v1 import AttrValue, GraphDef, NodeDef, Summary
@@ -459,13 +509,29 @@ class OptionalOutput:
             return len(text)
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 is_stopped = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:
-    """Sets what Ctrl-C and SIGTERM do."""
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+    """Sets what Ctrl-C and SIGTERM do. Only the main thread of a program can do that."""
+    with contextlib.suppress(ValueError):
+        for number in STOP_SIGNALS:
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Has Ctrl-C and SIGTERM stop the run inside. A notebook gets back what they did before."""
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    on_stop_signals(stop_run)
+    try:
+        yield
+    finally:
+        for number, handler in zip(STOP_SIGNALS, handlers, strict=True):
+            # In another thread, nothing was set. A handler of another language is None.
+            with contextlib.suppress(ValueError, TypeError):
+                signal.signal(number, handler)
 
 
 def stop_run(*signal_and_frame: object) -> None:
@@ -503,26 +569,31 @@ def describe(error: BaseException) -> str:
 
 
 def run(job: Callable, flags: argparse.Namespace) -> None:
-    """Calls job(flags). If that fails, the program ends with a line and an exit code."""
+    """Calls job(flags). If that fails, the program ends with a line and an exit code.
+
+    It may be a notebook or another program, and any of its threads.
+    """
     is_stopped.clear()
-    with contextlib.suppress(ValueError):  # only the main thread of a program gets signals
-        on_stop_signals(stop_run)
     sys.stdout = OptionalOutput(sys.stdout or open(os.devnull, 'w'))  # type: ignore[assignment]
     sys.stderr = OptionalOutput(sys.stderr or open(os.devnull, 'w'))  # type: ignore[assignment]
     advice = 'What was computed so far is kept: fix this, and run the same command again.'
     try:
-        job(flags)
+        with stoppable():
+            job(flags)
+        return
     except UserError as error:
-        sys.exit('ERROR: ' + str(error).replace('\n', ' '))
+        problem = str(error)
     except MemoryError:
-        sys.exit(f'ERROR: the memory is full. Close other programs, or lower the sizes. {advice}')
+        problem = f'the memory is full. Close other programs, or lower the sizes. {advice}'
     except (tf.errors.OpError, OSError, UnicodeError) as error:
-        reason = describe(error).replace('\n', ' ')
-        sys.exit(f'ERROR: {reason}. {advice}')
+        problem = f'{describe(error)}. {advice}'
     except KeyboardInterrupt:
         kept = 'All bottlenecks computed so far are kept: the same command goes on.'
         print(f'\nStopped. {kept}', file=sys.stderr)
         sys.exit(130)
+    # Not by sys.exit(), whose text only the main thread shows.
+    print('ERROR:', problem.replace('\n', ' '), file=sys.stderr)
+    sys.exit(1)
 
 
 # Files
@@ -571,6 +642,26 @@ def write_whole(path: str, contents: bytes) -> None:
         with contextlib.suppress(tf.errors.OpError):
             gfile.remove(temporary)
         raise
+
+
+def to_file_name(text: str) -> str:
+    """Returns a text as the name of a file or folder. Windows forbids more names than others do.
+
+    Its rules are in https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+    """
+    name = text.replace('/', '_')
+    if os.sep == '\\':
+        name = re.sub(r'[<>:"|?*\\\x00-\x1f]', '_', name)
+        name = re.sub(r'[. ]$', '_', name)
+        devices = r'(con|prn|aux|nul|(com|lpt)[0-9¹²³]) *(\.|$)'
+        if re.match(devices, name, re.IGNORECASE):
+            name = f'_{name}'
+    return name
+
+
+def is_too_long(path: str) -> bool:
+    """Tells whether Windows, by its default settings, refuses a path for its length."""
+    return os.sep == '\\' and len(os.path.abspath(path)) >= 260
 
 
 def ensure_writable_dir(path: str, flag: str) -> None:
@@ -791,8 +882,11 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
     that were trained on yesterday would be tested with today. So the set depends on nothing but the
     path: its hash becomes a percentage, p. For 'data/cat/cat.0.jpg', p is 15.728: with 10 % for
     each, validation has p below 10, testing has p below 20, and training has the rest.
+
+    On Windows, the original hashed 'data\\cat\\cat.0.jpg'. Here, a set is the same everywhere.
     """
-    digest = int(hashlib.sha1(get_stem(path).encode()).hexdigest(), 16)
+    stem = get_stem(path.replace(os.sep, '/'))
+    digest = int(hashlib.sha1(stem.encode()).hexdigest(), 16)
     share = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
     percentage_hash = share * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
     if percentage_hash < validation_percentage:
@@ -810,7 +904,7 @@ def get_set_of_file(
     The sets of set_folders, {folder: set}, are those of the folders. Others are drawn from the
     training images by get_set().
     """
-    of_folder = set_folders.get(file.split('/')[0], 'training')
+    of_folder = set_folders.get(pathlib.PurePath(file).parts[0], 'training')
     if of_folder != 'training':
         return of_folder
     testing, validation = percentages
@@ -1332,7 +1426,7 @@ def extract(archive: bytes, name: str) -> bytes:
             return b''
         with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
             for member in tar:
-                if member.isfile() and os.path.normpath(member.name) == name:
+                if member.isfile() and posixpath.normpath(member.name) == name:
                     file = tar.extractfile(member)
                     return file.read() if file else b''
     except (EOFError, OSError, zlib.error, tarfile.TarError):
@@ -1553,7 +1647,7 @@ def load_tfhub_module(handle: str) -> Backbone:
     graph_def = prepend_decoding(plain, frozen.inputs[0].name, pixels, 'module')
     graph_def = extract_sub_graph(graph_def, ['module/bottleneck'])
     # The suffix is that of the retrain script of TensorFlow Hub.
-    suffix = '_' + re.sub(r'[:/]+', '~', handle.rstrip('/'))[-100:]
+    suffix = '_' + to_file_name(re.sub(r'[:/]+', '~', handle.rstrip('/')))[-100:]
     checksum = get_folder_checksum(path)
     return Backbone(handle, graph_def, checksum, 'module/bottleneck', size, pixels, suffix)
 
@@ -2158,7 +2252,11 @@ class BottleneckCache:
             if not self.record(row, digest, outcome, header):
                 return
             write_whole(path, text)
-        except tf.errors.InvalidArgumentError:
+        except tf.errors.OpError as error:
+            # The path of the record is the longer one.
+            is_refused = isinstance(error, tf.errors.InvalidArgumentError)
+            if not is_refused and not is_too_long(self.record_paths[row]):
+                raise
             problem = 'the name is too long. Each run computes this bottleneck.'
             tqdm.write(f'WARNING: {escape(path)}: {problem}')
             return
@@ -3162,6 +3260,7 @@ SAMPLE = 100_000  # ... so many of them
 def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
     """Removes the logs of earlier runs, but not what another run has written since `started`."""
     is_shared = False
+    locked = []
     for name in SUMMARY_FOLDERS:
         folder = os.path.join(summaries_dir, name)
         for file in list_dir(folder):
@@ -3172,8 +3271,17 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
             if started.timestamp() < modified <= time.time():  # not in the future: clocks are set
                 is_shared = True
                 continue
-            with contextlib.suppress(tf.errors.OpError):  # another run may have removed it
+            try:
                 gfile.remove(path)
+            except tf.errors.NotFoundError:
+                pass  # another run has removed it
+            except tf.errors.OpError:
+                locked.append(path)
+    if locked:
+        print(
+            f'WARNING: logs of an earlier run stay, as they cannot be removed: {name_some(locked)}.'
+            ' On Windows, end TensorBoard before the next run.'
+        )
     if is_shared:
         print(
             f'WARNING: another run logs to {summaries_dir} at the same time. Name another '

@@ -20,12 +20,14 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import platform
 import re
 import shutil
 import signal
 import stat
 import sys
+import tempfile
 import uuid
 import warnings
 import zlib
@@ -126,16 +128,49 @@ def prepare_process() -> None:
 
 @contextlib.contextmanager
 def silenced_libraries() -> Iterator[None]:
-    """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level."""
-    stderr = os.dup(2)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 2)
+    """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level.
+
+    If they cannot be loaded, it is shown, as it may say why.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed, as in programs of Windows that have no console
+        yield
+        return
+    try:
+        hidden: Any = tempfile.TemporaryFile()
+    except OSError:  # there is no folder for it
+        hidden = open(os.devnull, 'rb+', buffering=0)
+    os.dup2(hidden.fileno(), 2)
     try:
         yield
+    except Exception:
+        hidden.seek(0)
+        os.write(stderr, hidden.read())
+        raise
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(silence)
+        hidden.close()
+
+
+def ensure_avx() -> None:
+    """Raises ImportError on a processor without AVX: TensorFlow would abort the whole process."""
+    try:
+        with open('/proc/cpuinfo') as file:
+            found = re.search(r'^flags\s*:(.*)', file.read(), re.MULTILINE)
+    except OSError:  # not Linux
+        return
+    if found and 'avx' not in found[1].split():  # ARM processors have no flags
+        raise ImportError('this processor has no AVX instructions, which TensorFlow needs')
+
+
+def explain_import_error(error: ImportError) -> str:
+    """Returns what to do about a package that cannot be imported."""
+    if not isinstance(error, ModuleNotFoundError):
+        return f'{error}. See "Problems" in README.md.'
+    activate = r'.venv\Scripts\activate' if os.sep == '\\' else '. .venv/bin/activate'
+    return f'{error}. Run `{activate}` first, as README.md shows.'
 
 
 if __name__ == '__main__':
@@ -152,6 +187,7 @@ if platform.machine() in ('x86_64', 'AMD64'):
     # By default, TensorFlow uses oneDNN only where the processor has AVX-512 VNNI or the like.
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 try:
+    ensure_avx()
     import numpy as np
     import PIL
     from PIL import ExifTags, Image, ImageDraw, ImageFont
@@ -159,10 +195,10 @@ try:
 
     with silenced_libraries():
         import tensorflow as tf
-except ModuleNotFoundError as error:
+except ImportError as error:
     if __name__ != '__main__':
         raise
-    sys.exit(f'ERROR: {error}. Run `. .venv/bin/activate` first, as README.md shows.')
+    sys.exit(f'ERROR: {explain_import_error(error)}')
 
 from google.protobuf.message import DecodeError
 from tensorflow.compat.v1 import AttrValue, GraphDef, NodeDef
@@ -413,6 +449,26 @@ def find_images(folder: str, left_out: str | None) -> Iterator[str]:
                 remaining.append(inner)
 
 
+def to_file_name(text: str) -> str:
+    """Returns a text as the name of a file or folder. Windows forbids more names than others do.
+
+    Its rules are in https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+    """
+    name = text.replace('/', '_')
+    if os.sep == '\\':
+        name = re.sub(r'[<>:"|?*\\\x00-\x1f]', '_', name)
+        name = re.sub(r'[. ]$', '_', name)
+        devices = r'(con|prn|aux|nul|(com|lpt)[0-9¹²³]) *(\.|$)'
+        if re.match(devices, name, re.IGNORECASE):
+            name = f'_{name}'
+    return name
+
+
+def is_too_long(path: str) -> bool:
+    """Tells whether Windows, by its default settings, refuses a path for its length."""
+    return os.sep == '\\' and len(os.path.abspath(path)) >= 260
+
+
 def is_same_path(first: str, second: str) -> bool:
     """Tells whether two paths lead to the same place."""
     return os.path.realpath(to_bytes(first)) == os.path.realpath(to_bytes(second))
@@ -447,7 +503,7 @@ def place(path: str, label: str, folder: str) -> None:
     """
     # A label is a line of a file that anybody may have written: not every line can be the name of a
     # folder.
-    folder = os.path.join(folder, re.sub(r'^\.*$', '_', label.replace('/', '_')))
+    folder = os.path.join(folder, re.sub(r'^\.*$', '_', to_file_name(label)))
     stem, extension = os.path.splitext(os.path.basename(path))
     source = os.path.realpath(to_bytes(path))
     try:
@@ -468,7 +524,9 @@ def try_to_place(path: str, label: str, folder: str) -> bool:
     try:
         place(path, label, folder)
     except OSError as error:
-        reason = f"--sort_into: '{path}' cannot be placed in {folder} ({error.strerror})."
+        target = os.fsdecode(error.filename2 or error.filename or '')
+        problem = 'the path is too long for Windows' if is_too_long(target) else error.strerror
+        reason = f"--sort_into: '{path}' cannot be placed in {folder} ({problem})."
         tqdm.write(f'ERROR: {escape(reason)} The others go on.', file=sys.stderr)
         return False
     return True
@@ -478,7 +536,7 @@ def link_or_copy(source: bytes, target: bytes) -> None:
     """Makes a hard link, or a copy that appears whole or not at all."""
     try:
         os.link(source, target)
-    except OSError:
+    except (AttributeError, OSError):  # not all systems have links
         temporary = os.path.join(os.path.dirname(target), f'.{uuid.uuid4().hex[:8]}.tmp'.encode())
         try:
             shutil.copyfile(source, temporary)
@@ -1062,7 +1120,7 @@ class Classes:
 
     def find(self, path: str) -> int | None:
         """Returns the class of the nearest folder above an image that is named like one."""
-        for folder in reversed(path.split('/')[:-1]):
+        for folder in reversed(pathlib.PurePath(path).parts[:-1]):
             if folder in self.indices:
                 return self.indices[folder]
         return None
@@ -1111,7 +1169,7 @@ class Tally:
         """Tells whether the graph was not trained with an image."""
         if self.training is None:
             return True
-        file = path.removeprefix(self.folder).lstrip('/')
+        file = os.path.relpath(path, self.folder)
         _, image_dir, set_folders, percentages, _ = self.training
         return get_set_of_file(image_dir, file, set_folders, percentages) == 'testing'
 
@@ -1135,8 +1193,11 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
     that were trained on yesterday would be tested with today. So the set depends on nothing but the
     path: its hash becomes a percentage, p. For 'data/cat/cat.0.jpg', p is 15.728: with 10 % for
     each, validation has p below 10, testing has p below 20, and training has the rest.
+
+    On Windows, the original hashed 'data\\cat\\cat.0.jpg'. Here, a set is the same everywhere.
     """
-    digest = int(hashlib.sha1(get_stem(path).encode()).hexdigest(), 16)
+    stem = get_stem(path.replace(os.sep, '/'))
+    digest = int(hashlib.sha1(stem.encode()).hexdigest(), 16)
     share = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
     percentage_hash = share * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
     if percentage_hash < validation_percentage:
@@ -1154,7 +1215,7 @@ def get_set_of_file(
     The sets of set_folders, {folder: set}, are those of the folders. Others are drawn from the
     training images by get_set().
     """
-    of_folder = set_folders.get(file.split('/')[0], 'training')
+    of_folder = set_folders.get(pathlib.PurePath(file).parts[0], 'training')
     if of_folder != 'training':
         return of_folder
     testing, validation = percentages

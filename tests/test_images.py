@@ -146,6 +146,7 @@ def test_the_path_is_hashed_as_typed(touch, tmp_path, typed):
         (['d/ /1.jpg', 'd/cat/1.jpg'], 'blank'),
     ],
 )
+@pytest.mark.posix
 def test_folders_that_make_no_classes(touch, files, message):
     os.mkdir('d')
     touch(*files)
@@ -300,6 +301,7 @@ def test_what_the_graph_decodes_is_used(job):
     assert 'Creating' not in job.cache()
 
 
+@pytest.mark.posix
 def test_what_it_cannot_decode_is_named_and_left_out(job):
     job.photographs(cat=4, dog=4)
     for name, (write, _) in BAD.items():
@@ -375,6 +377,7 @@ def cache_as_nobody(job):
         os.seteuid(user)
 
 
+@pytest.mark.posix
 def test_an_image_without_read_permission_is_tried_again(open_job):
     path = open_job.data / 'cat/cat 0.jpg'
     path.chmod(0)
@@ -403,6 +406,7 @@ def test_an_image_that_vanishes_before_it_is_read(job, monkeypatch):
     assert created(job.cache()) == ['cat/cat 0.jpg']
 
 
+@pytest.mark.posix
 def test_names_that_are_not_unicode(job):
     job.photographs(cat=4, dog=4)
     try:
@@ -466,6 +470,7 @@ def test_strict_stops_at_the_first_image_that_cannot_be_read(job, monkeypatch):
     assert created(job.fails('^--strict: ', '--strict')) == []
 
 
+@pytest.mark.posix
 def test_names_that_would_break_a_line_are_escaped(job):
     job.photographs(cat=20, dog=20)
     (job.data / 'cat/cat 1.jpg').rename(job.data / 'cat/new\nline\ttab.jpg')

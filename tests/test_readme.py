@@ -38,6 +38,18 @@ def test_the_first_commands_are_those_of_ci():
     )
 
 
+def test_powershell():
+    """The commands for Windows are those for Linux, in other words."""
+    commands = [text for language, text in read_blocks('README.md') if language == 'sh']
+    (block,) = (text for language, text in read_blocks('README.md') if language == 'powershell')
+    expected = []
+    for command in commands:
+        if command.endswith(CI):
+            words = command.replace('python3', 'python').replace(' && ', '; ')
+            expected.append(words.replace('.venv/bin/', '.venv\\Scripts\\'))
+    assert block.splitlines() == expected
+
+
 def test_main(clone):
     """Each script once in a new interpreter."""
     scripts = 'tf_retrain.py', 'retrain_serving.py', 'tf_test.py'
