@@ -25,7 +25,9 @@ import json
 import math
 import multiprocessing.pool
 import os
+import pathlib
 import platform
+import posixpath
 import re
 import shlex
 import signal
@@ -33,12 +35,14 @@ import socket
 import stat
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import urllib.request
 import uuid
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -77,10 +81,23 @@ BATCH_OR_ALL = checked(
 # Smaller numbers are 0 in float32, and larger ones are not finite.
 RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a number above 0, such as 0.05')
 ADDRESS = checked(str, re.compile(r'grpc://.+:\d{1,5}').fullmatch, 'grpc://HOST:PORT')
-HANDLE = checked(str, bool, 'the URL or folder of a module')
+HANDLE = checked(os.path.expanduser, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
 NODE_PATTERN = re.compile(r'[A-Za-z0-9.][A-Za-z0-9_./-]*')
 NODE_NAME = checked(str, NODE_PATTERN.fullmatch, 'of letters, digits, _ . - /')
+BOOLEAN = checked(
+    lambda text: {'true': True, 'false': False}.get(text.lower()),
+    lambda value: True,
+    'True or False',
+)
+# Tutorials write `--flip_left_right True`, and the original ignored the second word.
+SWITCH: dict[str, Any] = {
+    'nargs': '?',
+    'metavar': 'True',
+    'type': BOOLEAN,
+    'const': True,
+    'default': False,
+}
 
 
 def architecture(text: str) -> str:
@@ -96,6 +113,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--image_dir',
         metavar='DIR',
+        type=os.path.expanduser,
         required=True,
         help='folder with one folder of images per class',
     )
@@ -115,12 +133,13 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         '--strict',
-        action='store_true',
+        **SWITCH,
         help='stop at an image that cannot be read instead of leaving it out',
     )
     group.add_argument(
         '--bottleneck_dir',
         metavar='DIR',
+        type=os.path.expanduser,
         default='/tmp/bottleneck',
         help='cache of the bottlenecks' + DEFAULT,
     )
@@ -141,7 +160,7 @@ def add_search_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('what to look for in the data')
     group.add_argument(
         '--print_duplicates',
-        action='store_true',
+        **SWITCH,
         help='name all near copies among the images, not only ten pairs',
     )
     group.add_argument(
@@ -158,6 +177,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--model_dir',
         metavar='DIR',
+        type=os.path.expanduser,
         default='/tmp/imagenet',
         help='folder of the pretrained model' + DEFAULT,
     )
@@ -240,7 +260,7 @@ def add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         '--print_misclassified_test_images',
-        action='store_true',
+        **SWITCH,
         help='list the misclassified test images',
     )
 
@@ -250,7 +270,7 @@ def add_distortion_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(title)
     group.add_argument(
         '--flip_left_right',
-        action='store_true',
+        **SWITCH,
         help='mirror half of the images at random',
     )
     group.add_argument(
@@ -281,23 +301,27 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--output_graph',
         metavar='FILE',
+        type=os.path.expanduser,
         default='/tmp/output_graph.pb',
         help='the trained graph; the record of the run is FILE.json' + DEFAULT,
     )
     group.add_argument(
         '--optimized_graph',
         metavar='FILE',
+        type=os.path.expanduser,
         help='also write the trained graph for other runtimes',
     )
     group.add_argument(
         '--output_labels',
         metavar='FILE',
+        type=os.path.expanduser,
         default='/tmp/output_labels.txt',
         help='the labels, one per line' + DEFAULT,
     )
     group.add_argument(
         '--summaries_dir',
         metavar='DIR',
+        type=os.path.expanduser,
         default='/tmp/retrain_logs',
         help='logs for TensorBoard' + DEFAULT,
     )
@@ -351,7 +375,11 @@ def create_serving_parser() -> argparse.ArgumentParser:
     help_text = 'the SavedModel, one folder per version (default: %(default)s)'
     group = parser.add_argument_group('serving')
     group.add_argument(
-        '--saved_model_dir', metavar='DIR', default='/tmp/saved_models/1/', help=help_text
+        '--saved_model_dir',
+        metavar='DIR',
+        type=os.path.expanduser,
+        default='/tmp/saved_models/1/',
+        help=help_text,
     )
     return parser
 
@@ -374,16 +402,49 @@ def prepare_process() -> None:
 
 @contextlib.contextmanager
 def silenced_libraries() -> Iterator[None]:
-    """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level."""
-    stderr = os.dup(2)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 2)
+    """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level.
+
+    If they cannot be loaded, it is shown, as it may say why.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed, as in programs of Windows that have no console
+        yield
+        return
+    try:
+        hidden: Any = tempfile.TemporaryFile()
+    except OSError:  # there is no folder for it
+        hidden = open(os.devnull, 'rb+', buffering=0)
+    os.dup2(hidden.fileno(), 2)
     try:
         yield
+    except Exception:
+        hidden.seek(0)
+        os.write(stderr, hidden.read())
+        raise
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(silence)
+        hidden.close()
+
+
+def ensure_avx() -> None:
+    """Raises ImportError on a processor without AVX: TensorFlow would abort the whole process."""
+    try:
+        with open('/proc/cpuinfo') as file:
+            found = re.search(r'^flags\s*:(.*)', file.read(), re.MULTILINE)
+    except OSError:  # not Linux
+        return
+    if found and 'avx' not in found[1].split():  # ARM processors have no flags
+        raise ImportError('this processor has no AVX instructions, which TensorFlow needs')
+
+
+def explain_import_error(error: ImportError) -> str:
+    """Returns what to do about a package that cannot be imported."""
+    if not isinstance(error, ModuleNotFoundError):
+        return f'{error}. See "Problems" in README.md.'
+    activate = r'.venv\Scripts\activate' if os.sep == '\\' else '. .venv/bin/activate'
+    return f'{error}. Run `{activate}` first, as README.md shows.'
 
 
 @contextlib.contextmanager
@@ -411,6 +472,7 @@ if platform.machine() in ('x86_64', 'AMD64'):
     # By default, TensorFlow uses oneDNN only where the processor has AVX-512 VNNI or the like.
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 try:
+    ensure_avx()
     import numpy as np
     import orjson
     import PIL
@@ -419,10 +481,10 @@ try:
 
     with silenced_libraries(), paused_collector():
         import tensorflow as tf
-except ModuleNotFoundError as error:
+except ImportError as error:
     if __name__ != '__main__':
         raise
-    sys.exit(f'ERROR: {error}. Run `. .venv/bin/activate` first, as README.md shows.')
+    sys.exit(f'ERROR: {explain_import_error(error)}')
 
 from google.protobuf.message import DecodeError
 from tensorflow.compat.v1 import AttrValue, GraphDef, NodeDef, Summary
@@ -467,13 +529,29 @@ class OptionalOutput:
             return len(text)
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 is_stopped = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:
-    """Sets what Ctrl-C and SIGTERM do."""
-    signal.signal(signal.SIGINT, handler)
-    signal.signal(signal.SIGTERM, handler)
+    """Sets what Ctrl-C and SIGTERM do. Only the main thread of a program can do that."""
+    with contextlib.suppress(ValueError):
+        for number in STOP_SIGNALS:
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Has Ctrl-C and SIGTERM stop the run inside. A notebook gets back what they did before."""
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    on_stop_signals(stop_run)
+    try:
+        yield
+    finally:
+        for number, handler in zip(STOP_SIGNALS, handlers, strict=True):
+            # In another thread, nothing was set. A handler of another language is None.
+            with contextlib.suppress(ValueError, TypeError):
+                signal.signal(number, handler)
 
 
 def stop_run(*signal_and_frame: object) -> None:
@@ -511,26 +589,31 @@ def describe(error: BaseException) -> str:
 
 
 def run(job: Callable, flags: argparse.Namespace) -> None:
-    """Calls job(flags). If that fails, the program ends with a line and an exit code."""
+    """Calls job(flags). If that fails, the program ends with a line and an exit code.
+
+    It may be a notebook or another program, and any of its threads.
+    """
     is_stopped.clear()
-    with contextlib.suppress(ValueError):  # only the main thread of a program gets signals
-        on_stop_signals(stop_run)
     sys.stdout = OptionalOutput(sys.stdout or open(os.devnull, 'w'))  # type: ignore[assignment]
     sys.stderr = OptionalOutput(sys.stderr or open(os.devnull, 'w'))  # type: ignore[assignment]
     advice = 'What was computed so far is kept: fix this, and run the same command again.'
     try:
-        job(flags)
+        with stoppable():
+            job(flags)
+        return
     except UserError as error:
-        sys.exit('ERROR: ' + str(error).replace('\n', ' '))
+        problem = str(error)
     except MemoryError:
-        sys.exit(f'ERROR: the memory is full. Close other programs, or lower the sizes. {advice}')
+        problem = f'the memory is full. Close other programs, or lower the sizes. {advice}'
     except (tf.errors.OpError, OSError, UnicodeError) as error:
-        reason = describe(error).replace('\n', ' ')
-        sys.exit(f'ERROR: {reason}. {advice}')
+        problem = f'{describe(error)}. {advice}'
     except KeyboardInterrupt:
         kept = 'All bottlenecks computed so far are kept: the same command goes on.'
         print(f'\nStopped. {kept}', file=sys.stderr)
         sys.exit(130)
+    # Not by sys.exit(), whose text only the main thread shows.
+    print('ERROR:', problem.replace('\n', ' '), file=sys.stderr)
+    sys.exit(1)
 
 
 # Files
@@ -579,6 +662,26 @@ def write_whole(path: str, contents: bytes) -> None:
         with contextlib.suppress(tf.errors.OpError):
             gfile.remove(temporary)
         raise
+
+
+def to_file_name(text: str) -> str:
+    """Returns a text as the name of a file or folder. Windows forbids more names than others do.
+
+    Its rules are in https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+    """
+    name = text.replace('/', '_')
+    if os.sep == '\\':
+        name = re.sub(r'[<>:"|?*\\\x00-\x1f]', '_', name)
+        name = re.sub(r'[. ]$', '_', name)
+        devices = r'(con|prn|aux|nul|(com|lpt)[0-9¹²³]) *(\.|$)'
+        if re.match(devices, name, re.IGNORECASE):
+            name = f'_{name}'
+    return name
+
+
+def is_too_long(path: str) -> bool:
+    """Tells whether Windows, by its default settings, refuses a path for its length."""
+    return os.sep == '\\' and len(os.path.abspath(path)) >= 260
 
 
 def ensure_writable_dir(path: str, flag: str) -> None:
@@ -690,7 +793,20 @@ IMAGE_EXTENSIONS = (
     *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.webp', '.avif', '.bmp'),
     *('.tif', '.tiff', '.jp2', '.heic', '.heif'),
 )
+# Cameras and editors write these, and nothing here reads them.
+UNREAD_EXTENSIONS = (
+    *('.cr2', '.cr3', '.nef', '.arw', '.dng', '.orf', '.raf', '.rw2', '.pef', '.srw'),
+    *('.mov', '.mp4', '.psd', '.jxl', '.eps', '.svg', '.pdf'),
+)
 SETS = ('training', 'validation', 'testing')
+# Folders of images that are split already, in any case of the letters, and their sets.
+SET_FOLDERS = {
+    'train': 'training',
+    'val': 'validation',
+    'valid': 'validation',
+    'validation': 'validation',
+    'test': 'testing',
+}
 UNSURE = 'unsure'  # printed in place of a label below --min_score
 UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
 FEW_IMAGES = 20  # per class: with fewer, the original warns
@@ -706,6 +822,8 @@ class Images:
     files: np.ndarray  # 'class folder/file' of each image
     classes: np.ndarray  # indices into labels
     sets: np.ndarray  # one of SETS for each image
+    # {folder: its set} if the images are split already: then files are 'folder/class folder/file'
+    set_folders: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def paths(self) -> list[str]:
@@ -764,11 +882,12 @@ def create_rng(seed: int | None, use: str) -> np.random.Generator:
 def get_label(folder: str) -> str:
     """Returns the label of a class folder.
 
-    It is in lower case, with one space for every run of characters other than a-z and 0-9. The
-    original gave every folder without such characters the label ' '; here it keeps its name.
+    It is in lower case, with one space for every run of characters other than a-z and 0-9 between
+    others. The original gave every folder without such characters the label ' '; here it keeps its
+    name.
     """
-    label = re.sub(r'[^a-z0-9]+', ' ', folder.lower())
-    return label if label.strip() else ' '.join(folder.split())
+    label = re.sub(r'[^a-z0-9]+', ' ', folder.lower()).strip()
+    return label or ' '.join(folder.split())
 
 
 def get_stem(path: str) -> str:
@@ -783,8 +902,11 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
     that were trained on yesterday would be tested with today. So the set depends on nothing but the
     path: its hash becomes a percentage, p. For 'data/cat/cat.0.jpg', p is 15.728: with 10 % for
     each, validation has p below 10, testing has p below 20, and training has the rest.
+
+    On Windows, the original hashed 'data\\cat\\cat.0.jpg'. Here, a set is the same everywhere.
     """
-    digest = int(hashlib.sha1(get_stem(path).encode()).hexdigest(), 16)
+    stem = get_stem(path.replace(os.sep, '/'))
+    digest = int(hashlib.sha1(stem.encode()).hexdigest(), 16)
     share = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
     percentage_hash = share * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
     if percentage_hash < validation_percentage:
@@ -794,9 +916,40 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
     return 'training'
 
 
+def get_set_of_file(
+    image_dir: str, file: str, set_folders: dict[str, str], percentages: tuple[int, int]
+) -> str:
+    """Returns the set of an image, 'class folder/file' or 'set folder/class folder/file'.
+
+    The sets of set_folders, {folder: set}, are those of the folders. Others are drawn from the
+    training images by get_set().
+    """
+    of_folder = set_folders.get(pathlib.PurePath(file).parts[0], 'training')
+    if of_folder != 'training':
+        return of_folder
+    testing, validation = percentages
+    if 'testing' in set_folders.values():
+        testing = 0
+    if 'validation' in set_folders.values():
+        validation = 0
+    return get_set(os.path.join(image_dir, file), testing, validation)
+
+
 def is_image(name: str) -> bool:
     """Tells whether a file is taken for an image: by its extension, if it is not hidden."""
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.')
+
+
+def count_images(path: str) -> int:
+    """Returns how many images are in a folder and below it."""
+    return sum(is_image(name) for _, _, names in gfile.walk(path) for name in names)
+
+
+def name_passed_over(path: str) -> str:
+    """Returns the name of what is passed over in a class folder, and how many images are below."""
+    name = os.path.basename(path)
+    below = count_images(path) if gfile.isdir(path) else 0
+    return f'{name} ({below} images below it)' if below else name
 
 
 def list_class_folder(path: str) -> list[str]:
@@ -805,10 +958,31 @@ def list_class_folder(path: str) -> list[str]:
     images = [name for name in names if is_image(name)]
     others = [name for name in names if not is_image(name)]
     if others:
-        print(f'{escape(path)}: {len(images)} images; passed over: {name_some(others)}')
+        named = [name_passed_over(os.path.join(path, name)) for name in others]
+        print(f'{escape(path)}: {len(images)} images; passed over: {name_some(named)}')
     if not images:
         print(f'WARNING: {escape(path)} has no images. It is not used as a class.')
+    warn_of_unused(path, others)
     return images
+
+
+def warn_of_unused(path: str, others: list[str]) -> None:
+    """Warns of photographs in a class folder that are not used: in folders, or not read."""
+    folders = [name for name in others if gfile.isdir(os.path.join(path, name))]
+    below = sum(count_images(os.path.join(path, name)) for name in folders)
+    if below:
+        print(
+            f'WARNING: {escape(path)} has {below} images in folders inside it, which are not used. '
+            'Move those that belong to this class into the class folder itself.'
+        )
+    extensions = [os.path.splitext(name)[1].lower() for name in others]
+    unread = Counter(extension for extension in extensions if extension in UNREAD_EXTENSIONS)
+    if unread:
+        kinds = ', '.join(f'{count} {extension}' for extension, count in sorted(unread.items()))
+        print(
+            f'WARNING: {escape(path)} has photographs of kinds that are not read: {kinds}. Save '
+            'them as JPEG.'
+        )
 
 
 def list_class_folders(image_dir: str) -> dict[str, list[str]]:
@@ -855,13 +1029,31 @@ def get_labels(image_dir: str, folders: list[str]) -> list[str]:
                 f"{paths[label]} and {path} have the same label '{label}'. Rename or merge them."
             )
         paths[label] = path
+    warn_of_labels(paths)
+    return list(paths)
+
+
+def warn_of_labels(paths: dict[str, str]) -> None:
+    """Warns of {label: class folder} where users may not get what they mean."""
+    for label, path in paths.items():
+        name = os.path.basename(path)
+        has_lost = re.search(r'[^A-Za-z0-9 _.,-]|^-', name) and label != name
+        if has_lost:
+            print(
+                f"WARNING: the label of {path} is '{label}', as only a-z and 0-9 stay. Rename the "
+                'folder if you want another one.'
+            )
+        if re.fullmatch('|'.join(SET_FOLDERS), re.sub(r'[ _-]?[0-9]+$', '', name.lower())):
+            print(
+                f"WARNING: {path} is used as a class, '{label}'. If it holds images of several "
+                'classes, move it elsewhere.'
+            )
     for word, flag in ((UNSURE, '--min_score'), (UNKNOWN, '--unknown')):
         if word in paths:
             print(
                 f"WARNING: '{word}' is what tf_test.py {flag} says of images that it leaves "
                 f'unlabeled. Rename {paths[word]}, or it will refuse this flag.'
             )
-    return list(paths)
 
 
 def ensure_image_dir(image_dir: str) -> None:
@@ -872,10 +1064,72 @@ def ensure_image_dir(image_dir: str) -> None:
         )
 
 
+def has_class_folders(path: str) -> bool:
+    """Tells whether a folder has folders with images."""
+    folders = [name for name in list_dir(path) if not name.startswith('.')]
+    return any(any(map(is_image, list_dir(os.path.join(path, name)))) for name in folders)
+
+
+def find_set_folders(image_dir: str) -> dict[str, str]:
+    """Returns {folder: set} if the images are split already; {} if their folders are classes.
+
+    They are split if there is a folder train/, with class folders, beside folders of other sets.
+    Raises UserError if others lie beside these, or if they have images and no class folders.
+    """
+    names = [name for name in list_dir(image_dir) if not name.startswith('.')]
+    found = {name: SET_FOLDERS[name.lower()] for name in names if name.lower() in SET_FOLDERS}
+    if 'training' not in found.values() or len(found) < 2:
+        return {}
+    split = {name for name in found if has_class_folders(os.path.join(image_dir, name))}
+    if 'training' not in {found[name] for name in split}:
+        if set(names) <= set(found):
+            raise UserError(
+                f"--image_dir: '{image_dir}' has {', '.join(found)}, without class folders. Make "
+                f'one folder per class in each of them, or in {image_dir} itself.'
+            )
+        return {}
+    for name in names:
+        path = os.path.join(image_dir, name)
+        if name not in found and (is_image(name) or count_images(path)):
+            raise UserError(
+                f"--image_dir: '{image_dir}' has the sets {', '.join(found)}, and so '{path}' is "
+                'in none of them. Move it elsewhere.'
+            )
+        if name in found and name not in split:
+            print(f'WARNING: {path} has no class folders. It is left alone.')
+    return {name: found[name] for name in found if name in split}
+
+
+def list_split_folders(image_dir: str, set_folders: dict[str, str]) -> dict[str, list[str]]:
+    """Returns {class folder: its images, 'set folder/class folder/file'} of images in sets.
+
+    Raises UserError if a class is missing in the training set, and warns of one that is missing in
+    another.
+    """
+    listed = {name: list_class_folders(os.path.join(image_dir, name)) for name in set_folders}
+    classes = sorted(set().union(*listed.values()))
+    files: dict[str, list[str]] = {name: [] for name in classes}
+    for set_folder, folders in listed.items():
+        path = os.path.join(image_dir, set_folder)
+        missing = [name for name in classes if name not in folders]
+        if missing and set_folders[set_folder] == 'training':
+            raise UserError(f'{path} has no images of: {name_some(missing)}. Add some there.')
+        if missing:
+            print(f'WARNING: {path} has no images of: {name_some(missing)}')
+        for name, images in folders.items():
+            files[name] += [os.path.join(set_folder, name, image) for image in images]
+    return files
+
+
 def list_images(flags: argparse.Namespace) -> Images:
     """Returns the images of the class folders; raises UserError for fewer than two classes."""
     image_dir = flags.image_dir
-    folders = list_class_folders(image_dir)
+    set_folders = find_set_folders(image_dir)
+    if set_folders:
+        folders = list_split_folders(image_dir, set_folders)
+    else:
+        listed = list_class_folders(image_dir).items()
+        folders = {name: [os.path.join(name, image) for image in images] for name, images in listed}
     report_small_folders(image_dir, folders)
     labels = get_labels(image_dir, list(folders))
     if len(labels) < 2:
@@ -883,17 +1137,31 @@ def list_images(flags: argparse.Namespace) -> Images:
             f"--image_dir: '{image_dir}' has {len(labels) or 'no'} class folder with images. "
             'Two or more are needed: put the images of each class into a folder of its own.'
         )
-    files = [os.path.join(folder, name) for folder, names in folders.items() for name in names]
-    sizes = [len(names) for names in folders.values()]
+    files = [file for names in folders.values() for file in names]
     percentages = flags.testing_percentage, flags.validation_percentage
-    sets = [get_set(os.path.join(image_dir, file), *percentages) for file in files]
-    return Images(
+    sets = [get_set_of_file(image_dir, file, set_folders, percentages) for file in files]
+    images = Images(
         folder=image_dir,
         labels=labels,
         files=np.array(files, object),
-        classes=np.repeat(np.arange(len(labels)), sizes),
+        classes=np.repeat(np.arange(len(labels)), [len(names) for names in folders.values()]),
         sets=np.array(sets),
+        set_folders=set_folders,
     )
+    if set_folders:
+        report_set_folders(images)
+    return images
+
+
+def report_set_folders(images: Images) -> None:
+    """Prints how many images are in the sets of the folders."""
+    folders = {of: name for name, of in images.set_folders.items()}
+    train = folders['training']
+    counts = []
+    for name in SETS:
+        where = folders.get(name, f'{name} drawn from {train}')
+        counts.append(f'{len(images.rows[name])} {where}')
+    print(f'The sets are those of the folders: {", ".join(counts)}.')
 
 
 def check_sets(images: Images, flags: argparse.Namespace) -> None:
@@ -1178,7 +1446,7 @@ def extract(archive: bytes, name: str) -> bytes:
             return b''
         with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
             for member in tar:
-                if member.isfile() and os.path.normpath(member.name) == name:
+                if member.isfile() and posixpath.normpath(member.name) == name:
                     file = tar.extractfile(member)
                     return file.read() if file else b''
     except (EOFError, OSError, zlib.error, tarfile.TarError):
@@ -1399,7 +1667,7 @@ def load_tfhub_module(handle: str) -> Backbone:
     graph_def = prepend_decoding(plain, frozen.inputs[0].name, pixels, 'module')
     graph_def = extract_sub_graph(graph_def, ['module/bottleneck'])
     # The suffix is that of the retrain script of TensorFlow Hub.
-    suffix = '_' + re.sub(r'[:/]+', '~', handle.rstrip('/'))[-100:]
+    suffix = '_' + to_file_name(re.sub(r'[:/]+', '~', handle.rstrip('/')))[-100:]
     checksum = get_folder_checksum(path)
     return Backbone(handle, graph_def, checksum, 'module/bottleneck', size, pixels, suffix)
 
@@ -2004,7 +2272,11 @@ class BottleneckCache:
             if not self.record(row, digest, outcome, header):
                 return
             write_whole(path, text)
-        except tf.errors.InvalidArgumentError:
+        except tf.errors.OpError as error:
+            # The path of the record is the longer one.
+            is_refused = isinstance(error, tf.errors.InvalidArgumentError)
+            if not is_refused and not is_too_long(self.record_paths[row]):
+                raise
             problem = 'the name is too long. Each run computes this bottleneck.'
             tqdm.write(f'WARNING: {escape(path)}: {problem}')
             return
@@ -2803,34 +3075,38 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
     if high - low > 0.1:
         advice = f' About {4 * count} test images would halve the width of the interval.'
     print(f'95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%.{advice}')
-    print_table(tested, images.labels, f'{flags.output_graph}.json')
+    print_table(tested.classes, tested.predictions, images.labels)
+    if len(images.labels) > TABLE_CLASSES:
+        print(f'{flags.output_graph}.json has the counts of all classes.')
     if flags.print_misclassified_test_images:
         print('=== MISCLASSIFIED TEST IMAGES ===')
         for row, predicted in tested.misclassified:
             print(escape(f'{images.paths[row]:>70}  {images.labels[predicted]}'))
 
 
-def print_table(tested: Tested, labels: list[str], record: str) -> None:
-    """Prints a line per class. Of many classes, it prints only those with the most errors."""
+def print_table(classes: np.ndarray, predictions: np.ndarray, labels: list[str]) -> None:
+    """Prints a line per class on the true classes, int [N], and the predicted ones of N images.
+
+    Of many classes, it prints only those with the most errors.
+    """
     shown = list(range(len(labels)))
     if len(labels) > TABLE_CLASSES:
-        errors = np.bincount(tested.classes[tested.is_wrong], minlength=len(labels))
+        errors = np.bincount(classes[predictions != classes], minlength=len(labels))
         shown = np.argsort(-errors, kind='stable')[:WORST_CLASSES].tolist()
     width = min(max(len('class'), *(len(labels[index]) for index in shown)), 24)
     print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
     for index in shown:
-        print(f'{labels[index]:{width}}  {describe_class(tested, index, labels)}')
+        numbers = describe_class(classes == index, predictions, index, labels)
+        print(f'{labels[index]:{width}}  {numbers}')
     if len(shown) < len(labels):
-        print(
-            f'These {len(shown)} of {len(labels):,} classes have the most errors. {record} has the '
-            'counts of all.'
-        )
+        print(f'These {len(shown)} of {len(labels):,} classes have the most errors.')
 
 
-def describe_class(tested: Tested, index: int, labels: list[str]) -> str:
-    """Returns the numbers of a class in the table."""
-    is_own = tested.classes == index
-    is_predicted = tested.predictions == index
+def describe_class(
+    is_own: np.ndarray, predictions: np.ndarray, index: int, labels: list[str]
+) -> str:
+    """Returns the numbers of a class in the table; is_own, bool [N], has its own images."""
+    is_predicted = predictions == index
     right = (is_own & is_predicted).sum()
     wrong = is_own.sum() - right
     precision = f'{"-":>9}'
@@ -2838,7 +3114,7 @@ def describe_class(tested: Tested, index: int, labels: list[str]) -> str:
         precision = f'{100 * right / is_predicted.sum():8.1f}%'
     worst = ''
     if wrong:
-        others = np.bincount(tested.predictions[is_own & ~is_predicted])
+        others = np.bincount(predictions[is_own & ~is_predicted])
         worst = f'  {labels[others.argmax()]} ({others.max()})'
     return f'{is_own.sum():6}  {right:6}  {wrong:6}  {precision}{worst}'
 
@@ -2907,7 +3183,13 @@ def create_writers(
         write_whole(flags.output_graph, contents)
 
     def write_labels() -> None:
-        write_whole(flags.output_labels, ''.join(f'{label}\n' for label in head.labels).encode())
+        contents = ''.join(f'{label}\n' for label in head.labels).encode()
+        if gfile.exists(flags.output_labels) and open_file(flags.output_labels).read() != contents:
+            print(
+                f'WARNING: {flags.output_labels} had other labels, or another order. Replace it '
+                'together with the graph wherever they are used.'
+            )
+        write_whole(flags.output_labels, contents)
 
     def write_optimized_graph() -> None:
         shape = [None, *backbone.pixels.size, 3]
@@ -2956,6 +3238,7 @@ def create_record(
     }
     record['labels'] = images.labels
     record['folders'] = images.folders
+    record['set_folders'] = images.set_folders
     record['images'] = {
         name: dict(zip(images.labels, counts.tolist(), strict=True))
         for name, counts in images.counts.items()
@@ -2997,6 +3280,7 @@ SAMPLE = 100_000  # ... so many of them
 def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
     """Removes the logs of earlier runs, but not what another run has written since `started`."""
     is_shared = False
+    locked = []
     for name in SUMMARY_FOLDERS:
         folder = os.path.join(summaries_dir, name)
         for file in list_dir(folder):
@@ -3007,8 +3291,17 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
             if started.timestamp() < modified <= time.time():  # not in the future: clocks are set
                 is_shared = True
                 continue
-            with contextlib.suppress(tf.errors.OpError):  # another run may have removed it
+            try:
                 gfile.remove(path)
+            except tf.errors.NotFoundError:
+                pass  # another run has removed it
+            except tf.errors.OpError:
+                locked.append(path)
+    if locked:
+        print(
+            f'WARNING: logs of an earlier run stay, as they cannot be removed: {name_some(locked)}.'
+            ' On Windows, end TensorBoard before the next run.'
+        )
     if is_shared:
         print(
             f'WARNING: another run logs to {summaries_dir} at the same time. Name another '
@@ -3303,7 +3596,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
 
 def find_free_version(saved_model_dir: str) -> str:
     """Returns the folder beside `saved_model_dir` whose name is the next free version."""
-    parent = os.path.dirname(saved_model_dir.rstrip('/'))
+    parent = os.path.dirname(saved_model_dir.rstrip(f'/{os.sep}'))
     versions = [int(name) for name in list_dir(parent or '.') if name.isdecimal()]
     return os.path.join(parent, str(max(versions, default=0) + 1))
 
@@ -3311,7 +3604,7 @@ def find_free_version(saved_model_dir: str) -> str:
 def check_saved_model_dir(saved_model_dir: str) -> None:
     """Raises UserError if the SavedModel could not be written there, or would replace another."""
     flag = '--saved_model_dir'
-    folder = saved_model_dir.rstrip('/')
+    folder = saved_model_dir.rstrip(f'/{os.sep}')
     if not folder:
         raise UserError(f'{flag}: name a folder, such as trained_model_serving/1.')
     if gfile.exists(folder) and not gfile.isdir(folder):
@@ -3415,7 +3708,7 @@ def write_saved_model(classifier: Classifier, saved_model_dir: str) -> str:
     The folder appears whole or not at all, as a server may be watching. It is another free version
     if `saved_model_dir` is no longer empty.
     """
-    saved_model_dir = saved_model_dir.rstrip('/')
+    saved_model_dir = saved_model_dir.rstrip(f'/{os.sep}')
     temporary = os.path.join(os.path.dirname(saved_model_dir), f'.{uuid.uuid4().hex[:8]}.tmp')
     signatures = {'serving_default': classifier.predict, 'predict_rows': classifier.predict_rows}
     try:

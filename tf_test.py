@@ -20,16 +20,17 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import platform
 import re
 import shutil
 import signal
 import stat
 import sys
+import tempfile
 import uuid
 import warnings
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -63,9 +64,16 @@ def create_labeling_parser() -> argparse.ArgumentParser:
     score = checked(float, lambda value: 0 <= value <= 1, 'from 0 to 1')
     percentage = checked(float, lambda value: 0 <= value < 100, 'from 0 to below 100')
     images = 'an image file, a folder of them, or - to read paths from standard input'
-    parser.add_argument('images', metavar='IMAGE', nargs='+', help=images)
-    parser.add_argument('graph', metavar='GRAPH', help='the --output_graph of the training')
-    parser.add_argument('labels', metavar='LABELS', help='the --output_labels of the training')
+    parser.add_argument('images', metavar='IMAGE', nargs='+', type=os.path.expanduser, help=images)
+    parser.add_argument(
+        'graph', metavar='GRAPH', type=os.path.expanduser, help='the --output_graph of the training'
+    )
+    parser.add_argument(
+        'labels',
+        metavar='LABELS',
+        type=os.path.expanduser,
+        help='the --output_labels of the training',
+    )
     parser.add_argument(
         '--top',
         metavar='N',
@@ -87,9 +95,17 @@ def create_labeling_parser() -> argparse.ArgumentParser:
         action='store_true',
         help='turn images as their EXIF orientation says; use it if the training did',
     )
-    parser.add_argument('--sort_into', metavar='DIR', help='link each image into DIR/<label>/')
     parser.add_argument(
-        '--heatmap', metavar='FILE', help='of one image: draw which pixels speak for the best label'
+        '--sort_into',
+        metavar='DIR',
+        type=os.path.expanduser,
+        help='link each image into DIR/<label>/',
+    )
+    parser.add_argument(
+        '--heatmap',
+        metavar='FILE',
+        type=os.path.expanduser,
+        help='of one image: draw which pixels speak for the best label',
     )
     return parser
 
@@ -112,16 +128,49 @@ def prepare_process() -> None:
 
 @contextlib.contextmanager
 def silenced_libraries() -> Iterator[None]:
-    """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level."""
-    stderr = os.dup(2)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 2)
+    """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level.
+
+    If they cannot be loaded, it is shown, as it may say why.
+    """
+    try:
+        stderr = os.dup(2)
+    except OSError:  # it is closed, as in programs of Windows that have no console
+        yield
+        return
+    try:
+        hidden: Any = tempfile.TemporaryFile()
+    except OSError:  # there is no folder for it
+        hidden = open(os.devnull, 'rb+', buffering=0)
+    os.dup2(hidden.fileno(), 2)
     try:
         yield
+    except Exception:
+        hidden.seek(0)
+        os.write(stderr, hidden.read())
+        raise
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(silence)
+        hidden.close()
+
+
+def ensure_avx() -> None:
+    """Raises ImportError on a processor without AVX: TensorFlow would abort the whole process."""
+    try:
+        with open('/proc/cpuinfo') as file:
+            found = re.search(r'^flags\s*:(.*)', file.read(), re.MULTILINE)
+    except OSError:  # not Linux
+        return
+    if found and 'avx' not in found[1].split():  # ARM processors have no flags
+        raise ImportError('this processor has no AVX instructions, which TensorFlow needs')
+
+
+def explain_import_error(error: ImportError) -> str:
+    """Returns what to do about a package that cannot be imported."""
+    if not isinstance(error, ModuleNotFoundError):
+        return f'{error}. See "Problems" in README.md.'
+    activate = r'.venv\Scripts\activate' if os.sep == '\\' else '. .venv/bin/activate'
+    return f'{error}. Run `{activate}` first, as README.md shows.'
 
 
 if __name__ == '__main__':
@@ -138,6 +187,7 @@ if platform.machine() in ('x86_64', 'AMD64'):
     # By default, TensorFlow uses oneDNN only where the processor has AVX-512 VNNI or the like.
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 try:
+    ensure_avx()
     import numpy as np
     import PIL
     from PIL import ExifTags, Image, ImageDraw, ImageFont
@@ -145,10 +195,10 @@ try:
 
     with silenced_libraries():
         import tensorflow as tf
-except ModuleNotFoundError as error:
+except ImportError as error:
     if __name__ != '__main__':
         raise
-    sys.exit(f'ERROR: {error}. Run `. .venv/bin/activate` first, as README.md shows.')
+    sys.exit(f'ERROR: {explain_import_error(error)}')
 
 from google.protobuf.message import DecodeError
 from tensorflow.compat.v1 import AttrValue, GraphDef, NodeDef
@@ -177,6 +227,8 @@ IMAGE_EXTENSIONS = (
 )
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 MAX_LISTED = 4096  # paths that are listed before their images are labeled
+TABLE_CLASSES = 30  # up to so many classes, the table has all of them, and from then on ...
+WORST_CLASSES = 20  # ... those with the most errors
 UNSURE = 'unsure'  # printed in place of a label below --min_score
 UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
@@ -246,6 +298,7 @@ class Training(NamedTuple):
 
     folders: list[str]  # class folders, in the order of the labels
     image_dir: str
+    set_folders: dict[str, str]  # {folder: its set} of images that were split already
     percentages: tuple[int, int]  # --testing_percentage, --validation_percentage
     is_upright: bool
 
@@ -263,6 +316,7 @@ def load_training(path: str, checksum: int) -> Training | None:
         training = Training(
             folders=[str(folder) for folder in record['folders']],
             image_dir=str(flags['image_dir']),
+            set_folders=dict(record['set_folders']),
             percentages=(flags['testing_percentage'] + 0, flags['validation_percentage'] + 0),
             is_upright=bool(flags['upright']),
         )
@@ -395,6 +449,26 @@ def find_images(folder: str, left_out: str | None) -> Iterator[str]:
                 remaining.append(inner)
 
 
+def to_file_name(text: str) -> str:
+    """Returns a text as the name of a file or folder. Windows forbids more names than others do.
+
+    Its rules are in https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+    """
+    name = text.replace('/', '_')
+    if os.sep == '\\':
+        name = re.sub(r'[<>:"|?*\\\x00-\x1f]', '_', name)
+        name = re.sub(r'[. ]$', '_', name)
+        devices = r'(con|prn|aux|nul|(com|lpt)[0-9¹²³]) *(\.|$)'
+        if re.match(devices, name, re.IGNORECASE):
+            name = f'_{name}'
+    return name
+
+
+def is_too_long(path: str) -> bool:
+    """Tells whether Windows, by its default settings, refuses a path for its length."""
+    return os.sep == '\\' and len(os.path.abspath(path)) >= 260
+
+
 def is_same_path(first: str, second: str) -> bool:
     """Tells whether two paths lead to the same place."""
     return os.path.realpath(to_bytes(first)) == os.path.realpath(to_bytes(second))
@@ -429,7 +503,7 @@ def place(path: str, label: str, folder: str) -> None:
     """
     # A label is a line of a file that anybody may have written: not every line can be the name of a
     # folder.
-    folder = os.path.join(folder, re.sub(r'^\.*$', '_', label.replace('/', '_')))
+    folder = os.path.join(folder, re.sub(r'^\.*$', '_', to_file_name(label)))
     stem, extension = os.path.splitext(os.path.basename(path))
     source = os.path.realpath(to_bytes(path))
     try:
@@ -450,7 +524,9 @@ def try_to_place(path: str, label: str, folder: str) -> bool:
     try:
         place(path, label, folder)
     except OSError as error:
-        reason = f"--sort_into: '{path}' cannot be placed in {folder} ({error.strerror})."
+        target = os.fsdecode(error.filename2 or error.filename or '')
+        problem = 'the path is too long for Windows' if is_too_long(target) else error.strerror
+        reason = f"--sort_into: '{path}' cannot be placed in {folder} ({problem})."
         tqdm.write(f'ERROR: {escape(reason)} The others go on.', file=sys.stderr)
         return False
     return True
@@ -460,7 +536,7 @@ def link_or_copy(source: bytes, target: bytes) -> None:
     """Makes a hard link, or a copy that appears whole or not at all."""
     try:
         os.link(source, target)
-    except OSError:
+    except (AttributeError, OSError):  # not all systems have links
         temporary = os.path.join(os.path.dirname(target), f'.{uuid.uuid4().hex[:8]}.tmp'.encode())
         try:
             shutil.copyfile(source, temporary)
@@ -1044,7 +1120,7 @@ class Classes:
 
     def find(self, path: str) -> int | None:
         """Returns the class of the nearest folder above an image that is named like one."""
-        for folder in reversed(path.split('/')[:-1]):
+        for folder in reversed(pathlib.PurePath(path).parts[:-1]):
             if folder in self.indices:
                 return self.indices[folder]
         return None
@@ -1071,23 +1147,31 @@ class Tally:
     images: int = 0
     failed: int = 0
     sideways: int = 0
-    # How many images there are of {(class of the folder, label)}.
-    confusion: Counter = dataclasses.field(default_factory=Counter)
+    refused: int = 0  # of those in class folders
+    other_folders: set[str] = dataclasses.field(default_factory=set)
+    # Of the images in class folders that have a label:
+    true_classes: list[int] = dataclasses.field(default_factory=list)
+    predictions: list[int] = dataclasses.field(default_factory=list)
 
     def add(self, path: str, answer: Answer, label: str) -> None:
         """Counts an image and its label."""
         self.sideways += answer.orientation > 1
         index = self.classes.find(path)
-        if index is not None and self.is_new(path):
-            self.confusion[index, label] += 1
+        if index is None:
+            self.other_folders.add(os.path.dirname(path))
+        elif self.is_new(path) and label in self.classes.labels:
+            self.true_classes.append(index)
+            self.predictions.append(int(answer.scores.argmax()))
+        elif self.is_new(path):
+            self.refused += 1
 
     def is_new(self, path: str) -> bool:
         """Tells whether the graph was not trained with an image."""
         if self.training is None:
             return True
-        file = path.removeprefix(self.folder).lstrip('/')
-        path_in_training = os.path.join(self.training.image_dir, file)
-        return get_set(path_in_training, *self.training.percentages) == 'testing'
+        file = os.path.relpath(path, self.folder)
+        _, image_dir, set_folders, percentages, _ = self.training
+        return get_set_of_file(image_dir, file, set_folders, percentages) == 'testing'
 
 
 def create_tally(classes: Classes, training: Training | None, images: list[str]) -> Tally:
@@ -1109,8 +1193,11 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
     that were trained on yesterday would be tested with today. So the set depends on nothing but the
     path: its hash becomes a percentage, p. For 'data/cat/cat.0.jpg', p is 15.728: with 10 % for
     each, validation has p below 10, testing has p below 20, and training has the rest.
+
+    On Windows, the original hashed 'data\\cat\\cat.0.jpg'. Here, a set is the same everywhere.
     """
-    digest = int(hashlib.sha1(get_stem(path).encode()).hexdigest(), 16)
+    stem = get_stem(path.replace(os.sep, '/'))
+    digest = int(hashlib.sha1(stem.encode()).hexdigest(), 16)
     share = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
     percentage_hash = share * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
     if percentage_hash < validation_percentage:
@@ -1118,6 +1205,25 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
     if percentage_hash < testing_percentage + validation_percentage:
         return 'testing'
     return 'training'
+
+
+def get_set_of_file(
+    image_dir: str, file: str, set_folders: dict[str, str], percentages: tuple[int, int]
+) -> str:
+    """Returns the set of an image, 'class folder/file' or 'set folder/class folder/file'.
+
+    The sets of set_folders, {folder: set}, are those of the folders. Others are drawn from the
+    training images by get_set().
+    """
+    of_folder = set_folders.get(pathlib.PurePath(file).parts[0], 'training')
+    if of_folder != 'training':
+        return of_folder
+    testing, validation = percentages
+    if 'testing' in set_folders.values():
+        testing = 0
+    if 'validation' in set_folders.values():
+        validation = 0
+    return get_set(os.path.join(image_dir, file), testing, validation)
 
 
 def get_interval(right: int, count: int) -> tuple[float, float]:
@@ -1131,49 +1237,63 @@ def get_interval(right: int, count: int) -> tuple[float, float]:
     return max(0.0, center - half_width), min(1.0, center + half_width)
 
 
-def print_table(confusion: np.ndarray, labels: list[str]) -> None:
-    """Prints a line per class on the counts, int [true class, predicted class]."""
-    width = min(max(map(len, [*labels, 'class'])), 24)
+def print_table(classes: np.ndarray, predictions: np.ndarray, labels: list[str]) -> None:
+    """Prints a line per class on the true classes, int [N], and the predicted ones of N images.
+
+    Of many classes, it prints only those with the most errors.
+    """
+    shown = list(range(len(labels)))
+    if len(labels) > TABLE_CLASSES:
+        errors = np.bincount(classes[predictions != classes], minlength=len(labels))
+        shown = np.argsort(-errors, kind='stable')[:WORST_CLASSES].tolist()
+    width = min(max(len('class'), *(len(labels[index]) for index in shown)), 24)
     print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
-    predicted = confusion.sum(axis=0)
-    for index, counts in enumerate(confusion):
-        right = counts[index]
-        wrong = counts.sum() - right
-        precision = f'{100 * right / predicted[index]:8.1f}%' if predicted[index] else f'{"-":>9}'
-        worst = ''
-        if wrong:
-            others = counts.copy()
-            others[index] = 0
-            worst = f'  {labels[others.argmax()]} ({others.max()})'
-        numbers = f'{counts.sum():6}  {right:6}  {wrong:6}  {precision}'
-        print(f'{labels[index]:{width}}  {numbers}{worst}')
+    for index in shown:
+        numbers = describe_class(classes == index, predictions, index, labels)
+        print(f'{labels[index]:{width}}  {numbers}')
+    if len(shown) < len(labels):
+        print(f'These {len(shown)} of {len(labels):,} classes have the most errors.')
+
+
+def describe_class(
+    is_own: np.ndarray, predictions: np.ndarray, index: int, labels: list[str]
+) -> str:
+    """Returns the numbers of a class in the table; is_own, bool [N], has its own images."""
+    is_predicted = predictions == index
+    right = (is_own & is_predicted).sum()
+    wrong = is_own.sum() - right
+    precision = f'{"-":>9}'
+    if is_predicted.any():
+        precision = f'{100 * right / is_predicted.sum():8.1f}%'
+    worst = ''
+    if wrong:
+        others = np.bincount(predictions[is_own & ~is_predicted])
+        worst = f'  {labels[others.argmax()]} ({others.max()})'
+    return f'{is_own.sum():6}  {right:6}  {wrong:6}  {precision}{worst}'
 
 
 def report_accuracy(tally: Tally) -> None:
     """Prints the accuracy on images whose folder is a class, as a whole and per class."""
-    classes = tally.classes
-    size = len(classes.labels)
-    confusion = np.zeros([size, size], int)
-    refused = 0
-    for (index, label), count in tally.confusion.items():
-        if label in classes.labels:
-            confusion[index, classes.indices[label]] += count
-        else:
-            refused += count
-    count = confusion.sum()
+    labels = tally.classes.labels
+    true_classes = np.array(tally.true_classes)
+    predictions = np.array(tally.predictions)
     if tally.training:
         print('These images were used for the training: only its test images count.')
-    if count:
-        right = np.trace(confusion)
+    if tally.predictions:
+        count = len(predictions)
+        right = (predictions == true_classes).sum()
         low, high = get_interval(right, count)
         print(
             f'Accuracy on the {count} images whose folder is a class: {100 * right / count:.1f}% '
             f'(95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%)'
         )
-        print_table(confusion, classes.labels)
-    if refused:
-        share = 100 * refused / (count + refused)
-        print(f'Without a label, as {UNSURE} or {UNKNOWN}: {refused} more images, {share:.1f}%')
+        print_table(true_classes, predictions, labels)
+    if tally.refused:
+        share = 100 * tally.refused / (len(predictions) + tally.refused)
+        print(f'Without a label, as {UNSURE} or {UNKNOWN}: {tally.refused} more, {share:.1f}%')
+    if tally.other_folders:
+        names = ', '.join(sorted(tally.other_folders))
+        print(escape(f'Folders that are no class, and do not count: {names}'))
 
 
 # Main
@@ -1363,7 +1483,7 @@ def report_tally(tally: Tally, training: Training | None, flags: argparse.Namesp
             f'{tally.sideways}. To turn them, train with --upright, and add it here.',
             file=sys.stderr,
         )
-    if tally.confusion and any(map(is_folder, flags.images)):
+    if (tally.predictions or tally.refused) and any(map(is_folder, flags.images)):
         with contextlib.redirect_stdout(sys.stderr):  # the lines on standard output are data
             report_accuracy(tally)
     if tally.failed:

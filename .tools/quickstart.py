@@ -12,6 +12,7 @@ import glob
 import hashlib
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -127,9 +128,9 @@ def train(model: list[str]) -> None:
 
 def print_what_next(classes: dict[str, list[str]], model: list[str]) -> None:
     """Says what there is now, and what can be done with it."""
-    # It is there if the set-up of README.md was followed.
-    installed = pathlib.Path(sys.executable).with_name('pipenv')
-    pipenv = os.path.relpath(installed, ROOT) if installed.exists() else 'pipenv'
+    # It is there, with the extension that programs have on Windows, if README.md was followed.
+    installed = shutil.which('pipenv', path=os.path.dirname(sys.executable))
+    pipenv = os.path.relpath(installed, ROOT) if installed else 'pipenv'
     print(f'\nDone. The trained graph is {OUTPUTS[0]}, and its labels are in {OUTPUTS[1]}.')
     tensorboard = f'{pipenv} run tensorboard --logdir /tmp/retrain_logs'
     print(f'To look at the training: {tensorboard}, then open http://localhost:6006')

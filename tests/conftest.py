@@ -1,5 +1,6 @@
 """What several files of tests use: a small model, a job to run, and finished runs to look at."""
 
+import os
 import shutil
 
 import pytest
@@ -18,12 +19,21 @@ from hypothesis import settings
 settings.register_profile('same', derandomize=True)
 settings.load_profile('same')
 
+# Windows has neither these signals nor terminals.
+collect_ignore = [] if os.name == 'posix' else ['test_interrupts.py']
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first: at the end, no worker is left alone with one of them."""
+    """Files with slow tests come first: at the end, no worker is left alone with one of them.
+
+    Windows skips the tests with the marker `posix`.
+    """
     slow = {item.path for item in items if item.get_closest_marker('slow')}
     items.sort(key=lambda item: item.path not in slow)
+    for item in items:
+        if os.name != 'posix' and item.get_closest_marker('posix'):
+            item.add_marker(pytest.mark.skip(reason='Windows has no such files'))
 
 
 @pytest.fixture(scope='session')

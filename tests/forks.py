@@ -2,8 +2,10 @@
 
 Each run is a process of its own, with its own arguments, folder, environment, output, signals and
 exit code. Of the settings that an interpreter reads when it starts, only PYTHONIOENCODING counts.
+Windows has no forks: there, each run imports TensorFlow again.
 """
 
+import functools
 import multiprocessing
 import os
 import pathlib
@@ -14,10 +16,12 @@ import sys
 import tempfile
 import time
 
-CONTEXT = multiprocessing.get_context('forkserver')
-CONTEXT.set_forkserver_preload(
-    ['tensorflow', 'tensorflow.python.grappler.tf_optimizer', 'PIL.ImageFont', 'tqdm']
-)
+CAN_FORK = 'forkserver' in multiprocessing.get_all_start_methods()
+CONTEXT = multiprocessing.get_context('forkserver' if CAN_FORK else 'spawn')
+if CAN_FORK:
+    CONTEXT.set_forkserver_preload(
+        ['tensorflow', 'tensorflow.python.grappler.tf_optimizer', 'PIL.ImageFont', 'tqdm']
+    )
 
 
 def execute(command, folder, environment, outputs):
@@ -55,7 +59,9 @@ class Fork:
 
     def __init__(self, command, cwd=None, outputs=None):
         self.args = list(map(str, command))
-        self.files = [] if outputs else [tempfile.NamedTemporaryFile() for _ in range(2)]
+        # Windows does not let others open a file that goes when it is closed.
+        create = functools.partial(tempfile.NamedTemporaryFile, delete=CAN_FORK)
+        self.files = [] if outputs else [create() for _ in range(2)]
         outputs = outputs or [file.name for file in self.files]
         arguments = self.args, str(cwd or os.getcwd()), dict(os.environ), outputs
         self.process = CONTEXT.Process(target=execute, args=arguments, daemon=True)

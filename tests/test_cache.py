@@ -280,6 +280,7 @@ def test_an_image_that_changes_while_it_is_read_is_not_recorded(cached, monkeypa
     cached.check_bottlenecks(CAT)
 
 
+@pytest.mark.posix
 def test_only_plain_files_are_opened(cached):
     """To open a FIFO waits for ever: as an image, a cache file and a record."""
     fifo = cached.data / 'cat/fifo.jpg'
@@ -523,6 +524,7 @@ def test_a_complete_cache_may_be_read_only(cached, monkeypatch):
         cached.cache()
 
 
+@pytest.mark.posix
 def test_names_up_to_the_longest_that_there_can_be(cached):
     """An image whose cache file would have too long a name is computed in each run."""
     fits, *too_long = [f'cat/{"x" * (length - 4)}.jpg' for length in (251, 252, 255)]

@@ -263,6 +263,7 @@ def test_a_wrong_byte_in_the_compressed_part_of_an_archive():
 
 
 @pytest.mark.parametrize('name', ['classify_image_graph_def.pb', 'inception-2015-12-05.tgz'])
+@pytest.mark.posix
 def test_a_model_that_is_no_plain_file(job, name):
     """To read a FIFO would wait for ever."""
     (job.folder / 'inception/classify_image_graph_def.pb').unlink()

@@ -40,6 +40,12 @@ USAGE_ERRORS = [
     ('extra', 'unrecognized arguments: extra'),
     ('--architecture=inception_v4', 'did you mean inception_v3?'),
     (
+        '--architecture=mobilenet_1.0_224_quantized',
+        "there is no 'mobilenet_1.0_224_quantized'; did you mean mobilenet_1.0_224 or ",
+    ),
+    ('--flip_left_right=maybe', "must be True or False, not 'maybe'"),
+    ('--flip_left_right True True', 'unrecognized arguments: True'),
+    (
         '--architecture=mobilenet_1.0_224 --tfhub_module=m',
         'not allowed with argument --architecture',
     ),
@@ -53,6 +59,25 @@ def test_wrong_flags_are_usage_errors(capsys, arguments, message):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ('words', 'expected'),
+    [
+        ('', False),
+        ('--flip_left_right', True),
+        ('--flip_left_right --random_crop 10', True),
+        ('--flip_left_right True', True),
+        ('--flip_left_right true --random_crop 10', True),
+        ('--flip_left_right=True', True),
+        ('--flip_left_right False', False),
+        ('--flip_left_right=False', False),
+    ],
+)
+def test_switches_as_tutorials_write_them(words, expected):
+    for name in ('flip_left_right', 'strict', 'print_duplicates'):
+        arguments = words.replace('flip_left_right', name).split()
+        assert vars(parse(*arguments, '--image_dir=data/'))[name] is expected
+
+
 def test_image_dir_is_required(capsys):
     with pytest.raises(SystemExit):
         parse()
@@ -61,7 +86,7 @@ def test_image_dir_is_required(capsys):
 
 def test_defaults_are_those_of_the_original():
     new = {'random_seed', 'strict', 'data_service', 'architecture', 'tfhub_module'}
-    new |= {'optimized_graph', 'precision', 'print_duplicates', 'find_suspects'}
+    new |= {'optimized_graph', 'precision', 'print_duplicates', 'find_suspects', 'upright'}
     flags = vars(parse('--image_dir', 'data/'))
     assert new < set(flags)
     assert {name: value for name, value in flags.items() if name not in new} == {

@@ -85,6 +85,7 @@ def test_every_class_with_its_score_the_best_first(trained, label):
     assert label(image, '--top=2') == lines[:2]
 
 
+@pytest.mark.posix
 def test_a_folder_gives_a_line_per_image_in_order(trained, tmp_path):
     """Files that are no images, hidden ones, and a link to the folder itself are among them."""
     folder = tmp_path / 'mixed'
@@ -239,6 +240,7 @@ def test_the_heatmap_of_what_pillow_cannot_read(trained, label, tmp_path):
     assert Image.open(tmp_path / 'h.png').size >= (40, 30)
 
 
+@pytest.mark.posix
 def test_paths_with_nul_after_each(trained):
     """That is what find -print0 writes, also of names with a newline."""
     paths = sorted(trained.data.rglob('*.jpg'))[:3]
@@ -251,6 +253,7 @@ def test_paths_with_nul_after_each(trained):
     assert [line.split('\t')[0] for line in lines] == names
 
 
+@pytest.mark.posix
 def test_names_that_are_not_utf_8(trained, tmp_path):
     """Such an image is labeled as any other, and a missing one is named."""
     folder = os.fsencode(tmp_path / 'in')
@@ -302,6 +305,7 @@ def test_a_label_called_unsure(trained, label, tmp_path):
 
 
 @pytest.mark.parametrize('position', [0, 1, 2])
+@pytest.mark.posix
 def test_only_plain_files_are_opened(trained, label, position):
     if not (trained.folder / 'fifo').exists():
         os.mkfifo(trained.folder / 'fifo')
@@ -347,6 +351,7 @@ def start_in_shell(trained, images, end):
         ('data', '<&- >&- 2>&-', 0),
     ],
 )
+@pytest.mark.posix
 def test_pipes_and_streams_may_be_closed(trained, images, end, count):
     process = start_in_shell(trained, images, end)
     assert (process.returncode, process.stderr, process.stdout.count('\n')) == (0, '', count)
@@ -383,6 +388,8 @@ ERRORS = [  # image, graph and labels
 @pytest.fixture(scope='module')
 def odd_files(trained, tmp_path_factory):
     """A folder with a photograph, a graph, labels, and files that are nothing of this."""
+    if not hasattr(os, 'mkfifo'):
+        pytest.skip('FIFOs')
     folder = tmp_path_factory.mktemp('odd')
     links = {'cat.jpg': 'data/cat/cat 0.jpg', 'graph': GRAPH, 'labels': LABELS}
     links['model'] = 'inception/classify_image_graph_def.pb'  # it has a softmax of its own
@@ -439,6 +446,7 @@ def test_wrong_arguments_are_usage_errors(capsys, arguments, message):
 
 
 @pytest.mark.slow
+@pytest.mark.posix
 def test_memory_does_not_grow_with_the_number_of_images(trained):
     def measure(count):
         images = [trained.test_image()] * count

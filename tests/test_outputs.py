@@ -113,7 +113,7 @@ def write_training(folder, labels, renames=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf_retrain.gfile, 'rename', rename)
-        tf_retrain.write_outputs(tf_retrain.create_writers(backbone, head, flags))
+        tf_retrain.write_outputs(tf_retrain.create_writers(backbone, head, {}, flags))
 
 
 def check(folder):
@@ -156,6 +156,7 @@ def test_translated_labels_are_a_warning(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('flag', ['output_graph', 'output_labels', 'optimized_graph'])
+@pytest.mark.posix
 def test_only_files_are_replaced(job, flag):
     """To replace a device such as /dev/null would break the machine."""
     os.mkfifo(job.folder / 'fifo')
@@ -164,6 +165,7 @@ def test_only_files_are_replaced(job, flag):
     assert not (job.folder / 'bottlenecks').exists()
 
 
+@pytest.mark.posix
 def test_files_that_may_not_be_replaced(job, monkeypatch):
     """Those of others in a sticky folder, such as the default /tmp."""
     path = job.folder / 'graph.pb'
@@ -181,6 +183,7 @@ def test_files_that_may_not_be_replaced(job, monkeypatch):
     assert path.read_text() == 'of somebody else'
 
 
+@pytest.mark.posix
 def test_a_link_stays_a_link_and_its_target_is_written(job):
     target = job.folder / 'elsewhere/labels.txt'
     target.parent.mkdir()
@@ -193,6 +196,7 @@ def test_a_link_stays_a_link_and_its_target_is_written(job):
     assert os.listdir(target.parent) == ['labels.txt']
 
 
+@pytest.mark.posix
 def test_a_saved_model_does_not_replace_a_mount_or_a_link(job, monkeypatch):
     job.photographs(cat=20, dog=20)
     for name in ('mount', 'target'):

@@ -38,6 +38,18 @@ def test_the_first_commands_are_those_of_ci():
     )
 
 
+def test_powershell():
+    """The commands for Windows are those for Linux, in other words."""
+    commands = [text for language, text in read_blocks('README.md') if language == 'sh']
+    (block,) = (text for language, text in read_blocks('README.md') if language == 'powershell')
+    expected = []
+    for command in commands:
+        if command.endswith(CI):
+            words = command.replace('python3', 'python').replace(' && ', '; ')
+            expected.append(words.replace('.venv/bin/', '.venv\\Scripts\\'))
+    assert block.splitlines() == expected
+
+
 def test_main(clone):
     """Each script once in a new interpreter."""
     scripts = 'tf_retrain.py', 'retrain_serving.py', 'tf_test.py'
@@ -57,27 +69,30 @@ def test_main(clone):
 
 
 def test_data(tmp_path, monkeypatch):
-    """Photographs that are all in one folder, and lie on their side."""
+    """Photographs that are all in one folder, a table of labels, and an image of 12 bits."""
     monkeypatch.chdir(tmp_path)
     for kind, colour in zip(('cat', 'dog'), COLOURS, strict=False):
         write_photographs(tmp_path, kind, 15, colour)
-    train_dir = tmp_path / 'data/train'
+    train_dir = tmp_path / 'kaggle/train'
     train_dir.mkdir(parents=True)
     for path in tmp_path.glob('*/*.jpg'):
         path.rename(train_dir / path.name.replace(' ', '.'))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new('RGB', (40, 30), 'red').save(train_dir / 'cat.99.jpg', exif=exif)
     before = {path.name: path.read_bytes() for path in train_dir.iterdir()}
+    write_photographs(tmp_path, 'photographs', 2, COLOURS[2])
+    rows = 'file,label', 'photographs 0.jpg,bird', 'photographs 1.jpg,cat'
+    (tmp_path / 'labels.csv').write_text('\n'.join(rows))
+    Image.fromarray(np.arange(0, 4096, 2, np.uint16).reshape(32, 64)).save('scan.png')
     names = {'name': 'data/cat/cat.0.jpg', 'validation_percentage': 10, 'testing_percentage': 10}
     reader = Reader(tmp_path, **names).follow('data/README.md')
     assert reader.names['p'] == pytest.approx(15.7, abs=0.05)
+    linked = [tmp_path / 'data/bird/photographs 0.jpg', tmp_path / 'data/cat/photographs 1.jpg']
+    for path in linked:
+        assert path.read_bytes() == (tmp_path / 'photographs' / path.name).read_bytes()
+        path.unlink()
     after = {path.name: path.read_bytes() for path in tmp_path.glob('data/*/*.jpg')}
-    assert set(after) == set(before)
-    assert [name for name in after if after[name] != before[name]] == ['cat.99.jpg']
-    with Image.open('data/cat/cat.99.jpg') as image:
-        assert image.size == (30, 40)
-        assert 0x0112 not in image.getexif()
+    assert after == before
+    with Image.open('rescaled.png') as image:
+        assert image.getextrema() == (0, 255)
     (rule,) = (text for _, text in read_blocks('data/README.md') if 'sha1' in text)
     for path in tmp_path.glob('data/*/*.jpg'):
         assert path.parent.name == path.name[:3]

@@ -97,7 +97,8 @@ def test_the_table_of_many_classes_has_those_with_the_most_errors(capsys, count)
     expected = range(30) if count == 30 else range(count - 1, count - 21, -1)
     listed = re.findall(r'^class (\d+) +\d+ +(\d+) +(\d+) ', out, re.MULTILINE)
     assert listed == [(f'{i}', '2' if i else '0', f'{i}') for i in expected]
-    rest = f'These 20 of {count} classes have the most errors. g.pb.json has the counts of all.\n'
+    rest = f'These 20 of {count} classes have the most errors.\n'
+    rest += 'g.pb.json has the counts of all classes.\n'
     assert out.endswith(rest) == (count > 30)
 
 

@@ -1,0 +1,290 @@
+"""Folders as people have them: split already, with sub-folders, links, `~`; a folder to test on."""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from helpers import GRAPH, LABELS, parse, run, write_photographs
+
+import tf_retrain
+import tf_test
+from tf_retrain import UserError
+
+RED, BLUE, GREEN = (200, 60, 60), (60, 60, 200), (60, 200, 60)
+
+
+@pytest.fixture
+def touch(tmp_path, monkeypatch):
+    """Returns a function that creates empty files; the folder is the working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def create(*names):
+        for name in names:
+            path = tmp_path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    return create
+
+
+def list_images(*arguments):
+    return tf_retrain.list_images(parse('--image_dir=d', *arguments))
+
+
+def create_split(touch, *set_folders):
+    touch(
+        *(f'd/{name}/{label}/{i}.jpg' for name in set_folders for label in 'ab' for i in range(9))
+    )
+
+
+# Split already
+
+
+@pytest.mark.parametrize('names', [('train', 'val', 'test'), ('TRAIN', 'Validation', 'Test')])
+def test_the_sets_are_those_of_the_folders(touch, capsys, names):
+    create_split(touch, *names)
+    images = list_images()
+    assert images.labels == ['a', 'b']
+    assert images.folders == ['a', 'b']
+    sets = dict(zip(names, ('training', 'validation', 'testing'), strict=True))
+    assert [sets[file.split('/')[0]] for file in images.files] == list(images.sets)
+    assert [file.split('/')[1] for file in images.files] == ['a'] * 27 + ['b'] * 27
+    line = f'The sets are those of the folders: 18 {names[0]}, 18 {names[1]}, 18 {names[2]}.'
+    assert line in capsys.readouterr().out
+
+
+def test_a_set_that_is_missing_is_drawn_from_train(touch, capsys):
+    """Only for it does the percentage count."""
+    create_split(touch, 'train', 'test')
+    images = list_images('--validation_percentage=40', '--testing_percentage=40')
+    in_test = np.array([file.startswith('test/') for file in images.files])
+    assert (images.sets[in_test] == 'testing').all()
+    expected = [tf_retrain.get_set(path, 0, 40) for path in np.array(images.paths)[~in_test]]
+    assert list(images.sets[~in_test]) == expected
+    assert 0 < expected.count('validation') < 18
+    count = expected.count('validation')
+    line = f'{18 - count} train, {count} validation drawn from train, 18 test.'
+    assert line in capsys.readouterr().out
+
+
+def test_classes_that_are_missing_in_a_set(touch, capsys):
+    create_split(touch, 'train', 'val')
+    touch('d/train/c/1.jpg')
+    assert list_images().labels == ['a', 'b', 'c']
+    assert 'WARNING: d/val has no images of: c\n' in capsys.readouterr().out
+    touch('d/val/e/1.jpg')
+    with pytest.raises(UserError, match='^d/train has no images of: e. Add some there.'):
+        list_images()
+
+
+@pytest.mark.parametrize('other', ['d/loose.jpg', 'd/cat/1.jpg'])
+def test_nothing_may_lie_beside_the_sets(touch, other):
+    create_split(touch, 'train', 'val')
+    touch('d/notes.txt', 'd/empty/notes.txt')
+    list_images()
+    touch(other)
+    with pytest.raises(UserError, match='is in none of them. Move it elsewhere.'):
+        list_images()
+
+
+def test_a_test_folder_without_class_folders_is_left_alone(touch, capsys):
+    """Kaggle's."""
+    create_split(touch, 'train')
+    touch('d/test/1.jpg', 'd/test/2.jpg')
+    images = list_images()
+    assert len(images.files) == 18
+    assert set(images.files) == {f'train/{label}/{i}.jpg' for label in 'ab' for i in range(9)}
+    assert 'WARNING: d/test has no class folders. It is left alone.' in capsys.readouterr().out
+
+
+def test_train_and_test_are_no_classes(touch):
+    touch('d/train/cat.1.jpg', 'd/test/1.jpg')
+    with pytest.raises(UserError, match="'d' has test, train, without class folders. Make one fol"):
+        list_images()
+
+
+def test_a_class_that_is_named_like_a_set_is_a_warning(touch, capsys):
+    touch(*(f'd/{name}/1.jpg' for name in ('cat', 'dog', 'test1')))
+    assert list_images().labels == ['cat', 'dog', 'test1']
+    out = capsys.readouterr().out
+    assert "WARNING: d/test1 is used as a class, 'test1'. If it holds images of several" in out
+    assert out.count('is used as a class') == 1
+
+
+def write_split(job):
+    for name, count in (('train', 40), ('val', 10), ('test', 10)):
+        for label, colour in (('cat', RED), ('dog', BLUE)):
+            write_photographs(job.data / name, label, count, colour)
+    return job
+
+
+def test_a_run_on_sets(job):
+    """Cache files lie in folders of the sets; then the test set is labeled."""
+    out = write_split(job).main()
+    assert 'The sets are those of the folders: 80 train, 20 val, 20 test.' in out
+    assert 'Final test accuracy = 100.0% (N=20)' in out
+    assert 'bottlenecks/train/cat/cat 3.jpg.txt' in out
+    record = json.loads((job.folder / f'{GRAPH}.json').read_text())
+    assert record['folders'] == ['cat', 'dog']
+    assert record['set_folders'] == {'test': 'testing', 'train': 'training', 'val': 'validation'}
+    process = run('tf_test.py', 'data', GRAPH, LABELS, cwd=job.folder)
+    assert process.stdout.count('\n') == 120
+    assert 'used for the training: only its test images count.\n' in process.stderr
+    assert 'Accuracy on the 20 images whose folder is a class: 100.0%' in process.stderr
+
+
+# Class folders
+
+
+def test_images_in_folders_inside_a_class_folder_are_a_warning(touch, capsys):
+    touch(*(f'd/{label}/{i}.jpg' for label in ('rose', 'tulip') for i in range(20)))
+    touch(*(f'd/rose/2023/holiday/{i}.jpg' for i in range(15)), 'd/rose/notes.txt')
+    assert len(list_images().files) == 40
+    out = capsys.readouterr().out
+    assert 'd/rose: 20 images; passed over: 2023 (15 images below it), notes.txt\n' in out
+    assert 'WARNING: d/rose has 15 images in folders inside it, which are not used. Move' in out
+
+
+def test_kinds_that_are_not_read_are_a_warning(touch, capsys):
+    touch('d/a/1.jpg', 'd/b/1.jpg', 'd/a/1.CR2', 'd/a/2.cr2', 'd/a/1.MOV', 'd/a/x.txt')
+    list_images()
+    expected = 'WARNING: d/a has photographs of kinds that are not read: 2 .cr2, 1 .mov. Save them'
+    assert expected in capsys.readouterr().out
+
+
+def test_blanks_around_a_name_do_not_make_a_class(touch):
+    touch('d/tulips/1.jpg', 'd/tulips /1.jpg')
+    with pytest.raises(UserError, match="have the same label 'tulips'"):
+        list_images()
+
+
+@pytest.mark.parametrize(
+    ('name', 'label'), [('Bär', 'b r'), ('C++', 'c'), ('-5', '5'), ('猫1', '1'), ('a&b', 'a b')]
+)
+def test_a_label_that_loses_characters_is_a_warning(touch, capsys, name, label):
+    touch(f'd/{name}/1.jpg', 'd/Red_Fox-2, new/1.jpg', 'd/猫/1.jpg')
+    assert label in list_images().labels
+    out = capsys.readouterr().out
+    assert f"WARNING: the label of d/{name} is '{label}', as only a-z and 0-9 stay." in out
+    assert out.count('the label of') == 1
+
+
+def test_the_home_folder(touch, tmp_path, monkeypatch):
+    """Also after `=`, where bash leaves a ~ as it is."""
+    monkeypatch.setenv('HOME', str(tmp_path))
+    flags = ['bottleneck_dir', 'model_dir', 'output_graph', 'output_labels', 'optimized_graph']
+    flags += ['summaries_dir', 'image_dir', 'tfhub_module']
+    for flag in flags:
+        parsed = parse('--image_dir=d', f'--{flag}=~/x')
+        assert getattr(parsed, flag) == f'{tmp_path}/x'
+    arguments = ['~/i', '~/g', '~/l', '--sort_into=~/s', '--heatmap=~/h']
+    parsed = tf_test.create_labeling_parser().parse_intermixed_args(arguments)
+    paths = [*parsed.images, parsed.graph, parsed.labels, parsed.sort_into, parsed.heatmap]
+    assert paths == [f'{tmp_path}/{name}' for name in 'iglsh']
+
+
+def test_other_labels_than_before_are_a_warning(job):
+    warning = 'trained_model/labels.txt had other labels, or another order.'
+    assert warning not in job.photographs(cat=20, dog=20).main()
+    assert warning not in job.main()
+    write_photographs(job.data, 'bird', 20, GREEN)
+    assert warning in job.main()
+
+
+# A folder to label
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    write_photographs(tmp_path / 'elsewhere', 'cat', 2, RED)
+    (tmp_path / 'in/deep').mkdir(parents=True)
+    (tmp_path / 'in/cat').symlink_to(tmp_path / 'elsewhere/cat')
+    (tmp_path / 'in/deep/back').symlink_to(tmp_path / 'in')
+    found = list(tf_test.find_images(str(tmp_path / 'in'), None))
+    assert found == [str(tmp_path / f'in/cat/cat {i}.jpg') for i in range(2)]
+
+
+def test_folders_two_thousand_deep(monkeypatch):
+    monkeypatch.setattr(tf_test, 'is_folder', lambda path: path.endswith('d'))
+    names = {2000: ['i.jpg']}
+    monkeypatch.setattr(tf_test, 'list_names', lambda path: names.get(path.count('/'), ['d']))
+    assert list(tf_test.find_images('d', None)) == ['d/' * 2001 + 'i.jpg']
+
+
+@pytest.fixture
+def own(trained, tmp_path):
+    """Photographs in folders of classes, one of which is missing, and one folder that is none."""
+    write_photographs(tmp_path / 'mine/Red_Fox', 'deep', 10, RED)
+    write_photographs(tmp_path / 'mine', 'cat', 12, BLUE)
+    write_photographs(tmp_path / 'mine', 'bird', 3, GREEN)
+    (tmp_path / 'mine/cat/bad.jpg').write_text('bad')
+    return tmp_path / 'mine'
+
+
+def label(trained, *arguments, check=False):
+    return run('tf_test.py', *arguments, GRAPH, LABELS, cwd=trained.folder, check=check)
+
+
+def test_the_accuracy_on_class_folders(trained, own):
+    process = label(trained, own)
+    rows = [line.split('\t') for line in process.stdout.splitlines()]
+    folders = {'Red_Fox': 'red fox', 'cat': 'cat'}
+    counted = [(folders.get(row[0].split('/')[-2], 'red fox'), row[1]) for row in rows]
+    counted = [pair for pair, row in zip(counted, rows, strict=True) if '/bird/' not in row[0]]
+    right = sum(true == predicted for true, predicted in counted)
+    assert len(counted) == 22
+    low, high = tf_retrain.get_interval(right, 22)
+    share = (
+        f'{100 * right / 22:.1f}% (95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%)'
+    )
+    assert f'Accuracy on the 22 images whose folder is a class: {share}\n' in process.stderr
+    for name in folders.values():
+        total = sum(true == name for true, _ in counted)
+        own_right = counted.count((name, name))
+        line = rf'^{name} +{total} +{own_right} +{total - own_right} '
+        assert re.search(line, process.stderr, re.MULTILINE)
+    assert f'Folders that are no class, and do not count: {own}/bird\n' in process.stderr
+    assert process.stderr.splitlines()[-1].startswith('ERROR: 1 of 26 images')
+
+
+def test_images_without_a_label_are_counted(trained, own):
+    process = label(trained, own, '--min_score=1')
+    assert 'Accuracy' not in process.stderr
+    assert 'Without a label, as unsure or unknown: 22 more, 100.0%\n' in process.stderr
+
+
+def test_folder_labels_in_json(trained, own):
+    answers = [json.loads(line) for line in label(trained, own, '--json').stdout.splitlines()]
+    found = {a['image'].split('/')[-2]: a.get('folder_label') for a in answers if 'scores' in a}
+    assert found == {'bird': None, 'cat': 'cat', 'deep': 'red fox'}
+
+
+def test_of_the_trained_images_only_the_test_images_count(trained):
+    process = label(trained, 'data', check=True)
+    count = len(trained.test_images())
+    assert f'Accuracy on the {count} images whose folder is a class: ' in process.stderr
+    assert 'used for the training: only its test images count.\n' in process.stderr
+
+
+def test_sorted_images_can_go_back_into_the_data(trained, tmp_path, monkeypatch, capsys):
+    label(trained, 'data', f'--sort_into={tmp_path}/sorted', check=True)
+    assert sorted(os.listdir(tmp_path / 'sorted')) == ['Red_Fox', 'cat', 'dog']
+    # Without a record, the folders have the names of the labels.
+    (tmp_path / 'graph.pb').write_bytes((trained.folder / GRAPH).read_bytes())
+    image = trained.data / 'Red_Fox/Red_Fox 0.jpg'
+    files = tmp_path / 'graph.pb', trained.folder / LABELS
+    run('tf_test.py', image, *files, f'--sort_into={tmp_path}/again')
+    assert os.listdir(tmp_path / 'again') == ['red fox']
+
+
+def test_a_record_of_another_training_is_a_warning(trained, tmp_path):
+    record = json.loads((trained.folder / f'{GRAPH}.json').read_text())
+    (tmp_path / 'graph.pb').write_bytes((trained.folder / GRAPH).read_bytes())
+    files = tmp_path / 'graph.pb', trained.folder / LABELS
+    image = trained.test_image()
+    for changes, warns in (({}, False), ({'graph_checksum': 1}, True), ({'flags': []}, False)):
+        (tmp_path / 'graph.pb.json').write_text(json.dumps(record | changes))
+        process = run('tf_test.py', image, *files)
+        assert ('is of another training than' in process.stderr) == warns
+        assert process.stdout.count('score') == 3
