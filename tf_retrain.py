@@ -73,7 +73,7 @@ def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
         except ValueError:
             value = None
         if value is None or not is_valid(value):
-            raise argparse.ArgumentTypeError(f"must be {rule}, not '{text}'")
+            raise argparse.ArgumentTypeError(f'must be {rule}, not {text!r}')
         return value
 
     return parse
@@ -89,6 +89,10 @@ BATCH_OR_ALL = checked(
 )
 # Smaller numbers are 0 in float32, and larger ones are not finite.
 RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a number above 0, such as 0.05')
+# Raises UnicodeEncodeError, a ValueError, for names that are not UTF-8.
+PATH = checked(
+    lambda text: os.path.expanduser(text).encode().decode(), lambda path: True, 'a name in UTF-8'
+)
 ADDRESS = checked(str, re.compile(r'grpc://.+:\d{1,5}').fullmatch, 'grpc://HOST:PORT')
 HANDLE = checked(os.path.expanduser, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
@@ -122,7 +126,7 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--image_dir',
         metavar='DIR',
-        type=os.path.expanduser,
+        type=PATH,
         required=True,
         help='folder with one folder of images per class',
     )
@@ -146,16 +150,20 @@ def add_data_flags(parser: argparse.ArgumentParser) -> None:
         help='stop at an image that cannot be read instead of leaving it out',
     )
     group.add_argument(
+        '--upright',
+        **SWITCH,
+        help='turn images as their EXIF orientation says, as viewers do',
+    )
+
+
+def add_bottleneck_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('bottlenecks')
+    group.add_argument(
         '--bottleneck_dir',
         metavar='DIR',
-        type=os.path.expanduser,
+        type=PATH,
         default='/tmp/bottleneck',
         help='cache of the bottlenecks' + DEFAULT,
-    )
-    group.add_argument(
-        '--upright',
-        action='store_true',
-        help='turn images as their EXIF orientation says, as viewers do',
     )
     group.add_argument(
         '--data_service',
@@ -186,7 +194,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--model_dir',
         metavar='DIR',
-        type=os.path.expanduser,
+        type=PATH,
         default='/tmp/imagenet',
         help='folder of the pretrained model' + DEFAULT,
     )
@@ -310,27 +318,27 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--output_graph',
         metavar='FILE',
-        type=os.path.expanduser,
+        type=PATH,
         default='/tmp/output_graph.pb',
         help='the trained graph; the record of the run is FILE.json' + DEFAULT,
     )
     group.add_argument(
         '--optimized_graph',
         metavar='FILE',
-        type=os.path.expanduser,
+        type=PATH,
         help='also write the trained graph for other runtimes',
     )
     group.add_argument(
         '--output_labels',
         metavar='FILE',
-        type=os.path.expanduser,
+        type=PATH,
         default='/tmp/output_labels.txt',
         help='the labels, one per line' + DEFAULT,
     )
     group.add_argument(
         '--summaries_dir',
         metavar='DIR',
-        type=os.path.expanduser,
+        type=PATH,
         default='/tmp/retrain_logs',
         help='logs for TensorBoard' + DEFAULT,
     )
@@ -354,6 +362,7 @@ def create_parser() -> argparse.ArgumentParser:
         epilog='the usual command:\n' + __doc__.split('\n\n')[1],
     )
     add_data_flags(parser)
+    add_bottleneck_flags(parser)
     add_search_flags(parser)
     add_model_flags(parser)
     add_training_flags(parser)
@@ -663,7 +672,7 @@ def to_file_name(text: str) -> str:
 
     Its rules are in https://learn.microsoft.com/windows/win32/fileio/naming-a-file
     """
-    name = text.replace('/', '_')
+    name = re.sub(r'[/\0]', '_', text)
     if os.sep == '\\':
         name = re.sub(r'[<>:"|?*\\\x00-\x1f]', '_', name)
         name = re.sub(r'[. ]$', '_', name)

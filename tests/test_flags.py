@@ -78,6 +78,12 @@ def test_switches_as_tutorials_write_them(words, expected):
         assert vars(parse(*arguments, '--image_dir=data/'))[name] is expected
 
 
+def test_a_path_that_is_not_utf_8_names_its_flag(capsys):
+    with pytest.raises(SystemExit, match='^2$'):
+        parse('--image_dir=data/', '--output_graph=\udcff.pb')
+    assert 'argument --output_graph: must be a name in UTF-8' in capsys.readouterr().err
+
+
 def test_image_dir_is_required(capsys):
     with pytest.raises(SystemExit):
         parse()

@@ -214,6 +214,25 @@ def test_nothing_that_is_read_is_written(trained, label, path):
     label.fails('^--sort_into: .* is read. Name another folder', '--sort_into=data', 'data/')
 
 
+@pytest.mark.posix
+def test_a_heatmap_replaces_only_plain_files(trained, label, tmp_path):
+    """A link stays a link: the picture is written to where it leads."""
+    image = trained.test_image()
+    os.mkfifo(tmp_path / 'pipe.png')
+    label.fails('^--heatmap: .*pipe.png. is not a plain', f'--heatmap={tmp_path}/pipe.png', image)
+    (tmp_path / 'link.png').symlink_to(tmp_path / 'there.png')
+    label(f'--heatmap={tmp_path}/link.png', image)
+    assert (tmp_path / 'link.png').is_symlink()
+    assert Image.open(tmp_path / 'there.png').size
+
+
+def test_a_label_with_a_nul_is_sorted(trained, label, tmp_path):
+    (tmp_path / 'labels').write_bytes(b'a\0b\nc\0d\ne\0f\n')
+    files = trained.folder / GRAPH, tmp_path / 'labels'
+    run('tf_test.py', trained.test_image(), *files, f'--sort_into={tmp_path}/s')
+    assert os.listdir(tmp_path / 's')[0] in ('a_b', 'c_d', 'e_f', 'Red_Fox', 'cat', 'dog')
+
+
 def test_a_folder_that_cannot_be_read_is_one_line(trained, label, monkeypatch):
     """The images of the others are labeled."""
 

@@ -283,6 +283,22 @@ def test_a_version_that_came_meanwhile_is_left_alone(job, monkeypatch, existing)
     assert tf.saved_model.contains_saved_model('versions/8')
 
 
+def test_a_version_that_comes_at_the_moment_of_the_rename(job, monkeypatch):
+    """Two runs may end at once: the later one takes the next free version."""
+    rename = retrain_serving.gfile.rename
+
+    def come_first(source, target, overwrite=False):
+        if target == 'versions/7':
+            write_other_version(job)
+        rename(source, target, overwrite)
+
+    monkeypatch.setattr(retrain_serving.gfile, 'rename', come_first)
+    *_, wrote, _ = serve(job.photographs(cat=20, dog=20)).splitlines()
+    assert wrote.startswith('Wrote the SavedModel versions/8. ')
+    assert pathlib.Path('versions/7/saved_model.pb').read_bytes() == b'of another training'
+    assert sorted(os.listdir('versions')) == ['7', '8']
+
+
 def test_ctrl_c_in_the_training_still_writes_a_version(job, monkeypatch):
     def interrupt(layer, *batch, train=retrain_serving.FinalLayer.train):
         if layer.steps == 3:
