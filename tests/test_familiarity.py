@@ -183,6 +183,6 @@ def test_one_foreign_image_is_a_warning(trained, foreign, monkeypatch, capsys):
 
 def test_the_share_that_is_refused_is_the_one_that_was_asked_for(trained, label):
     """Of one's own images, about a twentieth with 5."""
-    lines = label('data', '--unknown=20')
+    lines = label(*trained.data.glob('*/*.jpg'), '--unknown=20')
     refused = np.mean([line.split('\t')[1] == 'unknown' for line in lines])
     assert 0.01 < refused <= 0.21
