@@ -458,15 +458,17 @@ def explain_import_error(error: ImportError) -> str:
 
 @contextlib.contextmanager
 def paused_collector() -> Iterator[None]:
-    """Spares the garbage collector all that is imported, inside and before.
+    """Keeps the garbage collector off the imported modules.
 
     TensorFlow's modules are hundreds of thousands of objects, and none of them is garbage. To look
     through them takes 0.3 s during the import, and 0.4 s at the end of the program.
     """
     gc.disable()
-    yield
-    gc.freeze()
-    gc.enable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 if __name__ == '__main__':
@@ -600,11 +602,12 @@ def describe(error: BaseException) -> str:
 def run(job: Callable, flags: argparse.Namespace) -> None:
     """Calls job(flags). If that fails, the program ends with a line and an exit code.
 
-    It may be a notebook or another program, and any of its threads.
+    It also works in a notebook or another program, in any thread.
     """
     is_stopped.clear()
-    sys.stdout = OptionalOutput(sys.stdout or open(os.devnull, 'w'))  # type: ignore[assignment]
-    sys.stderr = OptionalOutput(sys.stderr or open(os.devnull, 'w'))  # type: ignore[assignment]
+    if not isinstance(sys.stdout, OptionalOutput):  # so it is in a second run of one program
+        sys.stdout = OptionalOutput(sys.stdout or open(os.devnull, 'w'))  # type: ignore[assignment]
+        sys.stderr = OptionalOutput(sys.stderr or open(os.devnull, 'w'))  # type: ignore[assignment]
     advice = 'What was computed so far is kept: fix this, and run the same command again.'
     try:
         with stoppable():
@@ -731,6 +734,12 @@ def ensure_replaceable(path: str, flag: str) -> None:
             os.rmdir(probe)
 
 
+def is_inside(path: str, folder: str) -> bool:
+    """Tells whether a path lies in a folder, or in a folder inside it."""
+    real_path, real_folder = (os.path.realpath(to_bytes(name)) for name in (path, folder))
+    return os.path.commonpath([real_path, real_folder]) == real_folder
+
+
 def list_dir(path: str) -> list[str]:
     """Returns the names in a folder, sorted, if there is one.
 
@@ -788,6 +797,9 @@ def check_outputs(flags: argparse.Namespace) -> None:
             raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
         if os.path.realpath(to_bytes(path)) in taken:
             raise UserError(f'{flag}: {path} is the pretrained model. Name another file.')
+        for folder in (flags.image_dir, flags.tfhub_module):
+            if folder and gfile.isdir(folder) and is_inside(path, folder):
+                raise UserError(f'{flag}: {path} is in {folder}, which is read. Name another file.')
         ensure_writable_dir(os.path.dirname(path), flag)
         ensure_replaceable(path, flag)
     ensure_replaceable(record, '--output_graph')
@@ -797,7 +809,7 @@ def check_outputs(flags: argparse.Namespace) -> None:
 
 # Images
 
-# What files end in that are taken for images. Their content decides how they are decoded.
+# Extensions of the files that are taken for images. Their content decides how they are decoded.
 IMAGE_EXTENSIONS = (
     *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.webp', '.avif', '.bmp'),
     *('.tif', '.tiff', '.jp2', '.heic', '.heif'),
@@ -811,10 +823,12 @@ SETS = ('training', 'validation', 'testing')
 # Folders of images that are split already, in any case of the letters, and their sets.
 SET_FOLDERS = {
     'train': 'training',
+    'training': 'training',
     'val': 'validation',
     'valid': 'validation',
     'validation': 'validation',
     'test': 'testing',
+    'testing': 'testing',
 }
 UNSURE = 'unsure'  # printed in place of a label below --min_score
 UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
@@ -883,7 +897,7 @@ class Images:
 
 
 def create_rng(seed: int | None, use: str) -> np.random.Generator:
-    """Returns random numbers for one use, which do not depend on those of other uses."""
+    """Returns a generator for one use, independent of those for other uses."""
     key = zlib.crc32(use.encode())
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(key,)))
 
@@ -915,9 +929,9 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
     On Windows, the original hashed 'data\\cat\\cat.0.jpg'. Here, a set is the same everywhere.
     """
     stem = get_stem(path.replace(os.sep, '/'))
-    digest = int(hashlib.sha1(stem.encode()).hexdigest(), 16)
-    share = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
-    percentage_hash = share * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
+    digest = int(hashlib.sha1(to_bytes(stem)).hexdigest(), 16)
+    remainder = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
+    percentage_hash = remainder * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
     if percentage_hash < validation_percentage:
         return 'validation'
     if percentage_hash < testing_percentage + validation_percentage:
@@ -1046,6 +1060,7 @@ def warn_of_labels(paths: dict[str, str]) -> None:
     """Warns of {label: class folder} where users may not get what they mean."""
     for label, path in paths.items():
         name = os.path.basename(path)
+        # Separators lose nothing. A hyphen at the start may be a minus sign.
         has_lost = re.search(r'[^A-Za-z0-9 _.,-]|^-', name) and label != name
         if has_lost:
             print(
@@ -1083,7 +1098,8 @@ def find_set_folders(image_dir: str) -> dict[str, str]:
     """Returns {folder: set} if the images are split already; {} if their folders are classes.
 
     They are split if there is a folder train/, with class folders, beside folders of other sets.
-    Raises UserError if others lie beside these, or if they have images and no class folders.
+    Raises UserError if an image or a folder with images lies beside them, or if there are only such
+    folders and train/ has no class folders.
     """
     names = [name for name in list_dir(image_dir) if not name.startswith('.')]
     found = {name: SET_FOLDERS[name.lower()] for name in names if name.lower() in SET_FOLDERS}
@@ -1164,11 +1180,13 @@ def list_images(flags: argparse.Namespace) -> Images:
 
 def report_set_folders(images: Images) -> None:
     """Prints how many images are in the sets of the folders."""
-    folders = {of: name for name, of in images.set_folders.items()}
-    train = folders['training']
+    folders: dict[str, list[str]] = {name: [] for name in SETS}
+    for folder, name in images.set_folders.items():
+        folders[name].append(folder)
+    train = '+'.join(folders['training'])
     counts = []
     for name in SETS:
-        where = folders.get(name, f'{name} drawn from {train}')
+        where = '+'.join(folders[name]) or f'{name} drawn from {train}'
         counts.append(f'{len(images.rows[name])} {where}')
     print(f'The sets are those of the folders: {", ".join(counts)}.')
 
@@ -1181,6 +1199,8 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
         'training': 100,
     }
     for name, percentage in percentages.items():
+        if name in images.set_folders.values():  # list_split_folders() has looked
+            continue
         counts = images.counts[name]
         empty = [label for label, count in zip(images.labels, counts, strict=True) if not count]
         if percentage and empty:
@@ -1199,7 +1219,8 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
 # Image files
 
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
-# Regular expressions for what files of a format begin with.
+# Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
+# a TIFF file too, some AVIF files begin like HEIC, and all `....ftyp` like a video.
 SIGNATURES = {
     'JPEG': rb'\xff\xd8',
     'PNG': rb'\x89P',
@@ -1336,7 +1357,7 @@ def decode_by_pillow(contents: bytes) -> np.ndarray:
             return np.repeat(upper[:, :, np.newaxis], 3, axis=2)
         if image.mode in ('I', 'F'):
             raise ImageError('it has samples of 32 bits. Save it with 8 bits')
-        return np.array(image.convert('RGB'))
+        return np.asarray(image.convert('RGB'))
 
 
 def check_size(pixels: int) -> None:
@@ -1365,8 +1386,8 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
             pixels = decode_by_pillow(contents)
     except ImportError:
         raise ImageError('it is HEIC. To read it, run: pip install pi-heif')
-    except ImageError:
-        raise
+    except (ImageError, MemoryError, tf.errors.ResourceExhaustedError):
+        raise  # these say nothing of the image
     except PIL.UnidentifiedImageError:
         raise ImageError(f'it is {name}, and damaged')
     except Exception as error:  # Pillow has many kinds
@@ -1609,6 +1630,8 @@ class Backbone:
                 with tf.device(device):
                     tensors = {name: tf.constant(value) for name, value in weights.items()}
                 networks.append(self.create_network(structure, tensors, device))
+        except tf.errors.ResourceExhaustedError as error:
+            raise UserError(f'The memory is full ({describe(error)}). Close other programs.')
         except (LookupError, TypeError, ValueError, tf.errors.OpError) as error:
             raise UserError(
                 f'The graph of {self.source} is damaged ({error}). Download the model again.'
@@ -2103,6 +2126,8 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
         contents = tf.io.read_file(path).numpy()
         digest = int(compute_digest(contents))
         decode(contents, is_upright=False)
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        return 'the memory is full', None
     except tf.errors.OpError as error:
         return describe(error).replace('\n', ' '), digest
     except ImageError as error:
@@ -2371,7 +2396,7 @@ def report_unreadable(images: Images, reasons: dict[int, str], is_strict: bool) 
 
 
 def report_headers(records: list[CacheRecord | None], is_upright: bool) -> int:
-    """Warns of images that do not look as in other programs; returns how many lie on their side."""
+    """Warns of images that do not look as in other programs; returns how many are stored turned."""
     known = [record for record in records if record]
     sideways = sum(record.orientation in range(2, 9) for record in known)
     if sideways and not is_upright:
@@ -2400,7 +2425,7 @@ def cache_bottlenecks(
     """
     cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
     missing, reasons = cache.compare()
-    if missing.size and not (flags.strict and reasons):
+    if missing.size and not (flags.strict and reasons):  # which report_unreadable() raises
         ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
         reasons |= cache.fill(missing, flags)
     report_unreadable(images, reasons, flags.strict)
@@ -2431,6 +2456,11 @@ def get_scale(bottlenecks: np.ndarray) -> np.ndarray:
     lengths = np.linalg.norm(bottlenecks, axis=1, keepdims=True)
     is_constant = np.ptp(bottlenecks, axis=1, keepdims=True) == 0
     return np.where(is_constant, 0, 1 / lengths)
+
+
+def to_units(bottlenecks: np.ndarray) -> np.ndarray:
+    """Returns bottlenecks, float [N, size], scaled to length 1."""
+    return bottlenecks * get_scale(bottlenecks)
 
 
 def get_group_norms(bottlenecks: np.ndarray) -> np.ndarray:
@@ -2613,14 +2643,14 @@ def report_suspects(images: Images, scored: Iterable, flags: argparse.Namespace)
         best_scores[rows] = scores.max(axis=1)
         best_classes[rows] = scores.argmax(axis=1)
     print('=== SUSPECT IMAGES ===')
-    pictures = {}
+    pictures: dict[str, Image.Image] = {}
     for row in np.argsort(own_scores, kind='stable')[: flags.find_suspects]:
         own = f'{images.labels[images.classes[row]]} {own_scores[row]:.2f}'
         words = f'{own}  {images.labels[best_classes[row]]} {best_scores[row]:.2f}'
         print(escape(f'{images.paths[row]:>70}  {words}'))
-        pictures[f'{words}/{images.files[row]}'] = load_thumbnail(
-            images.paths[row], 299, flags.upright
-        )
+        if len(pictures) < SHOWN_IMAGES:
+            thumbnail = load_thumbnail(images.paths[row], 299, flags.upright)
+            pictures[f'{words}/{images.files[row]}'] = thumbnail
     print(
         'Look at these images, here or in TensorBoard. Move those in a wrong folder, and run the '
         'same command again.'
@@ -2782,10 +2812,10 @@ def measure_similarities(
     burst, unless nearly all of the class are: own images must not look more familiar than new ones.
     """
     neighbor = min(NEIGHBOR, len(references))
-    reference_units = bottlenecks[references] * get_scale(bottlenecks[references])
+    reference_units = to_units(bottlenecks[references])
     similarities = []
     for block in np.array_split(rows, 1 + len(rows) // 1024):
-        units = bottlenecks[block] * get_scale(bottlenecks[block])
+        units = to_units(bottlenecks[block])
         cosines = tf.matmul(units, reference_units, transpose_b=True).numpy()
         is_other = block[:, None] != references
         is_no_copy = is_other & (cosines < DUPLICATE_SIMILARITY)
@@ -2800,10 +2830,9 @@ def measure_similarities(
 def find_familiarity(
     images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace
 ) -> Familiarity:
-    """Returns what tells how familiar a new image is.
+    """Returns reference images, and the similarities of the user's images to them.
 
-    With --find_suspects, names the least familiar images of the user: they may show nothing that
-    belongs to any class.
+    With --find_suspects, names the user's least familiar images.
     """
     rng = create_rng(flags.random_seed, 'familiarity')
     references = choose_references(images, rng)
@@ -2811,14 +2840,20 @@ def find_familiarity(
     own = np.sort(rng.permutation(rows)[:MAX_OWN_IMAGES])
     similarities = measure_similarities(images, bottlenecks, own, references)
     if flags.find_suspects:
-        print('=== LEAST FAMILIAR IMAGES ===')
-        all_similarities = measure_similarities(images, bottlenecks, rows, references)
-        for row in np.argsort(all_similarities, kind='stable')[: flags.find_suspects]:
-            familiarity = (similarities <= all_similarities[row]).mean()
-            label = images.labels[images.classes[row]]
-            print(escape(f'{images.paths[row]:>70}  {label}  familiarity {familiarity:.4f}'))
-    reference_bottlenecks = bottlenecks[references] * get_scale(bottlenecks[references])
-    return Familiarity(np.float32(reference_bottlenecks), similarities)
+        of_all = measure_similarities(images, bottlenecks, rows, references)
+        report_least_familiar(images, of_all, similarities, flags.find_suspects)
+    return Familiarity(np.float32(to_units(bottlenecks[references])), similarities)
+
+
+def report_least_familiar(
+    images: Images, similarities: np.ndarray, own_similarities: np.ndarray, count: int
+) -> None:
+    """Names the images with the lowest similarities: they may show nothing of any class."""
+    print('=== LEAST FAMILIAR IMAGES ===')
+    for row in np.argsort(similarities, kind='stable')[:count]:
+        familiarity = (own_similarities <= similarities[row]).mean()
+        label = images.labels[images.classes[row]]
+        print(escape(f'{images.paths[row]:>70}  {label}  familiarity {familiarity:.4f}'))
 
 
 def compute_familiarity(bottlenecks: tf.Tensor, familiarity: Familiarity) -> tf.Tensor:
@@ -2935,26 +2970,25 @@ def train(
     """
     layer = create_untrained_layer(images, backbone, flags)
     rng = create_rng(flags.random_seed, 'validation')
-    writers = open_logs(backbone, Head(layer, images.labels), flags)
+    logs = open_logs(backbone, Head(layer, images.labels), flags)
     last_step = flags.how_many_training_steps - 1
     try:
         batches = draw_batches(images, bottlenecks, backbone, flags)
         for step, (rows, batch) in enumerate(until_stopped(batches)):
             is_evaluated = step % flags.eval_step_interval == 0 or step == last_step
-            evaluation = layer.train(batch, images.classes[rows]) if rows.size else None
-            # The scores are those before the step, and the weights those after it.
-            layer_tags = summarize_layer(layer) if is_evaluated else {}
-            if evaluation:
-                writers['train'].write(summarize(evaluation, layer_tags), step=step)
+            before = layer.train(batch, images.classes[rows]) if rows.size else None
+            layer_tags = summarize_layer(layer) if is_evaluated else {}  # after the step
+            if before:
+                logs['train'].write(summarize(before, layer_tags), step=step)
             if not is_evaluated:
                 continue
-            if evaluation:
+            if before:
                 report_training(step, layer.evaluate(batch, images.classes[rows]))
             drawn = images.draw('validation', flags.validation_batch_size, rng)
             if drawn.size:
-                evaluation = layer.evaluate(bottlenecks[drawn], images.classes[drawn])
-                writers['validation'].write(summarize(evaluation, layer_tags), step=step)
-                report_validation(step, evaluation)
+                validation = layer.evaluate(bottlenecks[drawn], images.classes[drawn])
+                logs['validation'].write(summarize(validation, layer_tags), step=step)
+                report_validation(step, validation)
         if signal.getsignal(signal.SIGINT) is stop_run:  # not so in a notebook's thread
             on_stop_signals(finish_run)
     except KeyboardInterrupt:
@@ -3281,9 +3315,9 @@ def write_record(record: dict[str, Any], flags: argparse.Namespace) -> None:
 # TensorBoard
 
 SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
-SHOWN_IMAGES = 100  # misclassified images, at most
-SAMPLED_VALUES = 1_000_000  # the histogram of more is one of ...
-SAMPLE = 100_000  # ... so many of them
+SHOWN_IMAGES = 100  # misclassified or suspect images, at most
+MAX_HISTOGRAM = 1_000_000  # numbers: a histogram of more is one of a sample
+SAMPLE_SIZE = 100_000
 
 
 def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
@@ -3361,11 +3395,11 @@ def create_value(tag: str, value: Any) -> Summary.Value:
 def create_histogram(tag: str, values: np.ndarray) -> Summary.Value:
     """Returns a summary of numbers in 30 buckets, which are of a sample if there are many."""
     summary = Summary.Value(tag=tag)
-    if values.size > SAMPLED_VALUES:
+    if values.size > MAX_HISTOGRAM:
         # TensorBoard shows the description beside the histogram.
-        description = f'a sample of {SAMPLE:,} of {values.size:,} numbers'
+        description = f'a sample of {SAMPLE_SIZE:,} of {values.size:,} numbers'
         summary.metadata.summary_description = description
-        values = values[np.random.default_rng(0).integers(values.size, size=SAMPLE)]
+        values = values[np.random.default_rng(0).integers(values.size, size=SAMPLE_SIZE)]
     values = values.astype(np.float64)
     counts, edges = np.histogram(values, 30)
     summary.histo.num = values.size
@@ -3412,7 +3446,7 @@ class SummaryWriter:
     def give_up(self, error: Exception) -> None:
         """Stops writing: logs are not worth a training."""
         self.file = None
-        print(f'WARNING: --summaries_dir: {describe(error)}. The training goes on without logs.')
+        print(f'WARNING: --summaries_dir: {describe(error)}. Nothing more is logged there.')
 
 
 def load_thumbnail(path: str, side: int, is_upright: bool) -> Image.Image:
@@ -3628,7 +3662,7 @@ def check_saved_model_dir(saved_model_dir: str) -> None:
             f'{advice}'
         )
     ensure_writable_dir(os.path.dirname(folder), flag)
-    ensure_no_mount(folder, flag)
+    ensure_renamable(folder, flag)
     if not os.path.basename(folder).isdecimal():
         print(
             'WARNING: TensorFlow Serving only serves folders with a number as name, unlike '
@@ -3636,11 +3670,8 @@ def check_saved_model_dir(saved_model_dir: str) -> None:
         )
 
 
-def ensure_no_mount(folder: str, flag: str) -> None:
-    """Raises UserError if another folder cannot take the place of an empty one.
-
-    That is so for a symbolic link, and for a volume that is mounted there.
-    """
+def ensure_renamable(folder: str, flag: str) -> None:
+    """Raises UserError if a folder cannot be replaced by renaming: a link or a mount point."""
     path = to_bytes(folder)
     problem = 'a symbolic link' if os.path.islink(path) else ''
     if os.path.ismount(path):
@@ -3669,18 +3700,18 @@ class Classifier(tf.Module):
         if head.familiarity:
             self.familiarity = Familiarity(*[tf.constant(array) for array in head.familiarity])
 
-    def load(self, contents: tf.Tensor) -> tf.Tensor:
-        """Decodes and resizes an encoded image: float [*size, 3]."""
+    def decode_and_resize(self, contents: tf.Tensor) -> tf.Tensor:
+        """Returns an encoded image as the network wants it: float [*size, 3]."""
         image = decode_by_tensorflow(contents)
         return resize_bilinear(image[tf.newaxis], self.image_size)[0]
 
     def embed(self, contents: tf.Tensor) -> tf.Tensor:
         """Returns the bottlenecks of encoded images, string [N], as one batch: float [N, size]."""
         spec = tf.TensorSpec([*self.image_size, 3])
-        images = tf.map_fn(self.load, contents, fn_output_signature=spec)
-        # A convolution refuses an empty batch: instead, it gets a gray image.
-        gray = tf.zeros([1, *self.image_size, 3])
-        padded = tf.cond(tf.size(contents) > 0, lambda: images, lambda: gray)
+        images = tf.map_fn(self.decode_and_resize, contents, fn_output_signature=spec)
+        # A convolution refuses an empty batch: one black image takes its place.
+        black = tf.zeros([1, *self.image_size, 3])
+        padded = tf.cond(tf.size(contents) > 0, lambda: images, lambda: black)
         return self.network(padded)[: tf.size(contents)]
 
     def score(self, bottlenecks: tf.Tensor) -> tf.Tensor:

@@ -173,15 +173,17 @@ def explain_import_error(error: ImportError) -> str:
 
 @contextlib.contextmanager
 def paused_collector() -> Iterator[None]:
-    """Spares the garbage collector all that is imported, inside and before.
+    """Keeps the garbage collector off the imported modules.
 
     TensorFlow's modules are hundreds of thousands of objects, and none of them is garbage. To look
     through them takes 0.3 s during the import, and 0.4 s at the end of the program.
     """
     gc.disable()
-    yield
-    gc.freeze()
-    gc.enable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 if __name__ == '__main__':
@@ -231,7 +233,7 @@ RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
 LABELS_NODE = 'final_training_ops/labels'
 FAMILIARITY_NODE = 'familiarity'
 UNFAMILIAR = 0.02  # share of one's own images: at or below it, the scores mean little
-# What files end in that are taken for images. Their content decides how they are decoded.
+# Extensions of the files that are taken for images. Their content decides how they are decoded.
 IMAGE_EXTENSIONS = (
     *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.webp', '.avif', '.bmp'),
     *('.tif', '.tiff', '.jp2', '.heic', '.heif'),
@@ -319,7 +321,7 @@ def load_training(path: str, checksum: int) -> Training | None:
 
     The checksum is the CRC-32 of the graph's file.
     """
-    if not os.path.exists(to_bytes(f'{path}.json')):
+    if not gfile.exists(to_bytes(f'{path}.json')):
         return None
     try:
         record = json.loads(load_file(f'{path}.json', 'record'))
@@ -328,7 +330,7 @@ def load_training(path: str, checksum: int) -> Training | None:
             folders=[str(folder) for folder in record['folders']],
             image_dir=str(flags['image_dir']),
             set_folders=dict(record['set_folders']),
-            percentages=(flags['testing_percentage'] + 0, flags['validation_percentage'] + 0),
+            percentages=(int(flags['testing_percentage']), int(flags['validation_percentage'])),
             is_upright=bool(flags['upright']),
         )
         is_own = record['graph_checksum'] == checksum
@@ -488,11 +490,16 @@ def is_same_path(first: str, second: str) -> bool:
 def read_paths() -> Iterator[str]:
     """Yields the paths on standard input: one per line, or with NUL after each (find -print0)."""
     stream: Any = sys.stdin.buffer
-    lines = stream.read().split(b'\0') if b'\0' in stream.peek() else stream
-    for line in lines:
-        path = line.removeprefix(b'\xef\xbb\xbf').rstrip(b'\r\n')
-        if path:
-            yield path.decode(errors='surrogateescape')
+    has_nul = b'\0' in stream.peek()
+    first = stream.readline()
+    if has_nul or b'\0' in first:
+        paths = (first + stream.read()).split(b'\0')
+    else:
+        paths = (line.rstrip(b'\r\n') for line in itertools.chain([first], stream))
+    for path in paths:
+        name = path.removeprefix(b'\xef\xbb\xbf')  # a mark that some editors write first
+        if name:
+            yield name.decode(errors='surrogateescape')
 
 
 def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
@@ -506,15 +513,16 @@ def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
             yield path
 
 
-def place(path: str, label: str, folder: str) -> None:
-    """Links an image into a label's folder, or copies it where links are not possible.
+def place(path: str, class_folder: str, target_dir: str) -> None:
+    """Links an image into a class folder in a folder, or copies it where links are not possible.
 
     It gets a number if another image has its name. Raises UserError if there can be no such folder,
     and OSError if the image cannot be placed there.
     """
     # A label is a line of a file that anybody may have written: not every line can be the name of a
     # folder.
-    folder = os.path.join(folder, re.sub(r'^\.*$', '_', to_file_name(label)))
+    name = re.sub(r'^\.*$', '_', to_file_name(class_folder))
+    folder = os.path.join(target_dir, name)
     stem, extension = os.path.splitext(os.path.basename(path))
     source = os.path.realpath(to_bytes(path))
     try:
@@ -525,19 +533,20 @@ def place(path: str, label: str, folder: str) -> None:
         name = f'{stem} {number}{extension}' if number > 1 else f'{stem}{extension}'
         target = to_bytes(os.path.join(folder, name))
         if not os.path.lexists(target):
-            return link_or_copy(source, target)
+            link_or_copy(source, target)
+            return
         if os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):
-            return None
+            return
 
 
-def try_to_place(path: str, label: str, folder: str) -> bool:
+def try_to_place(path: str, class_folder: str, target_dir: str) -> bool:
     """Does what place() does; returns False, after a line on standard error, if that fails."""
     try:
-        place(path, label, folder)
+        place(path, class_folder, target_dir)
     except OSError as error:
         target = os.fsdecode(error.filename2 or error.filename or '')
         problem = 'the path is too long for Windows' if is_too_long(target) else error.strerror
-        reason = f"--sort_into: '{path}' cannot be placed in {folder} ({problem})."
+        reason = f"--sort_into: '{path}' cannot be placed in {target_dir} ({problem})."
         tqdm.write(f'ERROR: {escape(reason)} The others go on.', file=sys.stderr)
         return False
     return True
@@ -561,7 +570,8 @@ def link_or_copy(source: bytes, target: bytes) -> None:
 # Image files
 
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
-# Regular expressions for what files of a format begin with.
+# Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
+# a TIFF file too, some AVIF files begin like HEIC, and all `....ftyp` like a video.
 SIGNATURES = {
     'JPEG': rb'\xff\xd8',
     'PNG': rb'\x89P',
@@ -698,7 +708,7 @@ def decode_by_pillow(contents: bytes) -> np.ndarray:
             return np.repeat(upper[:, :, np.newaxis], 3, axis=2)
         if image.mode in ('I', 'F'):
             raise ImageError('it has samples of 32 bits. Save it with 8 bits')
-        return np.array(image.convert('RGB'))
+        return np.asarray(image.convert('RGB'))
 
 
 def check_size(pixels: int) -> None:
@@ -727,8 +737,8 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
             pixels = decode_by_pillow(contents)
     except ImportError:
         raise ImageError('it is HEIC. To read it, run: pip install pi-heif')
-    except ImageError:
-        raise
+    except (ImageError, MemoryError, tf.errors.ResourceExhaustedError):
+        raise  # these say nothing of the image
     except PIL.UnidentifiedImageError:
         raise ImageError(f'it is {name}, and damaged')
     except Exception as error:  # Pillow has many kinds
@@ -1132,6 +1142,7 @@ class Classes:
 
     labels: list[str]  # those of the labels file
     folders: list[str]  # the class folders of the training, or the labels if they are not known
+    roots: list[str]  # the folders among the IMAGE arguments
 
     @functools.cached_property
     def indices(self) -> dict[str, int]:
@@ -1140,22 +1151,32 @@ class Classes:
         return {name: index for index, name in names}
 
     def find(self, path: str) -> int | None:
-        """Returns the class of the nearest folder above an image that is named like one."""
-        for folder in reversed(pathlib.PurePath(path).parts[:-1]):
-            if folder in self.indices:
-                return self.indices[folder]
-        return None
+        """Returns the class of the nearest folder above an image that is named like one.
+
+        Only the folder of the image counts, and those up to an IMAGE argument: not, for example, a
+        home folder /home/rose.
+        """
+        folder = pathlib.PurePath(os.path.abspath(path)).parent
+        roots = [pathlib.PurePath(os.path.abspath(root)) for root in self.roots]
+        while folder.name not in self.indices:
+            if folder in roots or not any(folder.is_relative_to(root) for root in roots):
+                return None
+            folder = folder.parent
+        return self.indices[folder.name]
 
     def get_folder(self, label: str) -> str:
-        """Returns the class folder of a label. There is none for UNSURE and UNKNOWN."""
-        return self.folders[self.indices[label]] if label in self.labels else label
+        """Returns the class folder of a label. UNSURE and UNKNOWN get folders of that name."""
+        return self.folders[self.labels.index(label)] if label in self.labels else label
 
 
-def create_classes(labels: list[str], training: Training | None) -> Classes:
+def create_classes(
+    labels: list[str], training: Training | None, flags: argparse.Namespace
+) -> Classes:
     """Returns the classes, with the folders of the training if they are known."""
+    roots = [path for path in flags.images if is_folder(path)]
     if training and len(training.folders) == len(labels):
-        return Classes(labels, training.folders)
-    return Classes(labels, labels)
+        return Classes(labels, training.folders, roots)
+    return Classes(labels, labels, roots)
 
 
 @dataclasses.dataclass
@@ -1163,12 +1184,12 @@ class Tally:
     """What became of the images."""
 
     classes: Classes
-    folder: str  # the first IMAGE
-    training: Training | None  # the one that used the images in `folder`, if the record says so
+    training: Training | None
     images: int = 0
     failed: int = 0
     sideways: int = 0
-    refused: int = 0  # of those in class folders
+    trained: int = 0  # images of the training that are not in its test set
+    refused: int = 0  # of the others in class folders
     other_folders: set[str] = dataclasses.field(default_factory=set)
     # Of the images in class folders that have a label:
     true_classes: list[int] = dataclasses.field(default_factory=list)
@@ -1180,26 +1201,26 @@ class Tally:
         index = self.classes.find(path)
         if index is None:
             self.other_folders.add(os.path.dirname(path))
-        elif self.is_new(path) and label in self.classes.labels:
+        elif not self.is_new(path):
+            self.trained += 1
+        elif label in self.classes.labels:
             self.true_classes.append(index)
             self.predictions.append(int(answer.scores.argmax()))
-        elif self.is_new(path):
+        else:
             self.refused += 1
 
     def is_new(self, path: str) -> bool:
         """Tells whether the graph was not trained with an image."""
         if self.training is None:
             return True
-        file = os.path.relpath(path, self.folder)
-        _, image_dir, set_folders, percentages, _ = self.training
+        image_dir = self.training.image_dir
+        file = os.path.relpath(path, image_dir)
+        if file.startswith(os.pardir):  # perhaps only as a link leads there
+            file = os.path.relpath(os.path.realpath(path), os.path.realpath(image_dir))
+        if file.startswith(os.pardir):
+            return True
+        set_folders, percentages = self.training.set_folders, self.training.percentages
         return get_set_of_file(image_dir, file, set_folders, percentages) == 'testing'
-
-
-def create_tally(classes: Classes, training: Training | None, images: list[str]) -> Tally:
-    """Returns a tally of images, which may be those of the training."""
-    if training and len(images) == 1 and is_same_path(images[0], training.image_dir):
-        return Tally(classes, images[0], training)
-    return Tally(classes, images[0], None)
 
 
 def get_stem(path: str) -> str:
@@ -1218,9 +1239,9 @@ def get_set(path: str, testing_percentage: int, validation_percentage: int) -> s
     On Windows, the original hashed 'data\\cat\\cat.0.jpg'. Here, a set is the same everywhere.
     """
     stem = get_stem(path.replace(os.sep, '/'))
-    digest = int(hashlib.sha1(stem.encode()).hexdigest(), 16)
-    share = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
-    percentage_hash = share * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
+    digest = int(hashlib.sha1(to_bytes(stem)).hexdigest(), 16)
+    remainder = digest % (MAX_NUM_IMAGES_PER_CLASS + 1)
+    percentage_hash = remainder * (100.0 / MAX_NUM_IMAGES_PER_CLASS)
     if percentage_hash < validation_percentage:
         return 'validation'
     if percentage_hash < testing_percentage + validation_percentage:
@@ -1298,8 +1319,6 @@ def report_accuracy(tally: Tally) -> None:
     labels = tally.classes.labels
     true_classes = np.array(tally.true_classes)
     predictions = np.array(tally.predictions)
-    if tally.training:
-        print('These images were used for the training: only its test images count.')
     if tally.predictions:
         count = len(predictions)
         right = (predictions == true_classes).sum()
@@ -1312,6 +1331,8 @@ def report_accuracy(tally: Tally) -> None:
     if tally.refused:
         share = 100 * tally.refused / (len(predictions) + tally.refused)
         print(f'Without a label, as {UNSURE} or {UNKNOWN}: {tally.refused} more, {share:.1f}%')
+    if tally.trained:
+        print(f'Used for the training, and not counted: {tally.trained} more.')
     if tally.other_folders:
         names = ', '.join(sorted(tally.other_folders))
         print(escape(f'Folders that are no class, and do not count: {names}'))
@@ -1466,8 +1487,8 @@ def label_images(flags: argparse.Namespace) -> None:
     labels = load_labels(flags.labels)
     graph = load_graph(flags.graph)
     check_labels(labels, graph, flags)
-    classes = create_classes(labels, graph.training)
-    tally = create_tally(classes, graph.training, flags.images)
+    classes = create_classes(labels, graph.training, flags)
+    tally = Tally(classes, graph.training)
     if is_single:
         answers = score_image(graph, first, flags.upright)
     else:
@@ -1514,8 +1535,8 @@ def report_tally(tally: Tally, training: Training | None, flags: argparse.Namesp
 
 def has_bar() -> bool:
     """Tells whether to show a progress bar: on a terminal, while the labels go elsewhere."""
-    is_terminal = [bool(stream and stream.isatty()) for stream in (sys.stdout, sys.stderr)]
-    return is_terminal == [False, True]
+    is_shown, has_lines = (bool(stream and stream.isatty()) for stream in (sys.stderr, sys.stdout))
+    return is_shown and not has_lines
 
 
 if __name__ == '__main__':

@@ -131,7 +131,7 @@ def test_a_run_on_sets(job):
     assert record['set_folders'] == {'test': 'testing', 'train': 'training', 'val': 'validation'}
     process = run('tf_test.py', 'data', GRAPH, LABELS, cwd=job.folder)
     assert process.stdout.count('\n') == 120
-    assert 'used for the training: only its test images count.\n' in process.stderr
+    assert 'Used for the training, and not counted: 100 more.\n' in process.stderr
     assert 'Accuracy on the 20 images whose folder is a class: 100.0%' in process.stderr
 
 
@@ -261,10 +261,55 @@ def test_folder_labels_in_json(trained, own):
 
 
 def test_of_the_trained_images_only_the_test_images_count(trained):
-    process = label(trained, 'data', check=True)
     count = len(trained.test_images())
-    assert f'Accuracy on the {count} images whose folder is a class: ' in process.stderr
-    assert 'used for the training: only its test images count.\n' in process.stderr
+    folders = 'data/cat', 'data/../data/dog', trained.data / 'Red_Fox'
+    for images in (['data'], ['data/'], folders):
+        process = label(trained, *images, check=True)
+        assert f'Accuracy on the {count} images whose folder is a class: ' in process.stderr
+        assert f'Used for the training, and not counted: {145 - count} more.\n' in process.stderr
+
+
+def test_folders_above_the_image_argument_do_not_count(trained, tmp_path):
+    """Such as a home folder."""
+    write_photographs(tmp_path / 'cat/pictures', 'unsorted', 2, BLUE)
+    process = label(trained, tmp_path / 'cat/pictures', check=True)
+    assert process.stderr == ''
+    process = label(trained, tmp_path / 'cat', check=True)
+    assert 'Accuracy on the 2 images' in process.stderr
+    classes = tf_test.Classes(['cat'], ['cat'], [])
+    assert classes.find('x/cat/1.jpg') == 0
+    assert classes.find('x/cat/inner/1.jpg') is None
+
+
+def test_a_label_that_is_the_folder_of_another_class():
+    classes = tf_test.Classes(['geschenk', 'gift'], ['gift', 'poison'], [])
+    assert [classes.get_folder(name) for name in ('geschenk', 'gift')] == ['gift', 'poison']
+
+
+def test_a_name_that_is_not_utf_8_in_the_data_of_the_training(trained):
+    odd = os.fsencode(trained.data / 'cat') + b'/\xe4.jpg'
+    with open(odd, 'wb') as file:
+        file.write(trained.test_image().read_bytes())
+    try:
+        process = label(trained, 'data', check=True)
+    finally:
+        os.remove(odd)
+    assert process.stdout.count('\n') == 146
+
+
+def test_both_folders_of_a_set_are_named(touch, capsys):
+    create_split(touch, 'train', 'val', 'valid')
+    list_images('--testing_percentage=0')
+    assert ' 18 train, 36 val+valid, 0 testing drawn from train.' in capsys.readouterr().out
+
+
+def test_no_percentage_is_blamed_for_the_set_of_a_folder(touch, capsys):
+    create_split(touch, 'train', 'test')
+    touch('d/train/c/1.jpg')
+    tf_retrain.check_sets(list_images(), parse('--image_dir=d'))
+    out = capsys.readouterr().out
+    assert 'no testing image' not in out
+    assert 'WARNING: d/test has no images of: c\n' in out
 
 
 def test_sorted_images_can_go_back_into_the_data(trained, tmp_path, monkeypatch, capsys):

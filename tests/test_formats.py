@@ -4,6 +4,7 @@ import io
 import json
 import random
 import sys
+from unittest import mock
 
 import numpy as np
 import pillow_heif
@@ -23,6 +24,9 @@ from PIL import Image, ImageOps
 
 import tf_retrain
 import tf_test
+from tf_retrain import tf
+
+ResourceExhaustedError = tf.errors.ResourceExhaustedError
 
 pillow_heif.register_heif_opener()  # writes HEIC; the scripts read it by pi_heif
 RNG = np.random.default_rng(7)
@@ -177,6 +181,15 @@ def test_without_pi_heif_a_line_names_the_command(job, monkeypatch):
     (job.data / 'cat/x.heic').write_bytes(CONTENTS['heic'])
     reason = 'it is HEIC. To read it, run: pip install pi-heif'
     assert f"'data/cat/x.heic' is left out: {reason}\n" in job.cache()
+
+
+@pytest.mark.parametrize('error', [MemoryError(), ResourceExhaustedError(None, None, 'full')])
+def test_a_lack_of_memory_says_nothing_of_an_image(tmp_path, monkeypatch, error):
+    """It is not recorded."""
+    path = tmp_path / 'x.webp'
+    path.write_bytes(CONTENTS['webp'])
+    monkeypatch.setattr(tf_retrain, 'decode_by_pillow', mock.Mock(side_effect=error))
+    assert tf_retrain.explain_unreadable(str(path)) == ('the memory is full', None)
 
 
 def mutate(contents, generator):

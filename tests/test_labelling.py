@@ -272,6 +272,37 @@ def test_paths_with_nul_after_each(trained):
     assert [line.split('\t')[0] for line in lines] == names
 
 
+class Slow(io.RawIOBase):
+    """A stream that gives what it has in parts."""
+
+    def __init__(self, *parts):
+        self.parts = [*parts]
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        part = self.parts.pop(0) if self.parts else b''
+        buffer[: len(part)] = part
+        return len(part)
+
+
+@pytest.mark.parametrize(
+    ('parts', 'paths'),
+    [
+        ((b'a\nb\n',), ['a', 'b']),
+        ((b'\xef\xbb\xbfa', b'\r\nb'), ['a', 'b']),
+        ((b'a', b'\0b\r\0'), ['a', 'b\r']),
+        ((b'a\nb\0c\0',), ['a\nb', 'c']),
+        ((), []),
+    ],
+)
+def test_paths_on_standard_input_come_in_parts(monkeypatch, parts, paths):
+    stream = io.BufferedReader(Slow(*parts))
+    monkeypatch.setattr(sys, 'stdin', mock.Mock(buffer=stream))
+    assert list(tf_test.read_paths()) == paths
+
+
 @pytest.mark.posix
 def test_names_that_are_not_utf_8(trained, tmp_path):
     """Such an image is labeled as any other, and a missing one is named."""
