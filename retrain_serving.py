@@ -1971,12 +1971,36 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
     return files.map(load_file, tf.data.AUTOTUNE).ignore_errors()
 
 
+def run_in_parts(network: Callable) -> Callable:
+    """Returns a network that takes smaller batches once the memory of its device was full."""
+    largest = NETWORK_BATCH_SIZE
+
+    def run(images: tf.Tensor) -> tf.Tensor:
+        nonlocal largest
+        starts = range(0, len(images), largest)
+        try:
+            return tf.concat([network(images[start : start + largest]) for start in starts], 0)
+        except tf.errors.ResourceExhaustedError as error:
+            if largest == 1:
+                raise UserError(
+                    f'The memory of the GPU or computer is full ({describe(error)}). Close other '
+                    'programs, or set TF_FORCE_GPU_ALLOW_GROWTH=true, or CUDA_VISIBLE_DEVICES= to '
+                    'leave the GPU out.'
+                )
+        largest //= 2
+        tqdm.write(f'The memory is full: from now on, the network gets {largest} images at once.')
+        return run(images)
+
+    return run
+
+
 def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator:
     """Yields (rows, digests, bottlenecks) of each batch of (rows, digests, images).
 
     Each device has a network. They work at once, while the next batches are made.
     """
     iterator = iter(batches.prefetch(2 * len(networks)))
+    networks = [run_in_parts(network) for network in networks]
     while group := list(itertools.islice(iterator, len(networks))):
         results = []
         for (rows, digests, images), network in zip(group, networks, strict=False):

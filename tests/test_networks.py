@@ -321,6 +321,37 @@ def read_structure(graph):
     return [(node.name, node.op, node.attr['T'].type) for node in graph.node]
 
 
+def test_batches_become_smaller_if_the_memory_is_full(job, monkeypatch):
+    """As on a small GPU. The bottlenecks stay the same."""
+    sizes = []
+
+    real = tf_retrain.run_in_parts
+
+    def small(network):
+        def run(images):
+            sizes.append(len(images))
+            if len(images) > 8:
+                raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
+            return network(images)
+
+        return real(run)
+
+    monkeypatch.setattr(tf_retrain, 'run_in_parts', small)
+    out = job.photographs(cat=40, dog=40).cache()
+    assert out.count('The memory is full: from now on, the network gets 8 images at once.') == 1
+    assert [size for size in sizes if size > 8] == [32, 16]
+    job.check_bottlenecks('cat/cat 3.jpg', 'dog/dog 39.jpg')
+
+
+def test_a_memory_that_is_too_small_for_one_image_is_one_line(job, monkeypatch):
+    def fail(images):
+        raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
+
+    real = tf_retrain.run_in_parts
+    monkeypatch.setattr(tf_retrain, 'run_in_parts', lambda network: real(fail))
+    job.photographs(cat=4, dog=4).fails(r'is full \(OOM when allocating\).* CUDA_VISIBLE_DEVICES= ')
+
+
 @pytest.mark.parametrize('network', [[], [USE_MOBILENET]])
 def test_bottlenecks_in_bfloat16(job, mobilenet, monkeypatch, network):
     """They are close to those in float32, in files of their own; graph and labels stay float32."""
