@@ -1627,7 +1627,11 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
         MOBILENET_GRAPH_NAME.format(size),
         ['input', MOBILENET_BOTTLENECK[0]],
     )
-    graph_def = prepend_decoding(graph_def, 'input:0', pixels)
+    # Clients of the retrain script of 2017 feed this node with pixels of -1..1; others leave it.
+    (fed,) = (node for node in graph_def.node if node.name == 'input')
+    fed.op = 'PlaceholderWithDefault'
+    fed.input.append(SCALED_INPUT_NODE)
+    graph_def = prepend_decoding(graph_def, f'{SCALED_INPUT_NODE}:0', pixels)
     suffix = f'_{architecture}'
     return Backbone(path, graph_def, checksum, *MOBILENET_BOTTLENECK, pixels, suffix)
 
