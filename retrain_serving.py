@@ -3494,7 +3494,7 @@ def write_pictures(
         names = [name_in_picture(label, i) for i, label in enumerate(images.labels, 1)]
         pictures['confusion_matrix'] = draw_confusion_matrix(confusion, names)
         pairs = zip(names, images.labels, strict=True)
-        legend = [f'- {name}: {label}' for name, label in pairs if name != label]
+        legend = [f'- `{name}`: {label}' for name, label in pairs if name != label]
         if legend:
             pictures['confusion_matrix/legend'] = '\n'.join(legend)
     misclassified = itertools.islice(tested.misclassified, SHOWN_IMAGES) if tested else ()

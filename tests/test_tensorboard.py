@@ -280,7 +280,7 @@ def test_labels_that_the_font_lacks(job):
     found = {value.tag: value for value in values}
     legend = found['confusion_matrix/legend']
     assert legend.metadata.plugin_data.plugin_name == 'text'
-    assert tf.make_ndarray(legend.tensor).item().decode() == '- #2: 犬\n- #3: 猫'
+    assert tf.make_ndarray(legend.tensor).item().decode() == '- `#2`: 犬\n- `#3`: 猫'
     matrix = Image.open(io.BytesIO(found['confusion_matrix'].image.encoded_image_string))
     margin = matrix.width - 3 * 48
     rows = [np.array(matrix)[-48 * i :, :margin][:48] for i in (3, 2, 1)]
