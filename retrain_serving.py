@@ -1679,7 +1679,11 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
         MOBILENET_GRAPH_NAME.format(size),
         ['input', MOBILENET_BOTTLENECK[0]],
     )
-    graph_def = prepend_decoding(graph_def, 'input:0', pixels)
+    # Clients of the retrain script of 2017 feed this node with pixels of -1..1; others leave it.
+    (fed,) = (node for node in graph_def.node if node.name == 'input')
+    fed.op = 'PlaceholderWithDefault'
+    fed.input.append(SCALED_INPUT_NODE)
+    graph_def = prepend_decoding(graph_def, f'{SCALED_INPUT_NODE}:0', pixels)
     suffix = f'_{architecture}'
     return Backbone(path, graph_def, checksum, *MOBILENET_BOTTLENECK, pixels, suffix)
 
@@ -3405,12 +3409,16 @@ def summarize(evaluation: Evaluation, layer_tags: dict[str, Any]) -> dict[str, A
 
 
 def create_value(tag: str, value: Any) -> Summary.Value:
-    """Returns a summary of a number, a picture, or an array, which becomes a histogram."""
+    """Returns a summary of a number, a picture, a text, or an array, which becomes a histogram."""
     if isinstance(value, Image.Image):
         png = io.BytesIO()
         value.save(png, 'PNG')
         size = {'width': value.width, 'height': value.height}
         return Summary.Value(tag=tag, image={**size, 'encoded_image_string': png.getvalue()})
+    if isinstance(value, str):
+        summary = Summary.Value(tag=tag, tensor=tf.make_tensor_proto(value))
+        summary.metadata.plugin_data.plugin_name = 'text'
+        return summary
     if not np.ndim(value):
         return Summary.Value(tag=tag, simple_value=value)
     return create_histogram(tag, np.ravel(value))
@@ -3454,7 +3462,7 @@ class SummaryWriter:
         self.write(file_version='brain.Event:2')
 
     def write(self, values: Mapping[str, Any] | None = None, **fields: object) -> None:
-        """Writes an Event of {tag: number, picture or array}, and with other fields."""
+        """Writes an Event of {tag: number, picture, text or array}, and with other fields."""
         if self.file is None:
             return
         try:
@@ -3492,6 +3500,17 @@ def load_thumbnail(path: str, side: int, is_upright: bool) -> Image.Image:
             thumbnail = Image.fromarray(turn(np.asarray(thumbnail), orientation))
         return thumbnail
     return Image.new('RGB', (side, side), 'gray')
+
+
+def name_in_picture(label: str, number: int) -> str:
+    """Returns what pictures call a class: its label, or its number, such as '#3' for the third.
+
+    It is the number if the font lacks a character, as it has only those of ASCII and a few more.
+    """
+    font = ImageFont.load_default(16)
+    box = bytes(font.getmask('\uffff'))  # which the font has in place of what it lacks
+    is_drawable = all(bytes(font.getmask(character)) != box for character in label)
+    return label if is_drawable else f'#{number}'
 
 
 def draw_confusion_matrix(confusion: np.ndarray, labels: list[str]) -> Image.Image:
@@ -3544,13 +3563,21 @@ def draw_names(
 def write_pictures(
     images: Images, head: Head, tested: Tested | None, flags: argparse.Namespace
 ) -> None:
-    """Writes the confusion matrix, misclassified images, and the similarities of the images."""
+    """Writes the confusion matrix, misclassified images, and the similarities of the images.
+
+    The names in the matrix that are numbers have a legend.
+    """
     pictures: dict[str, Any] = {}
     if head.familiarity:
         pictures['familiarity'] = head.familiarity.similarities
     if tested and len(images.labels) <= MATRIX_CLASSES:
         confusion = tested.count_confusion(len(images.labels))
-        pictures['confusion_matrix'] = draw_confusion_matrix(confusion, images.labels)
+        names = [name_in_picture(label, i) for i, label in enumerate(images.labels, 1)]
+        pictures['confusion_matrix'] = draw_confusion_matrix(confusion, names)
+        pairs = zip(names, images.labels, strict=True)
+        legend = [f'- `{name}`: {label}' for name, label in pairs if name != label]
+        if legend:
+            pictures['confusion_matrix/legend'] = '\n'.join(legend)
     misclassified = itertools.islice(tested.misclassified, SHOWN_IMAGES) if tested else ()
     for row, predicted in misclassified:
         path = images.paths[row]

@@ -1082,6 +1082,17 @@ def find_mean(graph: Graph) -> tuple[NodeDef, str]:
     return node, logits
 
 
+def name_in_picture(label: str, number: int) -> str:
+    """Returns what pictures call a class: its label, or its number, such as '#3' for the third.
+
+    It is the number if the font lacks a character, as it has only those of ASCII and a few more.
+    """
+    font = ImageFont.load_default(16)
+    box = bytes(font.getmask('\uffff'))  # which the font has in place of what it lacks
+    is_drawable = all(bytes(font.getmask(character)) != box for character in label)
+    return label if is_drawable else f'#{number}'
+
+
 def draw_heatmap(pixels: np.ndarray, heatmap: np.ndarray, title: str) -> Image.Image:
     """Draws a photograph, uint8 [height, width, 3], in gray, redder where the heatmap is higher.
 
@@ -1444,9 +1455,15 @@ def draw(
 ) -> None:
     """Writes the heatmap of an image for its best label."""
     contents = load_image(path, flags.upright)
-    heatmap = compute_heatmap(graph, contents, int(answer.scores.argmax()))
-    title = describe_best(answer, labels)
+    index = int(answer.scores.argmax())
+    name = name_in_picture(labels[index], index + 1)
+    title = f'{name} {answer.scores[index]:.2f}'
+    if answer.familiarity is not None:
+        title += f', familiarity {answer.familiarity:.2f}'
+    heatmap = compute_heatmap(graph, contents, index)
     save_picture(draw_heatmap(decode(contents, is_upright=False), heatmap, title), flags.heatmap)
+    if name != labels[index]:
+        print(f"{flags.heatmap}: {name} is '{labels[index]}'.", file=sys.stderr)
 
 
 def report_answer(
@@ -1468,15 +1485,6 @@ def report_answer(
     if is_single:
         warn_of_unfamiliar(answer)
     return label
-
-
-def describe_best(answer: Answer, labels: list[str]) -> str:
-    """Returns the title of a heatmap."""
-    index = answer.scores.argmax()
-    title = f'{labels[index]} {answer.scores[index]:.2f}'
-    if answer.familiarity is not None:
-        title += f', familiarity {answer.familiarity:.2f}'
-    return title
 
 
 def label_images(flags: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from helpers import (
     run_v1_on_all,
 )
 from reader import read_blocks
+from tensorflow.python.tools import optimize_for_inference_lib, strip_unused_lib
 
 import tf_retrain
 
@@ -149,6 +150,29 @@ def test_openvino(networks, scaled):
     np.testing.assert_allclose(np.concatenate(scores[1:]), expected, atol=1e-5)
 
 
+def score_pixels(graph_def, source, images):
+    """Returns the scores of a graph that begins at a node for each image of -1..1."""
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        tf.import_graph_def(graph_def, name='')
+        return np.concatenate(
+            [session.run('final_result:0', {f'{source}:0': image[np.newaxis]}) for image in images]
+        )
+
+
+def test_tools_of_2017(networks, scaled):
+    """strip_unused and optimize_for_inference, from each node that takes pixels of -1..1."""
+    _, images, expected = scaled
+    graph_def = networks.graph()
+    sources = {'Mul', 'input'}.intersection(node.name for node in graph_def.node)
+    assert len(sources) == 1 + ('--architecture=mobilenet_0.25_128' in networks.network)
+    for source in sources:
+        boundaries = [source], ['final_result'], tf.float32.as_datatype_enum
+        stripped = strip_unused_lib.strip_unused(graph_def, *boundaries)
+        optimized = optimize_for_inference_lib.optimize_for_inference(graph_def, *boundaries)
+        for each in (graph_def, stripped, optimized):
+            np.testing.assert_allclose(score_pixels(each, source, images), expected, atol=1e-5)
+
+
 @pytest.mark.filterwarnings('ignore:.*tf.lite.Interpreter is deprecated')
 def test_tensorflow_lite(scaled):
     path, images, expected = scaled
@@ -186,15 +210,18 @@ def tensorflow_1(tmp_path_factory):
 def test_tensorflow_1_runs_the_graph(networks, tensorflow_1):
     """Python 3.7 with TensorFlow 1.15 gives what we get, for every test image.
 
-    The familiarity may differ by a step.
+    The familiarity may differ by a step. A MobileNet also takes pixels, as clients of 2017 do.
     """
     python, environment = tensorflow_1
     images = networks.test_images()
     command = [python, ROOT / 'tests/programs/score_v1.py', networks.folder / GRAPH, *images]
     out = subprocess.run(command, env=environment, check=True, capture_output=True).stdout
-    found = np.array([json.loads(line) for line in out.splitlines()])
+    scores, found, *of_pixels = zip(*map(json.loads, out.splitlines()), strict=True)
     ours = [get_scores(networks.graph(), path.read_bytes()) for path in images]
-    np.testing.assert_allclose(found[:, :-1], ours, atol=1e-5)
+    np.testing.assert_allclose(scores, ours, atol=1e-5)
     contents = [path.read_bytes() for path in images]
     familiarity = run_v1_on_all(networks.graph(), contents, 'familiarity:0')
-    np.testing.assert_allclose(found[:, -1], np.ravel(familiarity), atol=1.01 / 145)
+    np.testing.assert_allclose(found, np.ravel(familiarity), atol=1.01 / 145)
+    assert len(of_pixels) == ('--architecture=mobilenet_0.25_128' in networks.network)
+    for each in of_pixels:
+        np.testing.assert_allclose(each, ours, atol=1e-5)

@@ -546,6 +546,18 @@ def test_heatmaps_of_each_network(networks, label, tmp_path):
         assert picture.height == 30 + 24 + 24
 
 
+def test_the_heatmap_of_a_label_that_the_font_lacks(trained, label, tmp_path):
+    """Its title has the number of the label. Here, the labels are translated."""
+    (tmp_path / 'labels').write_text('狐\n猫\n犬\n')
+    image = trained.data / 'cat/cat 0.jpg'
+    files = GRAPH, tmp_path / 'labels'
+    with mock.patch.object(tf_test, 'draw_heatmap', wraps=tf_test.draw_heatmap) as draw:
+        tf_test.label_images(parse(f'--heatmap={tmp_path}/h.png', image, *files))
+    title = draw.call_args.args[2]
+    assert re.fullmatch(r'#2 \d\.\d\d, familiarity \d\.\d\d', title)
+    assert f"{tmp_path}/h.png: #2 is '猫'.\n" in label.capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ('heatmap', 'files', 'message'),
     [

@@ -5,6 +5,8 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
+import sys
 from unittest import mock
 
 import cv2
@@ -24,6 +26,15 @@ from selenium.webdriver.support.wait import WebDriverWait
 from tf_retrain import tf
 
 RECIPES = 'trained_model/README.md', 'Other runtimes'
+# What is in the recipes that have a test each. The others are followed before.
+WITH_TESTS = (
+    'scores',
+    'video',
+    'localhost',
+    'npm',
+    'import coremltools',
+    'from tflite_support',
+)
 
 
 @pytest.fixture(scope='module')
@@ -38,13 +49,13 @@ def recipes(tmp_path_factory, model):
     with pytest.MonkeyPatch.context() as patch, reader:
         patch.chdir(folder)
         for language, text in read_blocks(*RECIPES):
-            if 'scores' in text or 'video' in text or 'localhost' in text or 'npm' in text:
+            if any(word in text for word in WITH_TESTS):
                 reader.recipes.append(text)
             elif language == 'sh':
                 reader.type(text)
             else:
                 exec(text, reader.names)
-        assert len(reader.recipes) == 7  # each has a test
+        assert len(reader.recipes) == 9
         yield reader
 
 
@@ -99,6 +110,56 @@ def test_twenty_photographs_in_openvino(recipes, photographs):
     images, expected = photographs
     found = run_openvino(recipes.folder, find(recipes, 'openvino.Core'), images)
     np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-5)
+
+
+@pytest.fixture
+def tflite_support(tmp_path):
+    """The environment variables with which this Python has tflite-support, if it runs with -S."""
+    if sys.version_info >= (3, 12):
+        pytest.skip('tflite-support is for older versions of Python')
+    pip = '-m pip install --quiet --disable-pip-version-check --no-compile --target'.split()
+    packages = 'tflite-support==0.4.4', 'libusb-package'
+    if subprocess.run([sys.executable, *pip, tmp_path, *packages], capture_output=True).returncode:
+        pytest.skip('tflite-support cannot be installed here')
+    return {**os.environ, 'PYTHONPATH': str(tmp_path)}
+
+
+@pytest.mark.slow
+def test_labels_in_the_file(recipes, tflite_support):
+    """The file has all that a client with nothing but the photographs needs."""
+    paths = [f'data/{name}/{name} {i}.jpg' for i in range(4) for name in ('cat', 'dog')]
+    program = ROOT / 'tests/programs/classify_by_metadata.py'
+    recipe = find(recipes, 'from tflite_support')
+    # -S leaves out TensorFlow, which tflite-support would import, with a protobuf too old for it.
+    command = [sys.executable, '-S', program, recipe, 'trained_model/with_metadata.tflite', *paths]
+    out = subprocess.run(command, env=tflite_support, check=True, capture_output=True).stdout
+    expected = label_images(recipes.folder, paths)
+    for text, scores in zip(out.decode().splitlines(), expected, strict=True):
+        check_words(text, scores, 0.1)
+
+
+@pytest.mark.slow
+def test_core_ml(recipes):
+    """What the converted model says of itself: only macOS runs it."""
+    pytest.importorskip('coremltools')
+    exec(find(recipes, 'import coremltools'), recipes.names)
+    assert pathlib.Path('trained_model/retrained.mlpackage/Manifest.json').exists()
+    spec = recipes.names['converted'].get_spec()
+    (image,) = spec.description.input
+    size = image.type.imageType
+    assert (image.name, size.width, size.height) == ('image', 299, 299)
+    assert [each.name for each in spec.description.output] == ['classLabel', 'classLabel_probs']
+    (block,) = spec.mlProgram.functions['main'].block_specializations.values()
+    scale, multiply, bias, add = block.operations[:4]
+    assert [multiply.type, add.type] == ['mul', 'add']
+    numbers = [
+        list(op.attributes['val'].immediateValue.tensor.floats.values) for op in (scale, bias)
+    ]
+    assert numbers == [[1 / 128], 3 * [-1]]
+    classify = block.operations[-1]
+    assert classify.type == 'classify'
+    words = classify.inputs['classes'].arguments[0].value.immediateValue.list.values
+    assert [word.immediateValue.tensor.strings.values[0] for word in words] == ['cat', 'dog']
 
 
 @pytest.mark.slow

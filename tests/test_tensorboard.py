@@ -3,6 +3,7 @@
 import collections
 import importlib
 import io
+import itertools
 import json
 import os
 import re
@@ -268,6 +269,23 @@ def test_confusion_matrix(count, cell):
     assert len(picture) < 1900
     assert picture[margin:, :margin].min() < 128  # labels at the left
     assert picture[:margin, margin:].min() < 128  # and at the top
+
+
+def test_labels_that_the_font_lacks(job):
+    """The matrix has their numbers, and a text says whose they are."""
+    job.photographs(dog=20, 犬=20, 猫=20).main(testing_percentage='40', how_many_training_steps='0')
+    values = (
+        value for event in read_events(job.folder / 'logs/test') for value in event.summary.value
+    )
+    found = {value.tag: value for value in values}
+    legend = found['confusion_matrix/legend']
+    assert legend.metadata.plugin_data.plugin_name == 'text'
+    assert tf.make_ndarray(legend.tensor).item().decode() == '- `#2`: 犬\n- `#3`: 猫'
+    matrix = Image.open(io.BytesIO(found['confusion_matrix'].image.encoded_image_string))
+    margin = matrix.width - 3 * 48
+    rows = [np.array(matrix)[-48 * i :, :margin][:48] for i in (3, 2, 1)]
+    for first, second in itertools.combinations(rows, 2):
+        assert (first != second).any()  # not the same empty box
 
 
 def test_nothing_is_left_of_the_pictures_of_an_earlier_run(job):
