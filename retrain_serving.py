@@ -797,9 +797,11 @@ def check_outputs(flags: argparse.Namespace) -> None:
             raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
         if os.path.realpath(to_bytes(path)) in taken:
             raise UserError(f'{flag}: {path} is the pretrained model. Name another file.')
-        for folder in (flags.image_dir, flags.tfhub_module):
-            if folder and gfile.isdir(folder) and is_inside(path, folder):
-                raise UserError(f'{flag}: {path} is in {folder}, which is read. Name another file.')
+        module = flags.tfhub_module
+        is_of_module = module and gfile.isdir(module) and is_inside(path, module)
+        is_photograph = is_image(os.path.basename(path)) and is_inside(path, flags.image_dir)
+        if is_of_module or is_photograph:
+            raise UserError(f'{flag}: {path} is what the training reads. Name another file.')
         ensure_writable_dir(os.path.dirname(path), flag)
         ensure_replaceable(path, flag)
     ensure_replaceable(record, '--output_graph')
@@ -2278,16 +2280,22 @@ class BottleneckCache:
             return record.outcome
         return None
 
+    def trust_unrecorded(self) -> None:
+        """Records cache files without a usable record as they are (bottlenecks/README.md)."""
+        has_record = np.array([record is not None for record in self.records])
+        rows = np.flatnonzero((self.digests >= 0) & ~has_record).tolist()
+        # On a slow drive, the headers of thousands of images take minutes.
+        bar = tqdm(rows, desc='Records', unit='image', delay=1, disable=None)
+        for row in until_stopped(bar):
+            header = load_header(self.images.paths[row])
+            self.try_to_record(row, None, int(self.digests[row]), header)
+
     def compare(self) -> tuple[np.ndarray, dict[int, str]]:
         """Returns the rows to compute, and {row: reason} of images that cannot be decoded.
 
         Images are read only if their modification time is not the recorded one.
         """
-        for row, digest in until_stopped(enumerate(self.digests.tolist())):
-            # A cache file without a usable record is trusted (bottlenecks/README.md).
-            if digest >= 0 and self.records[row] is None:
-                header = load_header(self.images.paths[row])
-                self.try_to_record(row, None, digest, header)
+        self.trust_unrecorded()
         outcomes = [self.look_up(row) for row in range(len(self.paths))]
         missing = [row for row, outcome in enumerate(outcomes) if outcome is None]
         # Their contents decide, as their size and time are not as recorded.
@@ -2999,11 +3007,12 @@ def train(
     layer = create_untrained_layer(images, backbone, flags)
     rng = create_rng(flags.random_seed, 'validation')
     logs = open_logs(backbone, Head(layer, images.labels), flags)
-    last_step = flags.how_many_training_steps - 1
     try:
         batches = draw_batches(images, bottlenecks, backbone, flags)
         for step, (rows, batch) in enumerate(until_stopped(batches)):
-            is_evaluated = step % flags.eval_step_interval == 0 or step == last_step
+            is_evaluated = (
+                step % flags.eval_step_interval == 0 or step == flags.how_many_training_steps - 1
+            )
             before = layer.train(batch, images.classes[rows]) if rows.size else None
             layer_tags = summarize_layer(layer) if is_evaluated else {}  # after the step
             if before:

@@ -227,7 +227,7 @@ ABSENT_MODEL = 'inception/mobilenet_v1_0.25_128/frozen_graph.pb'
         ('output_labels', 'folder', "'folder' is a folder."),
         ('output_labels', 'new/', "'new/' is a folder."),
         ('output_labels', f'./{MODEL}', f'./{MODEL} is the pretrained model'),
-        ('output_labels', 'data/cat/x.txt', 'data/cat/x.txt is in data/, which is read. Name'),
+        ('output_labels', 'data/cat/cat 0.jpg', 'data/cat/cat 0.jpg is what the training'),
         ('optimized_graph', 'file/o.pb', "nothing can be written in 'file'"),
         ('optimized_graph', ABSENT_MODEL, f'{ABSENT_MODEL} is the pretrained model'),
         ('bottleneck_dir', 'file', "nothing can be written in 'file'"),
