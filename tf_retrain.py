@@ -47,6 +47,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import traceback
 import urllib.request
 import uuid
 import warnings
@@ -60,7 +61,30 @@ from typing import Any, NamedTuple
 MOBILENET_WIDTHS = ('1.0', '0.75', '0.50', '0.25')
 MOBILENET_SIDES = (224, 192, 160, 128)  # pixels
 MOBILENET_SIZES = [f'{width}_{side}' for width in MOBILENET_WIDTHS for side in MOBILENET_SIDES]
-ARCHITECTURES = ['inception_v3', *(f'mobilenet_{size}' for size in MOBILENET_SIZES)]
+# The networks of Keras Applications, by the side in pixels of the images that they were made for.
+KERAS_SIDES = {
+    224: 'ConvNeXtBase ConvNeXtLarge ConvNeXtSmall ConvNeXtTiny ConvNeXtXLarge DenseNet121 '
+    'DenseNet169 DenseNet201 EfficientNetB0 EfficientNetV2B0 MobileNet MobileNetV2 '
+    'MobileNetV3Large MobileNetV3Small NASNetMobile ResNet50 ResNet50V2 ResNet101 ResNet101V2 '
+    'ResNet152 ResNet152V2 VGG16 VGG19',
+    240: 'EfficientNetB1 EfficientNetV2B1',
+    260: 'EfficientNetB2 EfficientNetV2B2',
+    299: 'InceptionResNetV2 InceptionV3 Xception',
+    300: 'EfficientNetB3 EfficientNetV2B3',
+    331: 'NASNetLarge',
+    380: 'EfficientNetB4',
+    384: 'EfficientNetV2S',
+    456: 'EfficientNetB5',
+    480: 'EfficientNetV2L EfficientNetV2M',
+    528: 'EfficientNetB6',
+    600: 'EfficientNetB7',
+}
+KERAS_NETWORKS = {name: side for side, names in KERAS_SIDES.items() for name in names.split()}
+ARCHITECTURES = [
+    'inception_v3',
+    *(f'mobilenet_{size}' for size in MOBILENET_SIZES),
+    *KERAS_NETWORKS,
+]
 DEFAULT = ' (default: %(default)s)'
 
 
@@ -210,14 +234,16 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar='NAME',
         type=architecture,
         default='inception_v3',
-        help='inception_v3, or mobilenet_<width>_<side> with a width of 1.0, 0.75, 0.50 or 0.25 '
-        'and a side of 224, 192, 160 or 128 pixels' + DEFAULT,
+        help='inception_v3; mobilenet_<width>_<side> with a width of 1.0, 0.75, 0.50 or 0.25 and '
+        'a side of 224, 192, 160 or 128 pixels; or a network of Keras, such as ConvNeXtTiny, '
+        'EfficientNetV2B0, MobileNetV3Large or ResNet50V2 (the list is in inception/README.md)'
+        + DEFAULT,
     )
     network.add_argument(
         '--tfhub_module',
         metavar='HANDLE',
         type=HANDLE,
-        help='URL or folder of an image feature vector of Keras, Kaggle or TensorFlow Hub',
+        help='URL or folder of an image feature vector of your own, Kaggle or TensorFlow Hub',
     )
 
 
@@ -431,6 +457,16 @@ def silenced_libraries() -> Iterator[None]:
         hidden.close()
 
 
+def prepare_keras(flags: argparse.Namespace) -> None:
+    """Tells Keras where to keep the weights of its networks, and to use TensorFlow.
+
+    TensorFlow imports Keras, which looks for that only then, and writes a keras.json there.
+    """
+    if flags.architecture in KERAS_NETWORKS:
+        os.environ.setdefault('KERAS_HOME', flags.model_dir)
+        os.environ['KERAS_BACKEND'] = 'tensorflow'
+
+
 def ensure_avx() -> None:
     """Raises ImportError on a processor without AVX: TensorFlow would abort the whole process."""
     try:
@@ -469,6 +505,7 @@ if __name__ == '__main__':
     # Before TensorFlow is imported: help and wrong flags are answered at once.
     prepare_process()
     parsed_flags = parse_flags(create_parser())
+    prepare_keras(parsed_flags)
 
 # NumPy's products are small here: the threads of OpenBLAS would cost more time than they save.
 os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
@@ -1457,6 +1494,7 @@ BOTTLENECK = 'pool_3/_reshape', 2048  # node and size
 MOBILENET_URL = 'http://download.tensorflow.org/models/mobilenet_v1_{}_frozen.tgz'
 MOBILENET_GRAPH_NAME = 'mobilenet_v1_{}/frozen_graph.pb'
 MOBILENET_BOTTLENECK = 'MobilenetV1/Predictions/Reshape', 1001
+FUNCTION_BOTTLENECK = 'module/bottleneck'  # of modules, and of the networks of Keras
 MAX_ARCHIVE_SIZE = 2**30  # bytes, packed or unpacked: the largest model has a tenth of it
 DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
@@ -1646,6 +1684,8 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
         backbone = load_tfhub_module(flags.tfhub_module)
     elif flags.architecture == 'inception_v3':
         backbone = load_inception(flags.model_dir)
+    elif flags.architecture in KERAS_NETWORKS:
+        backbone = load_keras_network(flags.model_dir, flags.architecture)
     else:
         backbone = load_mobilenet(flags.model_dir, flags.architecture)
     check_final_tensor_name(flags.final_tensor_name, backbone)
@@ -1684,10 +1724,84 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
     return Backbone(path, graph_def, checksum, *MOBILENET_BOTTLENECK, pixels, suffix)
 
 
+def load_keras_network(model_dir: str, architecture: str) -> Backbone:
+    """Returns a network of Keras with what it has learned on ImageNet, such as ConvNeXtTiny."""
+    import keras
+
+    create = getattr(keras.applications, architecture)
+    prepare = sys.modules[create.__module__].preprocess_input
+    side = KERAS_NETWORKS[architecture]
+    pixels = Pixels((side, side), 0, 1)  # prepare() does the rest
+    network = create_keras_network(create, side, model_dir)
+    size = network.output_shape[-1]
+    graph_def = freeze_function(lambda images: network(prepare(images)), pixels, size)
+    checksum = 0
+    for values in network.get_weights():
+        checksum = zlib.crc32(values, checksum)
+    return Backbone(
+        f'{architecture} of Keras {keras.__version__}',
+        graph_def,
+        checksum,
+        FUNCTION_BOTTLENECK,
+        size,
+        pixels,
+        f'_{architecture}',
+    )
+
+
+def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
+    """Calls a function of Keras Applications, which downloads the weights if need be.
+
+    Raises UserError if that fails.
+    """
+    if os.environ.get('KERAS_HOME') == model_dir:
+        # Otherwise, Keras would take another folder, under /tmp, without a word.
+        ensure_writable_dir(model_dir, '--model_dir')
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # Keras would wait forever
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # the progress, as that of other downloads
+            return create(include_top=False, input_shape=[side, side, 3], pooling='avg')
+    except Exception as error:  # Keras has no class of its own for what cannot be downloaded
+        raise explain_keras_error(error)
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def explain_keras_error(error: Exception) -> Exception:
+    """Returns what to do about weights that cannot be downloaded; any other error as it is.
+
+    Keras' messages do not always name the URL and the file, but the variables of its function
+    get_file() do.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if 'download_target' in frame.f_locals:
+            url = frame.f_locals['origin']
+            path = frame.f_locals['download_target']
+            reason = describe(error.__context__ or error)
+            return UserError(
+                f'{url} could not be downloaded ({reason}). Run the same command again, or save '
+                f'it as {path}.'
+            )
+    return error
+
+
 def load_tfhub_module(handle: str) -> Backbone:
     """Returns the network of a TF2 image feature vector; raises UserError if it is none."""
     path, module = open_tfhub_module(handle)
     function, pixels, size = find_feature_vector(module, handle)
+    graph_def = freeze_function(function, pixels, size)
+    # The suffix is that of the retrain script of TensorFlow Hub.
+    suffix = '_' + to_file_name(re.sub(r'[:/]+', '~', handle.rstrip('/')))[-100:]
+    checksum = get_folder_checksum(path)
+    return Backbone(handle, graph_def, checksum, FUNCTION_BOTTLENECK, size, pixels, suffix)
+
+
+def freeze_function(function: Callable, pixels: Pixels, size: int) -> GraphDef:
+    """Returns the graph of a function from images to features, behind the decoding nodes.
+
+    It ends at FUNCTION_BOTTLENECK, float [N, size].
+    """
 
     @tf.function(input_signature=[tf.TensorSpec([None, *pixels.size, 3])])
     def extract_features(images: tf.Tensor) -> tf.Tensor:
@@ -1697,11 +1811,7 @@ def load_tfhub_module(handle: str) -> Backbone:
     # Functions become plain ops, which TensorFlow 1 has too.
     plain = optimize(frozen.graph.as_graph_def(), 'bottleneck', 'function')
     graph_def = prepend_decoding(plain, frozen.inputs[0].name, pixels, 'module')
-    graph_def = extract_sub_graph(graph_def, ['module/bottleneck'])
-    # The suffix is that of the retrain script of TensorFlow Hub.
-    suffix = '_' + to_file_name(re.sub(r'[:/]+', '~', handle.rstrip('/')))[-100:]
-    checksum = get_folder_checksum(path)
-    return Backbone(handle, graph_def, checksum, 'module/bottleneck', size, pixels, suffix)
+    return extract_sub_graph(graph_def, [FUNCTION_BOTTLENECK])
 
 
 def open_tfhub_module(handle: str) -> tuple[str, Any]:

@@ -20,6 +20,7 @@ USAGE_ERRORS = [
     ('--eval_step_interval=0', '1 or more'),
     ('--learning_rate=1e-46', 'a number above 0'),
     ('--data_service=grpc://localhost:99999999999999999999', 'grpc://HOST:PORT'),
+    ('--architecture=convnext_tiny', "there is no 'convnext_tiny'; did you mean ConvNeXtTiny?"),
     ('--tfhub_module=', 'the URL or folder of a module'),
     ('--train_batch_size=0', 'a whole number from 1 to 100,000'),
     ('--train_batch_size=-1', 'a whole number from 1 to 100,000'),
@@ -38,7 +39,7 @@ USAGE_ERRORS = [
     ('--data_service=localhost:5000', 'grpc://HOST:PORT'),
     ('--no_such_flag=1', 'unrecognized arguments: --no_such_flag=1'),
     ('extra', 'unrecognized arguments: extra'),
-    ('--architecture=inception_v4', 'did you mean inception_v3?'),
+    ('--architecture=inception_v4', 'did you mean inception_v3 or '),
     (
         '--architecture=mobilenet_1.0_224_quantized',
         "there is no 'mobilenet_1.0_224_quantized'; did you mean mobilenet_1.0_224 or ",
@@ -134,6 +135,9 @@ def test_help_names_every_flag_and_default(monkeypatch, create_parser):
         assert action.option_strings[-1] in words
         if str(action.default) not in ('None', 'False', argparse.SUPPRESS):
             assert f'(default: {action.default})' in words
+    for name in ('ConvNeXtTiny', 'EfficientNetV2B0', 'MobileNetV3Large', 'ResNet50V2'):
+        assert name in words
+    assert 'the list is in inception/README.md' in words
     flags, _, _ = text.partition('the usual command')
     assert max(map(len, flags.splitlines())) <= 80
     assert len(text.splitlines()) <= 110
