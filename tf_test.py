@@ -708,7 +708,7 @@ def decode_by_pillow(contents: bytes) -> np.ndarray:
             return np.repeat(upper[:, :, np.newaxis], 3, axis=2)
         if image.mode in ('I', 'F'):
             raise ImageError('it has samples of 32 bits. Save it with 8 bits')
-        return np.asarray(image.convert('RGB'))
+        return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
 
 
 def check_size(pixels: int) -> None:
