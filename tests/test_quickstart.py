@@ -18,6 +18,8 @@ import quickstart
 from helpers import ROOT, run, send, serve
 from PIL import Image
 
+import tf_retrain
+
 MOBILENET = ['--architecture=mobilenet_1.0_224']
 
 
@@ -216,3 +218,15 @@ def test_ctrl_c_leaves_a_script_the_time_to_finish(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         quickstart.run('tf_retrain.py')
     assert process.wait.call_count == 2
+
+
+def test_class_folders_are_those_of_the_training(project):
+    """Photographs of a phone, and images that are split already."""
+    assert quickstart.IMAGE_EXTENSIONS == tf_retrain.IMAGE_EXTENSIONS
+    touch(project, 'data/cat/IMG_1.HEIC', 'data/dog/.hidden.jpg', 'data/dog/x.txt')
+    assert quickstart.list_classes() == {'cat': ['IMG_1.HEIC']}
+    shutil.rmtree(project / 'data/cat')
+    touch(project, 'data/Train/cat/1.webp', 'data/test/cat/2.jpg')
+    assert quickstart.list_classes() == {'Train/cat': ['1.webp']}
+    touch(project, 'bottlenecks/Train/cat/1.webp.txt')
+    assert quickstart.find_readable(quickstart.list_classes()) == 'data/Train/cat/1.webp'
