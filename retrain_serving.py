@@ -105,9 +105,7 @@ BATCH_OR_ALL = checked(
 # Smaller numbers are 0 in float32, and larger ones are not finite.
 RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a number above 0, such as 0.05')
 # Raises UnicodeEncodeError, a ValueError, for names that are not UTF-8.
-PATH = checked(
-    lambda text: os.path.expanduser(text).encode().decode(), lambda path: True, 'a name in UTF-8'
-)
+PATH = checked(lambda text: os.path.expanduser(text).encode().decode(), bool, 'a name in UTF-8')
 ADDRESS = checked(str, re.compile(r'grpc://.+:\d{1,5}').fullmatch, 'grpc://HOST:PORT')
 HANDLE = checked(os.path.expanduser, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
@@ -710,6 +708,8 @@ def write_whole(path: str, contents: bytes) -> None:
     except BaseException:
         with contextlib.suppress(tf.errors.OpError):
             gfile.remove(temporary)
+        if gfile.isdir(path):  # TensorFlow's message has the temporary name
+            raise UserError(f"'{path}' is a folder. Delete it.")
         raise
 
 
@@ -1003,8 +1003,13 @@ def is_image(name: str) -> bool:
 
 
 def count_images(path: str) -> int:
-    """Returns how many images are in a folder and below it."""
-    return sum(is_image(name) for _, _, names in gfile.walk(path) for name in names)
+    """Returns how many images are in a folder and below it. Links to folders are not followed."""
+    if '://' in path:
+        return sum(is_image(name) for _, _, names in gfile.walk(path) for name in names)
+    if os.path.islink(to_bytes(path)):
+        return 0
+    files = (name for _, _, names in os.walk(to_bytes(path)) for name in names)
+    return sum(is_image(name.decode(errors='surrogateescape')) for name in files)
 
 
 def name_passed_over(path: str) -> str:
@@ -1047,6 +1052,17 @@ def warn_of_unused(path: str, others: list[str]) -> None:
         )
 
 
+def can_list(path: str) -> bool:
+    """Tells whether the user may see what is in a folder, unlike in lost+found."""
+    try:
+        gfile.listdir(path)
+    except tf.errors.PermissionDeniedError:
+        return False
+    except UnicodeDecodeError:  # a name that list_dir() complains of
+        pass
+    return True
+
+
 def list_class_folders(image_dir: str) -> dict[str, list[str]]:
     """Returns {class folder: its images}, both sorted."""
     folders = {}
@@ -1055,6 +1071,8 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
         path = os.path.join(image_dir, name)
         if name.startswith('.') or not gfile.isdir(path):
             loose_images += is_image(name)
+        elif not can_list(path):
+            print(f'WARNING: {escape(path)} cannot be read. It is not used as a class.')
         elif images := list_class_folder(path):
             folders[name] = images
     if loose_images:
@@ -1103,13 +1121,13 @@ def warn_of_labels(paths: dict[str, str]) -> None:
         has_lost = re.search(r'[^A-Za-z0-9 _.,-]|^-', name) and label != name
         if has_lost:
             print(
-                f"WARNING: the label of {path} is '{label}', as only a-z and 0-9 stay. Rename the "
-                'folder if you want another one.'
+                f"WARNING: the label of {escape(path)} is '{label}', as only a-z and 0-9 stay. "
+                'Rename the folder if you want another one.'
             )
         if re.fullmatch('|'.join(SET_FOLDERS), re.sub(r'[ _-]?[0-9]+$', '', name.lower())):
             print(
-                f"WARNING: {path} is used as a class, '{label}'. If it holds images of several "
-                'classes, move it elsewhere.'
+                f"WARNING: {escape(path)} is used as a class, '{label}'. If it holds images of "
+                'several classes, move it elsewhere.'
             )
     for word, flag in ((UNSURE, '--min_score'), (UNKNOWN, '--unknown')):
         if word in paths:
@@ -1129,8 +1147,9 @@ def ensure_image_dir(image_dir: str) -> None:
 
 def has_class_folders(path: str) -> bool:
     """Tells whether a folder has folders with images."""
-    folders = [name for name in list_dir(path) if not name.startswith('.')]
-    return any(any(map(is_image, list_dir(os.path.join(path, name)))) for name in folders)
+    folders = [os.path.join(path, name) for name in list_dir(path) if not name.startswith('.')]
+    readable = [folder for folder in folders if gfile.isdir(folder) and can_list(folder)]
+    return any(any(map(is_image, list_dir(folder))) for folder in readable)
 
 
 def find_set_folders(image_dir: str) -> dict[str, str]:
@@ -1238,10 +1257,14 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
         'training': 100,
     }
     for name, percentage in percentages.items():
-        if name in images.set_folders.values():  # list_split_folders() has looked
-            continue
         counts = images.counts[name]
         empty = [label for label, count in zip(images.labels, counts, strict=True) if not count]
+        if name in images.set_folders.values():  # list_split_folders() has looked, but for ...
+            if name == 'training' and empty:  # ... images that cannot be read
+                raise UserError(
+                    f'--image_dir: no training image of {name_some(empty)} can be read. Add some.'
+                )
+            continue
         if percentage and empty:
             print(
                 f'WARNING: no {name} image in {len(empty)} of {len(images.labels)} classes: '
@@ -1270,7 +1293,7 @@ SIGNATURES = {
     'BMP': rb'BM',
     'DIB': rb'\x28\0\0\0',
     'a raw photograph (CR2)': rb'II\*\0....CR',
-    'TIFF': rb'II\*\0|MM\0\*',
+    'TIFF': rb'II[*+]\0|MM\0[*+]',
     'JPEG 2000': rb'\0\0\0\x0cjP|\xff\x4f\xff\x51',
     'PPM': rb'P[1-6]\s',
     'JPEG XL': rb'\xff\x0a|\0\0\0\x0cJXL',
@@ -1393,9 +1416,11 @@ def decode_by_pillow(contents: bytes) -> np.ndarray:
         is_gray = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
         if is_gray:
             upper = np.uint8(np.asarray(image) >> 8)
+            if image.format == 'TIFF' and image.tag_v2.get(262) == 0:  # white is zero
+                upper = 255 - upper
             return np.repeat(upper[:, :, np.newaxis], 3, axis=2)
         if image.mode in ('I', 'F'):
-            raise ImageError('it has samples of 32 bits. Save it with 8 bits')
+            raise ImageError('its samples are signed, or have 32 bits. Save it with 8 bits')
         return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
 
 
@@ -2294,8 +2319,8 @@ def parse_record(text: bytes) -> CacheRecord | None:
             and isinstance(record.orientation, int | None)
             and isinstance(record.bits, int | None)
         )
-        # A missing cache file has the digest -1.
-        is_valid = is_valid and record.outcome != -1
+        # A missing cache file has the digest -1, and there is a reason for what cannot be decoded.
+        is_valid = is_valid and record.outcome not in (-1, '')
     except (ValueError, TypeError, RecursionError):
         return None
     return record if is_valid and record.version == RECORD_VERSION else None
@@ -2365,7 +2390,7 @@ class BottleneckCache:
         self, row: int, digest: int | None, outcome: int | str, header: Header
     ) -> None:
         """Records what the next run would find out again if it cannot be written."""
-        with contextlib.suppress(tf.errors.OpError):
+        with contextlib.suppress(tf.errors.OpError, UserError):
             self.record(row, digest, outcome, header)
 
     def look_up(self, row: int, digest: int | None = None) -> int | str | None:
@@ -2530,7 +2555,7 @@ def read_start(path: str) -> bytes:
 def report_unreadable(images: Images, reasons: dict[int, str], is_strict: bool) -> None:
     """Names the images that are left out; raises UserError at the first of them if `is_strict`."""
     for row, reason in sorted(reasons.items()):
-        line = f'{images.paths[row]!r} is left out: {reason}'
+        line = f'{images.paths[row]!r} is left out: {escape(reason)}'
         if is_strict:
             raise UserError(f'--strict: {line}. Replace or delete it.')
         print(f'WARNING: {line}')
@@ -3429,6 +3454,7 @@ def create_record(
     record['labels'] = images.labels
     record['folders'] = images.folders
     record['set_folders'] = images.set_folders
+    record['image_dir'] = os.path.abspath(images.folder)
     record['images'] = {
         name: dict(zip(images.labels, counts.tolist(), strict=True))
         for name, counts in images.counts.items()

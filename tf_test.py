@@ -310,10 +310,18 @@ class Training(NamedTuple):
     """What the record of a training says."""
 
     folders: list[str]  # class folders, in the order of the labels
-    image_dir: str
+    image_dir: str  # as typed
+    absolute_image_dir: str
     set_folders: dict[str, str]  # {folder: its set} of images that were split already
     percentages: tuple[int, int]  # --testing_percentage, --validation_percentage
     is_upright: bool
+
+
+def check_name(name: str) -> str:
+    """Returns the name of a file; raises ValueError or TypeError for what cannot be one."""
+    if b'\0' in name.encode():
+        raise ValueError('embedded null character')
+    return name
 
 
 def load_training(path: str, checksum: int) -> Training | None:
@@ -327,14 +335,15 @@ def load_training(path: str, checksum: int) -> Training | None:
         record = json.loads(load_file(f'{path}.json', 'record'))
         flags = record['flags']
         training = Training(
-            folders=[str(folder) for folder in record['folders']],
-            image_dir=str(flags['image_dir']),
+            folders=[check_name(folder) for folder in record['folders']],
+            image_dir=check_name(flags['image_dir']),
+            absolute_image_dir=check_name(record['image_dir']),
             set_folders=dict(record['set_folders']),
             percentages=(int(flags['testing_percentage']), int(flags['validation_percentage'])),
             is_upright=bool(flags['upright']),
         )
         is_own = record['graph_checksum'] == checksum
-    except (UserError, ValueError, TypeError, LookupError, RecursionError):
+    except (UserError, ValueError, TypeError, LookupError, RecursionError, AttributeError):
         return None  # damaged, or of an earlier version
     if is_own:
         return training
@@ -582,7 +591,7 @@ SIGNATURES = {
     'BMP': rb'BM',
     'DIB': rb'\x28\0\0\0',
     'a raw photograph (CR2)': rb'II\*\0....CR',
-    'TIFF': rb'II\*\0|MM\0\*',
+    'TIFF': rb'II[*+]\0|MM\0[*+]',
     'JPEG 2000': rb'\0\0\0\x0cjP|\xff\x4f\xff\x51',
     'PPM': rb'P[1-6]\s',
     'JPEG XL': rb'\xff\x0a|\0\0\0\x0cJXL',
@@ -705,9 +714,11 @@ def decode_by_pillow(contents: bytes) -> np.ndarray:
         is_gray = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
         if is_gray:
             upper = np.uint8(np.asarray(image) >> 8)
+            if image.format == 'TIFF' and image.tag_v2.get(262) == 0:  # white is zero
+                upper = 255 - upper
             return np.repeat(upper[:, :, np.newaxis], 3, axis=2)
         if image.mode in ('I', 'F'):
-            raise ImageError('it has samples of 32 bits. Save it with 8 bits')
+            raise ImageError('its samples are signed, or have 32 bits. Save it with 8 bits')
         return np.asarray(image if image.mode == 'RGB' else image.convert('RGB'))
 
 
@@ -1157,9 +1168,10 @@ class Classes:
 
     @functools.cached_property
     def indices(self) -> dict[str, int]:
-        """The class of each label and of each class folder."""
-        names = itertools.chain(enumerate(self.labels), enumerate(self.folders))
-        return {name: index for index, name in names}
+        """The class of each label and of each class folder; the first of those with one label."""
+        names = itertools.chain(self.labels, self.folders)
+        labels = itertools.chain(self.labels, self.labels)
+        return {name: self.labels.index(label) for name, label in zip(names, labels, strict=True)}
 
     def find(self, path: str) -> int | None:
         """Returns the class of the nearest folder above an image that is named like one.
@@ -1175,9 +1187,10 @@ class Classes:
             folder = folder.parent
         return self.indices[folder.name]
 
-    def get_folder(self, label: str) -> str:
-        """Returns the class folder of a label. UNSURE and UNKNOWN get folders of that name."""
-        return self.folders[self.labels.index(label)] if label in self.labels else label
+    def get_folder(self, answer: Answer, label: str) -> str:
+        """Returns the class folder of an answer. UNSURE and UNKNOWN get folders of that name."""
+        best = answer.scores.argmax()
+        return self.folders[best] if label == self.labels[best] else label
 
 
 def create_classes(
@@ -1202,6 +1215,7 @@ class Tally:
     trained: int = 0  # images of the training that are not in its test set
     refused: int = 0  # of the others in class folders
     other_folders: set[str] = dataclasses.field(default_factory=set)
+    counted: set[bytes] = dataclasses.field(default_factory=set)  # the paths of the images
     # Of the images in class folders that have a label:
     true_classes: list[int] = dataclasses.field(default_factory=list)
     predictions: list[int] = dataclasses.field(default_factory=list)
@@ -1210,13 +1224,17 @@ class Tally:
         """Counts an image and its label."""
         self.sideways += answer.orientation > 1
         index = self.classes.find(path)
+        real_path = os.path.realpath(to_bytes(path))
+        if real_path in self.counted:  # it was named twice
+            return
+        self.counted.add(real_path)
         if index is None:
             self.other_folders.add(os.path.dirname(path))
         elif not self.is_new(path):
             self.trained += 1
         elif label in self.classes.labels:
             self.true_classes.append(index)
-            self.predictions.append(int(answer.scores.argmax()))
+            self.predictions.append(self.classes.labels.index(label))
         else:
             self.refused += 1
 
@@ -1224,14 +1242,15 @@ class Tally:
         """Tells whether the graph was not trained with an image."""
         if self.training is None:
             return True
-        image_dir = self.training.image_dir
+        image_dir = self.training.absolute_image_dir
         file = os.path.relpath(path, image_dir)
         if file.startswith(os.pardir):  # perhaps only as a link leads there
             file = os.path.relpath(os.path.realpath(path), os.path.realpath(image_dir))
         if file.startswith(os.pardir):
             return True
         set_folders, percentages = self.training.set_folders, self.training.percentages
-        return get_set_of_file(image_dir, file, set_folders, percentages) == 'testing'
+        typed = self.training.image_dir
+        return get_set_of_file(typed, file, set_folders, percentages) == 'testing'
 
 
 def get_stem(path: str) -> str:
@@ -1342,6 +1361,8 @@ def report_accuracy(tally: Tally) -> None:
     if tally.refused:
         share = 100 * tally.refused / (len(predictions) + tally.refused)
         print(f'Without a label, as {UNSURE} or {UNKNOWN}: {tally.refused} more, {share:.1f}%')
+    if not tally.training:
+        print('Without the record of the training, its own images count as new ones.')
     if tally.trained:
         print(f'Used for the training, and not counted: {tally.trained} more.')
     if tally.other_folders:
@@ -1510,7 +1531,7 @@ def label_images(flags: argparse.Namespace) -> None:
         label = report_answer(path, answer, classes, flags, is_single)
         tally.add(path, answer, label)
         if flags.sort_into:
-            folder = classes.get_folder(label)
+            folder = classes.get_folder(answer, label)
             tally.failed += not try_to_place(path, folder, flags.sort_into)
         if flags.heatmap:
             draw(graph, path, answer, labels, flags)

@@ -141,7 +141,7 @@ def test_write_whole_leaves_nothing_behind(tmp_path):
     tf_retrain.write_whole(str(path), b'two')
     assert path.read_bytes() == b'two'
     (tmp_path / 'folder').mkdir()
-    with pytest.raises(tf.errors.OpError):
+    with pytest.raises(UserError, match="/folder' is a folder. Delete it."):
         tf_retrain.write_whole(str(tmp_path / 'folder'), b'three')
     assert sorted(os.listdir(tmp_path)) == ['folder', 'x' * 250]
 
@@ -316,6 +316,15 @@ def test_a_folder_in_place_of_a_cache_file_is_named(cached):
     cached.cache_file(CAT).unlink()
     cached.cache_file(CAT).mkdir()
     with pytest.raises(UserError, match=f"'bottlenecks/{CAT}.txt' is a folder. Delete it"):
+        cached.cache()
+
+
+def test_a_folder_in_place_of_a_record_is_named(cached):
+    record = cached.folder / f'bottlenecks/.records/{CAT}.rec'
+    record.unlink()
+    record.mkdir()
+    cached.cache_file(CAT).unlink()
+    with pytest.raises(UserError, match=f"'bottlenecks/.records/{CAT}.rec' is a folder. Delete it"):
         cached.cache()
 
 

@@ -85,6 +85,13 @@ def test_a_path_that_is_not_utf_8_names_its_flag(capsys):
     assert 'argument --output_graph: must be a name in UTF-8' in capsys.readouterr().err
 
 
+def test_a_path_is_not_empty(capsys):
+    """As of a shell variable that is not set."""
+    with pytest.raises(SystemExit, match='^2$'):
+        parse('--image_dir=data/', '--bottleneck_dir=')
+    assert 'argument --bottleneck_dir: must be a name' in capsys.readouterr().err
+
+
 def test_image_dir_is_required(capsys):
     with pytest.raises(SystemExit):
         parse()

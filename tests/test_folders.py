@@ -147,6 +147,37 @@ def test_images_in_folders_inside_a_class_folder_are_a_warning(touch, capsys):
     assert 'WARNING: d/rose has 15 images in folders inside it, which are not used. Move' in out
 
 
+@pytest.mark.posix
+def test_links_are_not_followed_without_end(touch, capsys):
+    """A link in a class folder leads back to the data."""
+    touch(*(f'd/{name}/{i}.jpg' for name in 'ab' for i in range(3)), 'd/docs/x.txt')
+    for name in ('d/a/all', 'd/a/up', 'd/b/all', 'd/docs/x', 'd/docs/y'):
+        os.symlink('..', name)
+    assert len(list_images().files) == 6
+    assert 'images in folders inside it' not in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_listed_is_no_class(touch, capsys, monkeypatch):
+    touch('d/a/1.jpg', 'd/b/1.jpg', 'd/lost+found/x')
+    listdir = tf_retrain.gfile.listdir
+
+    def fail(path):
+        if path.endswith('lost+found'):
+            raise tf_retrain.tf.errors.PermissionDeniedError(None, None, 'Permission denied')
+        return listdir(path)
+
+    monkeypatch.setattr(tf_retrain.gfile, 'listdir', fail)
+    assert list_images().labels == ['a', 'b']
+    assert 'WARNING: d/lost+found cannot be read. It is not used' in capsys.readouterr().out
+
+
+def test_a_class_of_which_no_training_image_can_be_read(job):
+    write_split(job)
+    for path in (job.data / 'train/dog').iterdir():
+        path.write_text('bad')
+    job.fails('^--image_dir: no training image of dog can be read')
+
+
 def test_kinds_that_are_not_read_are_a_warning(touch, capsys):
     touch('d/a/1.jpg', 'd/b/1.jpg', 'd/a/1.CR2', 'd/a/2.cr2', 'd/a/1.MOV', 'd/a/x.txt')
     list_images()
@@ -263,8 +294,13 @@ def test_folder_labels_in_json(trained, own):
 def test_of_the_trained_images_only_the_test_images_count(trained):
     count = len(trained.test_images())
     folders = 'data/cat', 'data/../data/dog', trained.data / 'Red_Fox'
+    files = [trained.folder / name for name in (GRAPH, LABELS)]
     for images in (['data'], ['data/'], folders):
         process = label(trained, *images, check=True)
+        assert f'Accuracy on the {count} images whose folder is a class: ' in process.stderr
+        assert f'Used for the training, and not counted: {145 - count} more.\n' in process.stderr
+    for folder, images in (('/', trained.data), (trained.data, '.'), (trained.data / 'cat', '..')):
+        process = run('tf_test.py', images, *files, cwd=folder)
         assert f'Accuracy on the {count} images whose folder is a class: ' in process.stderr
         assert f'Used for the training, and not counted: {145 - count} more.\n' in process.stderr
 
@@ -283,7 +319,29 @@ def test_folders_above_the_image_argument_do_not_count(trained, tmp_path):
 
 def test_a_label_that_is_the_folder_of_another_class():
     classes = tf_test.Classes(['geschenk', 'gift'], ['gift', 'poison'], [])
-    assert [classes.get_folder(name) for name in ('geschenk', 'gift')] == ['gift', 'poison']
+    for index, folder in enumerate(['gift', 'poison']):
+        answer = tf_test.Answer(np.eye(2)[index], None, 1)
+        assert classes.get_folder(answer, classes.labels[index]) == folder
+        assert classes.get_folder(answer, 'unsure') == 'unsure'
+    assert classes.find('x/gift/1.jpg') == 0  # the name of a class folder comes first
+
+
+def test_labels_that_a_translation_has_merged(trained, own, tmp_path):
+    (tmp_path / 'labels.txt').write_text('animal\nanimal\ndog\n')
+    flags = f'--sort_into={tmp_path}/sorted'
+    process = run(
+        'tf_test.py', own, GRAPH, tmp_path / 'labels.txt', flags, cwd=trained.folder, check=False
+    )
+    rows = [line.split('\t') for line in process.stdout.splitlines()]
+    counted = [row[1] == 'animal' for row in rows if '/bird/' not in row[0]]
+    assert f'whose folder is a class: {100 * np.mean(counted):.1f}%' in process.stderr
+    assert 'cat' in os.listdir(tmp_path / 'sorted')
+
+
+def test_an_image_that_is_named_twice_counts_once(trained, own):
+    process = label(trained, own, own / 'cat', '--top=1')
+    assert process.stdout.count('\n') == 37
+    assert 'Accuracy on the 22 images' in process.stderr
 
 
 def test_a_name_that_is_not_utf_8_in_the_data_of_the_training(trained):
@@ -328,7 +386,9 @@ def test_a_record_of_another_training_is_a_warning(trained, tmp_path):
     (tmp_path / 'graph.pb').write_bytes((trained.folder / GRAPH).read_bytes())
     files = tmp_path / 'graph.pb', trained.folder / LABELS
     image = trained.test_image()
-    for changes, warns in (({}, False), ({'graph_checksum': 1}, True), ({'flags': []}, False)):
+    cases = [({}, False), ({'graph_checksum': 1}, True), ({'flags': []}, False)]
+    cases += [({'folders': [name] * 3}, False) for name in ('a\0', '\ud800', 1)]
+    for changes, warns in cases:
         (tmp_path / 'graph.pb.json').write_text(json.dumps(record | changes))
         process = run('tf_test.py', image, *files)
         assert ('is of another training than' in process.stderr) == warns

@@ -58,6 +58,7 @@ CONTENTS = {  # without an extension: the names do not count
     'bmp-palette': encode(PHOTOGRAPH.convert('P'), 'BMP'),
     'dib': encode(PHOTOGRAPH, 'DIB'),
     'tiff': encode(PHOTOGRAPH, 'TIFF'),
+    'big-tiff': encode(PHOTOGRAPH, 'TIFF', big_tiff=True),
     'tiff-cmyk': encode(PHOTOGRAPH.convert('CMYK'), 'TIFF', compression='tiff_lzw'),
     'tiff-bilevel': encode(PHOTOGRAPH.convert('1'), 'TIFF'),
     'gif-animated': encode(PHOTOGRAPH, 'GIF', **FRAMES),
@@ -71,6 +72,7 @@ DEEP_CONTENTS = {
     'png-16': encode(Image.fromarray(DEEP), 'PNG'),
     'tiff-16': encode(Image.fromarray(DEEP), 'TIFF'),
     'jpeg2000-16': encode(Image.fromarray(DEEP), 'JPEG2000'),
+    'tiff-16-white-is-zero': encode(Image.fromarray(65535 - DEEP), 'TIFF', tiffinfo={262: 0}),
     'pgm-16': encode(Image.fromarray(DEEP.astype(np.int32)), 'PPM'),
 }
 CONTENTS |= DEEP_CONTENTS

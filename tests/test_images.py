@@ -279,7 +279,10 @@ BAD = {
         lambda p: p.write_bytes(b'SIMPLE  =' + bytes(50)),
         'it is FITS, which is not read',
     ),
-    'float.tif': (lambda p: save(p, 'TIFF', Image.new('F', (9, 9))), 'it has samples of 32 bits'),
+    'float.tif': (
+        lambda p: save(p, 'TIFF', Image.new('F', (9, 9))),
+        'its samples are signed, or have 32 bits',
+    ),
     'html.jpg': (
         lambda p: p.write_text('<!doctype html><title>404</title>'),
         'it is a web page (HTML), which is not read',
