@@ -283,6 +283,12 @@ def escape(text: str) -> str:
     return re.sub(r'[\x00-\x1f\x7f]', lambda match: repr(match[0])[1:-1], text)
 
 
+def name_some(names: list[str]) -> str:
+    """Returns the first ten of some names, and how many more there are, for a message."""
+    more = f' and {len(names) - 10} more' if len(names) > 10 else ''
+    return escape(', '.join(names[:10])) + more
+
+
 def load_file(path: str, what: str) -> bytes:
     """Returns a file's contents; raises UserError if it cannot be read."""
     if is_special(path):
@@ -1366,8 +1372,8 @@ def report_accuracy(tally: Tally) -> None:
     if tally.trained:
         print(f'Used for the training, and not counted: {tally.trained} more.')
     if tally.other_folders:
-        names = ', '.join(sorted(tally.other_folders))
-        print(escape(f'Folders that are no class, and do not count: {names}'))
+        names = name_some(sorted(tally.other_folders))
+        print(f'Folders that are no class, and do not count: {names}')
 
 
 # Main

@@ -279,6 +279,14 @@ def test_the_accuracy_on_class_folders(trained, own):
     assert process.stderr.splitlines()[-1].startswith('ERROR: 1 of 26 images')
 
 
+def test_ten_of_many_other_folders_are_named(capsys):
+    tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), None)
+    tally.other_folders = {f'{i:02}' for i in range(12)}
+    tf_test.report_accuracy(tally)
+    line = 'do not count: 00, 01, 02, 03, 04, 05, 06, 07, 08, 09 and 2 more\n'
+    assert line in capsys.readouterr().out
+
+
 def test_images_without_a_label_are_counted(trained, own):
     process = label(trained, own, '--min_score=1')
     assert 'Accuracy' not in process.stderr
