@@ -1006,35 +1006,30 @@ def count_images(path: str) -> int:
     return sum(is_image(name.decode(errors='surrogateescape')) for name in files)
 
 
-def name_passed_over(path: str) -> str:
-    """Returns the name of what is passed over in a class folder, and how many images are below."""
-    name = os.path.basename(path)
-    below = count_images(path) if gfile.isdir(path) else 0
-    return f'{name} ({below} images below it)' if below else name
-
-
 def list_class_folder(path: str) -> list[str]:
-    """Returns the images in a class folder, and names what is passed over."""
+    """Returns the images in a class folder, and prints what is passed over."""
     names = list_dir(path)
     images = [name for name in names if is_image(name)]
     others = [name for name in names if not is_image(name)]
     if others:
-        named = [name_passed_over(os.path.join(path, name)) for name in others]
-        print(f'{escape(path)}: {len(images)} images; passed over: {name_some(named)}')
+        report_passed_over(path, len(images), others)
     if not images:
         print(f'WARNING: {escape(path)} has no images. It is not used as a class.')
-    warn_of_unused(path, others)
     return images
 
 
-def warn_of_unused(path: str, others: list[str]) -> None:
-    """Warns of photographs in a class folder that are not used: in folders, or not read."""
+def report_passed_over(path: str, image_count: int, others: list[str]) -> None:
+    """Names the other files and folders in a class folder, and warns of photographs among them."""
     folders = [name for name in others if gfile.isdir(os.path.join(path, name))]
-    below = sum(count_images(os.path.join(path, name)) for name in folders)
-    if below:
+    below = {name: count_images(os.path.join(path, name)) for name in folders}
+    named = [
+        f'{name} ({below[name]} images below it)' if below.get(name) else name for name in others
+    ]
+    print(f'{escape(path)}: {image_count} images; passed over: {name_some(named)}')
+    if sum(below.values()):
         print(
-            f'WARNING: {escape(path)} has {below} images in folders inside it, which are not used. '
-            'Move those that belong to this class into the class folder itself.'
+            f'WARNING: {escape(path)} has {sum(below.values())} images in folders inside it, which '
+            'are not used. Move those that belong to this class into the class folder itself.'
         )
     extensions = [os.path.splitext(name)[1].lower() for name in others]
     unread = Counter(extension for extension in extensions if extension in UNREAD_EXTENSIONS)
@@ -1275,12 +1270,14 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
 # Image files
 
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
+# TensorFlow decodes the formats that begin with these, and Pillow the others.
+JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
 # Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
 # a TIFF file too, some AVIF files begin like HEIC, and all `....ftyp` like a video.
 SIGNATURES = {
-    'JPEG': rb'\xff\xd8',
-    'PNG': rb'\x89P',
-    'GIF': rb'GI',
+    'JPEG': JPEG,
+    'PNG': PNG,
+    'GIF': GIF,
     'WebP': rb'RIFF....WEBP',
     'AVIF': rb'....ftyp(avi[fs]|mif1.{0,24}avif)',
     'HEIC': rb'....ftyp(he|mif1|msf1)',
@@ -1316,8 +1313,6 @@ FORMATS = {
     'JPEG 2000': 'JPEG2000',
     'PPM': 'PPM',
 }
-# TensorFlow decodes these formats, and Pillow the others.
-TENSORFLOW_FORMATS = {b'\xff\xd8': 'JPEG', b'\x89P': 'PNG', b'GI': 'GIF'}
 
 
 class ImageError(Exception):
@@ -1362,9 +1357,9 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
             return tf.zeros([2], tf.int32)
 
     readers = [
-        (start == b'\xff\xd8', read_jpeg),
-        (start == b'\x89P', read_png),
-        (start == b'GI', read_gif),
+        (start == JPEG, read_jpeg),
+        (start == PNG, read_png),
+        (start == GIF, read_gif),
     ]
     return tf.reduce_prod(tf.cast(tf.case(readers, fail), tf.int64))
 
@@ -1381,7 +1376,7 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     with tf.control_dependencies([tf.debugging.assert_less_equal(pixels, limit, message)]):
         contents = tf.identity(contents)
     image = tf.cond(
-        tf.strings.substr(contents, 0, 2) == b'GI',
+        tf.strings.substr(contents, 0, 2) == GIF,
         lambda: tf.io.decode_image(contents, channels=3, expand_animations=False),
         lambda: tf.io.decode_jpeg(contents, channels=3),
     )
@@ -1437,7 +1432,7 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
     if name not in FORMATS:
         raise ImageError(f'it is {name}, which is not read')
     try:
-        if name in TENSORFLOW_FORMATS.values():
+        if contents[:2] in (JPEG, PNG, GIF):
             check_size(int(count_pixels(contents)))
             pixels = decode_by_tensorflow(contents).numpy()
         else:
@@ -1463,7 +1458,7 @@ def decode_image(contents: tf.Tensor, is_upright: bool) -> tf.Tensor:
     if is_upright:
         return decode_in_python()
     start = tf.strings.substr(contents, 0, 2)
-    is_tensorflow = tf.reduce_any(start == list(TENSORFLOW_FORMATS))
+    is_tensorflow = tf.reduce_any(start == [JPEG, PNG, GIF])
     return tf.cond(is_tensorflow, lambda: decode_by_tensorflow(contents), decode_in_python)
 
 
@@ -2532,7 +2527,7 @@ class BottleneckCache:
 def report_left_out(paths: list[str], count: int, service: str) -> None:
     """Warns of images, of `count`, that a service should have computed: TensorFlow decodes them."""
     starts = [read_start(path) for path in paths]
-    left_out = sum(start in TENSORFLOW_FORMATS for start in starts)
+    left_out = sum(start in (JPEG, PNG, GIF) for start in starts)
     if left_out:
         tqdm.write(
             f'WARNING: {service} left out {left_out} of {count} images. They are tried here.'

@@ -61,13 +61,20 @@ def create_labeling_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog='the usual command:\n' + __doc__.split('\n\n')[1],
     )
-    path = os.path.expanduser
-    images = 'an image file, a folder of them, or - to read paths from standard input'
-    graph = 'the --output_graph of the training'
-    labels = 'the --output_labels of the training'
-    parser.add_argument('images', metavar='IMAGE', nargs='+', type=path, help=images)
-    parser.add_argument('graph', metavar='GRAPH', type=path, help=graph)
-    parser.add_argument('labels', metavar='LABELS', type=path, help=labels)
+    to_path = os.path.expanduser
+    parser.add_argument(
+        'images',
+        metavar='IMAGE',
+        nargs='+',
+        type=to_path,
+        help='an image file, a folder of them, or - to read paths from standard input',
+    )
+    parser.add_argument(
+        'graph', metavar='GRAPH', type=to_path, help='the --output_graph of the training'
+    )
+    parser.add_argument(
+        'labels', metavar='LABELS', type=to_path, help='the --output_labels of the training'
+    )
     parser.add_argument(
         '--upright',
         action='store_true',
@@ -75,25 +82,25 @@ def create_labeling_parser() -> argparse.ArgumentParser:
     )
     add_label_flags(parser)
     parser.add_argument(
-        '--sort_into', metavar='DIR', type=path, help='link each image into DIR/<class folder>/'
+        '--sort_into', metavar='DIR', type=to_path, help='link each image into DIR/<class folder>/'
     )
     parser.add_argument(
         '--heatmap',
         metavar='FILE',
-        type=path,
+        type=to_path,
         help='of one image: draw which pixels speak for the best label',
     )
     return parser
 
 
 def add_label_flags(parser: argparse.ArgumentParser) -> None:
-    size = checked(int, lambda value: value >= 1, '1 or more')
+    count = checked(int, lambda value: value >= 1, '1 or more')
     score = checked(float, lambda value: 0 <= value <= 1, 'from 0 to 1')
     percentage = checked(float, lambda value: 0 <= value < 100, 'from 0 to below 100')
     parser.add_argument(
         '--top',
         metavar='N',
-        type=size,
+        type=count,
         help='how many labels per image (default: all for one image or with --json, else 1)',
     )
     parser.add_argument('--json', action='store_true', help='print one JSON object per image')
@@ -401,22 +408,8 @@ def load_graph(path: str) -> Graph:
 def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
     """Raises UserError if the labels file is of another training than the graph.
 
-    Other words are a warning, as people translate them.
+    A label that differs is only a warning: people translate labels.
     """
-    words = (
-        ('--min_score', flags.min_score > 0, UNSURE),
-        ('--unknown', flags.unknown is not None, UNKNOWN),
-    )
-    for flag, is_given, word in words:
-        if is_given and word in labels:
-            raise UserError(
-                f"{flag}: one of the labels is '{word}', the word for images that get no label. "
-                f"Rename the label in '{flags.labels}', or leave the flag out."
-            )
-    if flags.unknown is not None and FAMILIARITY_NODE not in graph.outputs:
-        raise UserError(
-            f"--unknown: '{flags.graph}' does not say how familiar an image is. Train again."
-        )
     trained = graph.labels
     if not trained or labels == trained:
         return
@@ -432,6 +425,24 @@ def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> 
                 file=sys.stderr,
             )
             break
+
+
+def check_refusals(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
+    """Raises UserError if the labels or the graph do not go with --min_score or --unknown."""
+    words = (
+        ('--min_score', flags.min_score > 0, UNSURE),
+        ('--unknown', flags.unknown is not None, UNKNOWN),
+    )
+    for flag, is_given, word in words:
+        if is_given and word in labels:
+            raise UserError(
+                f"{flag}: one of the labels is '{word}', the word for images that get no label. "
+                f"Rename the label in '{flags.labels}', or leave the flag out."
+            )
+    if flags.unknown is not None and FAMILIARITY_NODE not in graph.outputs:
+        raise UserError(
+            f"--unknown: '{flags.graph}' does not say how familiar an image is. Train again."
+        )
 
 
 def is_folder(path: str) -> bool:
@@ -585,12 +596,14 @@ def link_or_copy(source: bytes, target: bytes) -> None:
 # Image files
 
 MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
+# TensorFlow decodes the formats that begin with these, and Pillow the others.
+JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
 # Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
 # a TIFF file too, some AVIF files begin like HEIC, and all `....ftyp` like a video.
 SIGNATURES = {
-    'JPEG': rb'\xff\xd8',
-    'PNG': rb'\x89P',
-    'GIF': rb'GI',
+    'JPEG': JPEG,
+    'PNG': PNG,
+    'GIF': GIF,
     'WebP': rb'RIFF....WEBP',
     'AVIF': rb'....ftyp(avi[fs]|mif1.{0,24}avif)',
     'HEIC': rb'....ftyp(he|mif1|msf1)',
@@ -626,8 +639,6 @@ FORMATS = {
     'JPEG 2000': 'JPEG2000',
     'PPM': 'PPM',
 }
-# TensorFlow decodes these formats, and Pillow the others.
-TENSORFLOW_FORMATS = {b'\xff\xd8': 'JPEG', b'\x89P': 'PNG', b'GI': 'GIF'}
 
 
 class ImageError(Exception):
@@ -672,9 +683,9 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
             return tf.zeros([2], tf.int32)
 
     readers = [
-        (start == b'\xff\xd8', read_jpeg),
-        (start == b'\x89P', read_png),
-        (start == b'GI', read_gif),
+        (start == JPEG, read_jpeg),
+        (start == PNG, read_png),
+        (start == GIF, read_gif),
     ]
     return tf.reduce_prod(tf.cast(tf.case(readers, fail), tf.int64))
 
@@ -691,7 +702,7 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     with tf.control_dependencies([tf.debugging.assert_less_equal(pixels, limit, message)]):
         contents = tf.identity(contents)
     image = tf.cond(
-        tf.strings.substr(contents, 0, 2) == b'GI',
+        tf.strings.substr(contents, 0, 2) == GIF,
         lambda: tf.io.decode_image(contents, channels=3, expand_animations=False),
         lambda: tf.io.decode_jpeg(contents, channels=3),
     )
@@ -747,7 +758,7 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
     if name not in FORMATS:
         raise ImageError(f'it is {name}, which is not read')
     try:
-        if name in TENSORFLOW_FORMATS.values():
+        if contents[:2] in (JPEG, PNG, GIF):
             check_size(int(count_pixels(contents)))
             pixels = decode_by_tensorflow(contents).numpy()
         else:
@@ -773,7 +784,7 @@ def decode_image(contents: tf.Tensor, is_upright: bool) -> tf.Tensor:
     if is_upright:
         return decode_in_python()
     start = tf.strings.substr(contents, 0, 2)
-    is_tensorflow = tf.reduce_any(start == list(TENSORFLOW_FORMATS))
+    is_tensorflow = tf.reduce_any(start == [JPEG, PNG, GIF])
     return tf.cond(is_tensorflow, lambda: decode_by_tensorflow(contents), decode_in_python)
 
 
@@ -1521,6 +1532,7 @@ def label_images(flags: argparse.Namespace) -> None:
     check_flags(flags, is_single)
     labels = load_labels(flags.labels)
     graph = load_graph(flags.graph)
+    check_refusals(labels, graph, flags)
     check_labels(labels, graph, flags)
     classes = create_classes(labels, graph.training, flags)
     tally = Tally(classes, graph.training)
