@@ -768,7 +768,7 @@ def ensure_replaceable(path: str, flag: str) -> None:
 def is_inside(path: str, folder: str) -> bool:
     """Tells whether a path lies in a folder, or in a folder inside it."""
     real_path, real_folder = (os.path.realpath(to_bytes(name)) for name in (path, folder))
-    return os.path.commonpath([real_path, real_folder]) == real_folder
+    return real_path.startswith(os.path.join(real_folder, b''))
 
 
 def list_dir(path: str) -> list[str]:
@@ -805,6 +805,14 @@ def extra(name: str) -> Iterator[None]:
         print(f'WARNING: {name} left out ({type(error).__name__}: {describe(error)})')
 
 
+def is_input(path: str, flags: argparse.Namespace) -> bool:
+    """Tells whether a path is that of a photograph or of a file of the module."""
+    if is_image(os.path.basename(path)) and is_inside(path, flags.image_dir):
+        return True
+    module = flags.tfhub_module
+    return bool(module) and gfile.isdir(module) and is_inside(path, module)
+
+
 def check_outputs(flags: argparse.Namespace) -> None:
     """Tries out what the end of the run needs, before anything is computed.
 
@@ -828,10 +836,7 @@ def check_outputs(flags: argparse.Namespace) -> None:
             raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
         if os.path.realpath(to_bytes(path)) in taken:
             raise UserError(f'{flag}: {path} is the pretrained model. Name another file.')
-        module = flags.tfhub_module
-        is_of_module = module and gfile.isdir(module) and is_inside(path, module)
-        is_photograph = is_image(os.path.basename(path)) and is_inside(path, flags.image_dir)
-        if is_of_module or is_photograph:
+        if is_input(path, flags):
             raise UserError(f'{flag}: {path} is what the training reads. Name another file.')
         ensure_writable_dir(os.path.dirname(path), flag)
         ensure_replaceable(path, flag)
@@ -1041,17 +1046,6 @@ def report_passed_over(path: str, image_count: int, others: list[str]) -> None:
         )
 
 
-def can_list(path: str) -> bool:
-    """Tells whether the user may see what is in a folder, unlike in lost+found."""
-    try:
-        gfile.listdir(path)
-    except tf.errors.PermissionDeniedError:
-        return False
-    except UnicodeDecodeError:  # a name that list_dir() complains of
-        pass
-    return True
-
-
 def list_class_folders(image_dir: str) -> dict[str, list[str]]:
     """Returns {class folder: its images}, both sorted."""
     folders = {}
@@ -1060,16 +1054,17 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
         path = os.path.join(image_dir, name)
         if name.startswith('.') or not gfile.isdir(path):
             loose_images += is_image(name)
-        elif not can_list(path):
+            continue
+        try:
+            folders[name] = list_class_folder(path)
+        except tf.errors.PermissionDeniedError:  # as of lost+found
             print(f'WARNING: {escape(path)} cannot be read. It is not used as a class.')
-        elif images := list_class_folder(path):
-            folders[name] = images
     if loose_images:
         print(
             f'WARNING: {image_dir} has {loose_images} images outside of class folders. '
             'They are not used.'
         )
-    return folders
+    return {name: images for name, images in folders.items() if images}
 
 
 def report_small_folders(image_dir: str, folders: dict[str, list[str]]) -> None:
@@ -1136,9 +1131,13 @@ def ensure_image_dir(image_dir: str) -> None:
 
 def has_class_folders(path: str) -> bool:
     """Tells whether a folder has folders with images."""
-    folders = [os.path.join(path, name) for name in list_dir(path) if not name.startswith('.')]
-    readable = [folder for folder in folders if gfile.isdir(folder) and can_list(folder)]
-    return any(any(map(is_image, list_dir(folder))) for folder in readable)
+    for name in list_dir(path):
+        # What cannot be listed, such as lost+found, is no class folder.
+        with contextlib.suppress(tf.errors.PermissionDeniedError):
+            is_hidden = name.startswith('.')
+            if not is_hidden and any(map(is_image, list_dir(os.path.join(path, name)))):
+                return True
+    return False
 
 
 def find_set_folders(image_dir: str) -> dict[str, str]:
@@ -1248,13 +1247,13 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
     for name, percentage in percentages.items():
         counts = images.counts[name]
         empty = [label for label, count in zip(images.labels, counts, strict=True) if not count]
-        if name in images.set_folders.values():  # list_split_folders() has looked, but for ...
-            if name == 'training' and empty:  # ... images that cannot be read
-                raise UserError(
-                    f'--image_dir: no training image of {name_some(empty)} can be read. Add some.'
-                )
-            continue
-        if percentage and empty:
+        is_of_folder = name in images.set_folders.values()
+        if is_of_folder and name == 'training' and empty:
+            raise UserError(
+                f'--image_dir: no training image of {name_some(empty)} can be read. Add some.'
+            )
+        # list_split_folders() has warned of classes that are missing in a folder.
+        if percentage and empty and not is_of_folder:
             print(
                 f'WARNING: no {name} image in {len(empty)} of {len(images.labels)} classes: '
                 f'{name_some(empty)}. Add images, or change --testing_percentage or '
@@ -1384,14 +1383,18 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     return image
 
 
-def open_by_pillow(contents: bytes) -> Image.Image:
-    """Opens an image of one of FORMATS; raises KeyError for others, ImportError without pi-heif."""
-    name = name_format(contents)
+def open_by_pillow(file: Any) -> Image.Image:
+    """Opens an image of one of FORMATS; raises KeyError for others, ImportError without pi-heif.
+
+    The file is open; no more of it is read than its header.
+    """
+    name = name_format(file.read(64))
+    file.seek(0)
     if name == 'HEIC':
         import pi_heif
 
         pi_heif.register_heif_opener()
-    return Image.open(io.BytesIO(contents), formats=[FORMATS[name]])
+    return Image.open(file, formats=[FORMATS[name]])
 
 
 def decode_by_pillow(contents: bytes) -> np.ndarray:
@@ -1400,7 +1403,7 @@ def decode_by_pillow(contents: bytes) -> np.ndarray:
     Of gray samples with 16 bits, it takes the upper byte, as TensorFlow does of PNG: Pillow would
     make all from 255 on white.
     """
-    with open_by_pillow(contents) as image:
+    with open_by_pillow(io.BytesIO(contents)) as image:
         check_size(image.width * image.height)
         is_gray = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
         if is_gray:
@@ -1439,13 +1442,15 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
             pixels = decode_by_pillow(contents)
     except ImportError:
         raise ImageError('it is HEIC. To read it, run: pip install pi-heif')
-    except (ImageError, MemoryError, tf.errors.ResourceExhaustedError):
-        raise  # these say nothing of the image
+    except ImageError:
+        raise
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        raise  # a lack of memory says nothing of the image
     except PIL.UnidentifiedImageError:
         raise ImageError(f'it is {name}, and damaged')
     except Exception as error:  # Pillow has many kinds
         raise ImageError(f'it is {name}, and damaged ({describe(error)})')
-    return turn(pixels, read_header(contents).orientation or 1) if is_upright else pixels
+    return turn(pixels, get_orientation(contents)) if is_upright else pixels
 
 
 def decode_image(contents: tf.Tensor, is_upright: bool) -> tf.Tensor:
@@ -1483,13 +1488,13 @@ class Header(NamedTuple):
     bits: int | None = None  # per sample
 
 
-def read_header(contents: bytes) -> Header:
-    """Returns what an image says of itself, as far as Pillow can read it.
+def read_header(file: Any) -> Header:
+    """Returns what an image, an open file, says of itself, as far as Pillow can read it.
 
     HEIC and TIFF have no orientation: Pillow turns them while it decodes them.
     """
     # Pillow has many kinds of errors.
-    with contextlib.suppress(Exception), open_by_pillow(contents) as image:
+    with contextlib.suppress(Exception), open_by_pillow(file) as image:
         # The mode is then 'I' or such as 'I;16', or the raw mode of the decoder such as 'RGB;16B'.
         has_16_bits = image.mode.startswith('I') or ';16' in str(image.tile)
         orientation = None
@@ -1500,6 +1505,11 @@ def read_header(contents: bytes) -> Header:
             orientation = None
         return Header(orientation, 16 if has_16_bits else 8)
     return Header()
+
+
+def get_orientation(contents: bytes) -> int:
+    """Returns the EXIF orientation of an image, 1 if it has none."""
+    return read_header(io.BytesIO(contents)).orientation or 1
 
 
 # Networks
@@ -2291,8 +2301,8 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
 
 def load_header(path: str) -> Header:
     """Returns what an image file says of itself, as far as it can be read."""
-    with contextlib.suppress(UserError, tf.errors.OpError):
-        return read_header(open_file(path).read())
+    with contextlib.suppress(UserError, tf.errors.OpError), open_file(path) as file:
+        return read_header(file)
     return Header()
 
 
@@ -3372,6 +3382,15 @@ def create_frozen_graph(backbone: Backbone, head: Head, final_tensor_name: str) 
     return frozen
 
 
+def warn_of_other_labels(path: str, contents: bytes) -> None:
+    """Warns if an earlier labels file has other contents."""
+    if gfile.exists(path) and open_file(path).read() != contents:
+        print(
+            f'WARNING: {path} had other labels, or another order. Replace it together with the '
+            'graph wherever they are used.'
+        )
+
+
 def create_writers(
     backbone: Backbone, head: Head, facts: dict[str, Any], flags: argparse.Namespace
 ) -> dict[str, Callable]:
@@ -3388,11 +3407,8 @@ def create_writers(
 
     def write_labels() -> None:
         contents = ''.join(f'{label}\n' for label in head.labels).encode()
-        if gfile.exists(flags.output_labels) and open_file(flags.output_labels).read() != contents:
-            print(
-                f'WARNING: {flags.output_labels} had other labels, or another order. Replace it '
-                'together with the graph wherever they are used.'
-            )
+        with extra('the comparison with the earlier labels'):
+            warn_of_other_labels(flags.output_labels, contents)
         write_whole(flags.output_labels, contents)
 
     def write_optimized_graph() -> None:
@@ -3623,15 +3639,15 @@ def load_thumbnail(path: str, side: int, is_upright: bool) -> Image.Image:
     with contextlib.suppress(Exception):  # Pillow has many kinds
         contents = open_file(path).read()
         if name_format(contents) == 'JPEG':
-            thumbnail = open_by_pillow(contents)
+            thumbnail = open_by_pillow(io.BytesIO(contents))
             thumbnail.draft('RGB', (side, side))  # decodes it no larger than needed
             thumbnail = thumbnail.convert('RGB')
         else:
             thumbnail = Image.fromarray(decode(contents, is_upright=False))
         thumbnail.thumbnail((side, side))
         if is_upright:
-            orientation = read_header(contents).orientation or 1
-            thumbnail = Image.fromarray(turn(np.asarray(thumbnail), orientation))
+            turned = turn(np.asarray(thumbnail), get_orientation(contents))
+            thumbnail = Image.fromarray(turned)
         return thumbnail
     return Image.new('RGB', (side, side), 'gray')
 

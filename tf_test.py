@@ -331,17 +331,14 @@ class Training(NamedTuple):
 
 
 def check_name(name: str) -> str:
-    """Returns the name of a file; raises ValueError or TypeError for what cannot be one."""
+    """Returns the name of a file; raises ValueError or AttributeError for what cannot be one."""
     if b'\0' in name.encode():
         raise ValueError('embedded null character')
     return name
 
 
-def load_training(path: str, checksum: int) -> Training | None:
-    """Returns what the record beside a graph says; None if there is none that is of this graph.
-
-    The checksum is the CRC-32 of the graph's file.
-    """
+def load_training(path: str, contents: bytes) -> Training | None:
+    """Returns what the record beside a graph says; None if it is not of a graph with contents."""
     if not gfile.exists(to_bytes(f'{path}.json')):
         return None
     try:
@@ -355,8 +352,11 @@ def load_training(path: str, checksum: int) -> Training | None:
             percentages=(int(flags['testing_percentage']), int(flags['validation_percentage'])),
             is_upright=bool(flags['upright']),
         )
-        is_own = record['graph_checksum'] == checksum
-    except (UserError, ValueError, TypeError, LookupError, RecursionError, AttributeError):
+        is_own = record['graph_checksum'] == zlib.crc32(contents)
+    except (
+        *(UserError, ArithmeticError, AttributeError, LookupError),
+        *(RecursionError, TypeError, ValueError),
+    ):
         return None  # damaged, or of an earlier version
     if is_own:
         return training
@@ -402,7 +402,7 @@ def load_graph(path: str) -> Graph:
         graph_def = extract_sub_graph(graph_def, outputs)
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' is damaged ({error}). Train again.")
-    return Graph(graph_def, outputs, labels, load_training(path, zlib.crc32(contents)))
+    return Graph(graph_def, outputs, labels, load_training(path, contents))
 
 
 def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
@@ -710,14 +710,18 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     return image
 
 
-def open_by_pillow(contents: bytes) -> Image.Image:
-    """Opens an image of one of FORMATS; raises KeyError for others, ImportError without pi-heif."""
-    name = name_format(contents)
+def open_by_pillow(file: Any) -> Image.Image:
+    """Opens an image of one of FORMATS; raises KeyError for others, ImportError without pi-heif.
+
+    The file is open; no more of it is read than its header.
+    """
+    name = name_format(file.read(64))
+    file.seek(0)
     if name == 'HEIC':
         import pi_heif
 
         pi_heif.register_heif_opener()
-    return Image.open(io.BytesIO(contents), formats=[FORMATS[name]])
+    return Image.open(file, formats=[FORMATS[name]])
 
 
 def decode_by_pillow(contents: bytes) -> np.ndarray:
@@ -726,7 +730,7 @@ def decode_by_pillow(contents: bytes) -> np.ndarray:
     Of gray samples with 16 bits, it takes the upper byte, as TensorFlow does of PNG: Pillow would
     make all from 255 on white.
     """
-    with open_by_pillow(contents) as image:
+    with open_by_pillow(io.BytesIO(contents)) as image:
         check_size(image.width * image.height)
         is_gray = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
         if is_gray:
@@ -765,13 +769,15 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
             pixels = decode_by_pillow(contents)
     except ImportError:
         raise ImageError('it is HEIC. To read it, run: pip install pi-heif')
-    except (ImageError, MemoryError, tf.errors.ResourceExhaustedError):
-        raise  # these say nothing of the image
+    except ImageError:
+        raise
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        raise  # a lack of memory says nothing of the image
     except PIL.UnidentifiedImageError:
         raise ImageError(f'it is {name}, and damaged')
     except Exception as error:  # Pillow has many kinds
         raise ImageError(f'it is {name}, and damaged ({describe(error)})')
-    return turn(pixels, read_header(contents).orientation or 1) if is_upright else pixels
+    return turn(pixels, get_orientation(contents)) if is_upright else pixels
 
 
 def decode_image(contents: tf.Tensor, is_upright: bool) -> tf.Tensor:
@@ -809,13 +815,13 @@ class Header(NamedTuple):
     bits: int | None = None  # per sample
 
 
-def read_header(contents: bytes) -> Header:
-    """Returns what an image says of itself, as far as Pillow can read it.
+def read_header(file: Any) -> Header:
+    """Returns what an image, an open file, says of itself, as far as Pillow can read it.
 
     HEIC and TIFF have no orientation: Pillow turns them while it decodes them.
     """
     # Pillow has many kinds of errors.
-    with contextlib.suppress(Exception), open_by_pillow(contents) as image:
+    with contextlib.suppress(Exception), open_by_pillow(file) as image:
         # The mode is then 'I' or such as 'I;16', or the raw mode of the decoder such as 'RGB;16B'.
         has_16_bits = image.mode.startswith('I') or ';16' in str(image.tile)
         orientation = None
@@ -826,6 +832,11 @@ def read_header(contents: bytes) -> Header:
             orientation = None
         return Header(orientation, 16 if has_16_bits else 8)
     return Header()
+
+
+def get_orientation(contents: bytes) -> int:
+    """Returns the EXIF orientation of an image, 1 if it has none."""
+    return read_header(io.BytesIO(contents)).orientation or 1
 
 
 def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
@@ -845,20 +856,22 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
     return files.map(load_file, tf.data.AUTOTUNE).ignore_errors()
 
 
-def load_image(path: str, is_upright: bool) -> bytes:
-    """Returns an image as the graph takes it: a JPEG or PNG as it is, and all others as PNG.
+def load_image(path: str, is_upright: bool) -> tuple[bytes, int]:
+    """Returns an image as the graph takes it, and its EXIF orientation.
 
-    Raises ImageError if it cannot be decoded, though not for all that is damaged.
+    A JPEG or PNG stays as it is, and all others become PNG. Raises ImageError if it cannot be
+    decoded, though not for all that is damaged.
     """
     contents = load_file(path, 'image')
-    is_turned = is_upright and (read_header(contents).orientation or 1) > 1
+    orientation = get_orientation(contents)
+    is_turned = is_upright and orientation > 1
     if name_format(contents) in ('JPEG', 'PNG') and not is_turned:
         with contextlib.suppress(tf.errors.OpError):  # damaged: the graph will say so
             check_size(int(count_pixels(contents)))
-        return contents
+        return contents, orientation
     png = io.BytesIO()
     Image.fromarray(decode(contents, is_upright)).save(png, 'PNG', compress_level=1)  # fast
-    return png.getvalue()
+    return png.getvalue(), orientation
 
 
 def explain_failure(path: str) -> str:
@@ -1010,15 +1023,10 @@ def create_classifier(graph: Graph) -> tuple[Callable, np.ndarray]:
     return classify, size
 
 
-def create_answer(outputs: Sequence[np.ndarray], orientation: np.int64) -> Answer:
+def create_answer(outputs: Sequence[np.ndarray], orientation: int) -> Answer:
     """Returns the answer of the graph's outputs for one image: scores, and familiarity if any."""
     scores, *familiarity = outputs
-    return Answer(scores, familiarity[0] if familiarity else None, int(orientation))
-
-
-def read_orientation(contents: bytes) -> np.int64:
-    """Returns the EXIF orientation of an image; 1 if it has none."""
-    return np.int64(read_header(contents).orientation or 1)
+    return Answer(scores, familiarity[0] if familiarity else None, orientation)
 
 
 def score_images(
@@ -1029,7 +1037,7 @@ def score_images(
 
     def load(row: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, ...]:
         image = decode_image(contents, is_upright)
-        orientation = tf.ensure_shape(tf.numpy_function(read_orientation, [contents], tf.int64), [])
+        orientation = tf.ensure_shape(tf.numpy_function(get_orientation, [contents], tf.int64), [])
         return row, orientation, resize_bilinear(image[tf.newaxis], size)[0]
 
     remaining = iter(paths)
@@ -1045,7 +1053,7 @@ def score_loaded(
     next_row = 0
     for rows, orientations, batch in images.batch(NETWORK_BATCH_SIZE).prefetch(2):
         outputs = zip(*[output.numpy() for output in classify(batch)], strict=True)
-        answers = map(create_answer, outputs, orientations.numpy())
+        answers = map(create_answer, outputs, orientations.numpy().tolist())
         for row, answer in zip(rows.numpy(), answers, strict=True):
             yield from [None] * (row - next_row)
             yield answer
@@ -1056,9 +1064,8 @@ def score_loaded(
 def score_image(graph: Graph, path: str, is_upright: bool) -> Iterator[tuple[str, Answer | None]]:
     """Yields what score_images would yield of one image, sooner."""
     try:
-        contents = load_image(path, is_upright)
+        contents, orientation = load_image(path, is_upright)
         outputs = run_graph(graph.graph_def, contents, graph.outputs)
-        orientation = read_orientation(load_file(path, 'image'))
         yield path, create_answer([output[0] for output in outputs], orientation)
     except (UserError, ImageError):
         yield path, None
@@ -1175,20 +1182,30 @@ def save_picture(picture: Image.Image, target: str) -> None:
 # Classes
 
 
+def get_absolute(path: str) -> pathlib.PurePath:
+    """Returns an absolute path without `..`; links stay."""
+    return pathlib.PurePath(os.path.abspath(path))
+
+
+def resolve(path: str) -> pathlib.PurePath:
+    """Returns the absolute path to which links lead."""
+    return pathlib.PurePath(os.path.realpath(to_bytes(path)).decode(errors='surrogateescape'))
+
+
 @dataclasses.dataclass(frozen=True)
 class Classes:
     """The classes of the graph, in its order."""
 
     labels: list[str]  # those of the labels file
     folders: list[str]  # the class folders of the training, or the labels if they are not known
-    roots: list[str]  # the folders among the IMAGE arguments
+    roots: list[pathlib.PurePath]  # the folders among the IMAGE arguments
 
     @functools.cached_property
     def indices(self) -> dict[str, int]:
         """The class of each label and of each class folder; the first of those with one label."""
-        names = itertools.chain(self.labels, self.folders)
-        labels = itertools.chain(self.labels, self.labels)
-        return {name: self.labels.index(label) for name, label in zip(names, labels, strict=True)}
+        of_labels = {label: self.labels.index(label) for label in self.labels}
+        pairs = zip(self.folders, self.labels, strict=True)
+        return of_labels | {folder: of_labels[label] for folder, label in pairs}
 
     def find(self, path: str) -> int | None:
         """Returns the class of the nearest folder above an image that is named like one.
@@ -1196,10 +1213,10 @@ class Classes:
         Only the folder of the image counts, and those up to an IMAGE argument: not, for example, a
         home folder /home/rose.
         """
-        folder = pathlib.PurePath(os.path.abspath(path)).parent
-        roots = [pathlib.PurePath(os.path.abspath(root)) for root in self.roots]
+        folder = get_absolute(path).parent
         while folder.name not in self.indices:
-            if folder in roots or not any(folder.is_relative_to(root) for root in roots):
+            is_inside = any(folder.is_relative_to(root) for root in self.roots)
+            if folder in self.roots or not is_inside:
                 return None
             folder = folder.parent
         return self.indices[folder.name]
@@ -1214,7 +1231,7 @@ def create_classes(
     labels: list[str], training: Training | None, flags: argparse.Namespace
 ) -> Classes:
     """Returns the classes, with the folders of the training if they are known."""
-    roots = [path for path in flags.images if is_folder(path)]
+    roots = [get_absolute(path) for path in flags.images if is_folder(path)]
     if training and len(training.folders) == len(labels):
         return Classes(labels, training.folders, roots)
     return Classes(labels, labels, roots)
@@ -1232,19 +1249,19 @@ class Tally:
     trained: int = 0  # images of the training that are not in its test set
     refused: int = 0  # of the others in class folders
     other_folders: set[str] = dataclasses.field(default_factory=set)
-    counted: set[bytes] = dataclasses.field(default_factory=set)  # the paths of the images
+    counted: set[pathlib.PurePath] = dataclasses.field(default_factory=set)  # the images
     # Of the images in class folders that have a label:
     true_classes: list[int] = dataclasses.field(default_factory=list)
     predictions: list[int] = dataclasses.field(default_factory=list)
 
     def add(self, path: str, answer: Answer, label: str) -> None:
-        """Counts an image and its label."""
+        """Counts an image and its label. The accuracy is one on folders."""
         self.sideways += answer.orientation > 1
-        index = self.classes.find(path)
-        real_path = os.path.realpath(to_bytes(path))
-        if real_path in self.counted:  # it was named twice
+        place = resolve(path)
+        if not self.classes.roots or place in self.counted:  # it was named twice
             return
-        self.counted.add(real_path)
+        self.counted.add(place)
+        index = self.classes.find(path)
         if index is None:
             self.other_folders.add(os.path.dirname(path))
         elif not self.is_new(path):
@@ -1259,15 +1276,15 @@ class Tally:
         """Tells whether the graph was not trained with an image."""
         if self.training is None:
             return True
-        image_dir = self.training.absolute_image_dir
-        file = os.path.relpath(path, image_dir)
-        if file.startswith(os.pardir):  # perhaps only as a link leads there
-            file = os.path.relpath(os.path.realpath(path), os.path.realpath(image_dir))
-        if file.startswith(os.pardir):
-            return True
-        set_folders, percentages = self.training.set_folders, self.training.percentages
-        typed = self.training.image_dir
-        return get_set_of_file(typed, file, set_folders, percentages) == 'testing'
+        image_dir, set_folders = self.training.image_dir, self.training.set_folders
+        # In the folder of the training by its name, or because a link leads there.
+        for convert in (get_absolute, resolve):
+            folder = convert(self.training.absolute_image_dir)
+            if convert(path).is_relative_to(folder):
+                file = str(convert(path).relative_to(folder))
+                percentages = self.training.percentages
+                return get_set_of_file(image_dir, file, set_folders, percentages) == 'testing'
+        return True
 
 
 def get_stem(path: str) -> str:
@@ -1492,7 +1509,7 @@ def draw(
     graph: Graph, path: str, answer: Answer, labels: list[str], flags: argparse.Namespace
 ) -> None:
     """Writes the heatmap of an image for its best label."""
-    contents = load_image(path, flags.upright)
+    contents, _ = load_image(path, flags.upright)
     index = int(answer.scores.argmax())
     name = name_in_picture(labels[index], index + 1)
     title = f'{name} {answer.scores[index]:.2f}'
@@ -1553,16 +1570,17 @@ def label_images(flags: argparse.Namespace) -> None:
             tally.failed += not try_to_place(path, folder, flags.sort_into)
         if flags.heatmap:
             draw(graph, path, answer, labels, flags)
-    report_tally(tally, graph.training, flags)
+    report_tally(tally, flags)
 
 
-def report_tally(tally: Tally, training: Training | None, flags: argparse.Namespace) -> None:
+def report_tally(tally: Tally, flags: argparse.Namespace) -> None:
     """Says on standard error what became of the images; raises UserError if some have failed."""
     if not tally.images:
         raise UserError(
             f'There is no image in {", ".join(flags.images)}. Name a folder with '
             f'{" ".join(IMAGE_EXTENSIONS)}'
         )
+    training = tally.training
     if training and training.is_upright != flags.upright:
         what = 'Add --upright' if training.is_upright else 'Leave out --upright'
         print(f'WARNING: {what}: that is how the graph was trained.', file=sys.stderr)
@@ -1572,7 +1590,7 @@ def report_tally(tally: Tally, training: Training | None, flags: argparse.Namesp
             f'{tally.sideways}. To turn them, train with --upright, and add it here.',
             file=sys.stderr,
         )
-    if (tally.predictions or tally.refused) and any(map(is_folder, flags.images)):
+    if tally.predictions or tally.refused:
         with contextlib.redirect_stdout(sys.stderr):  # the lines on standard output are data
             report_accuracy(tally)
     if tally.failed:

@@ -45,7 +45,8 @@ def list_classes() -> dict[str, list[str]]:
     If images are split already, the class folders are those in train/.
     """
     data = ROOT / 'data'
-    train_folders = [folder for folder in data.iterdir() if folder.name.lower() == 'train']
+    of_training = ('train', 'training')
+    train_folders = [folder for folder in data.iterdir() if folder.name.lower() in of_training]
     classes = {}
     for parent in (data, *train_folders):
         for folder in sorted(parent.iterdir()):

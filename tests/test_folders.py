@@ -224,6 +224,21 @@ def test_other_labels_than_before_are_a_warning(job):
     assert warning in job.main()
 
 
+def test_earlier_labels_that_cannot_be_read_do_not_stop_the_new_ones(job, monkeypatch):
+    labels = job.photographs(cat=20, dog=20).folder / LABELS
+    job.main()
+    labels.write_text('old')
+
+    def fail(path, opened=tf_retrain.open_file):
+        if path == LABELS:
+            raise tf_retrain.tf.errors.PermissionDeniedError(None, None, 'Permission denied')
+        return opened(path)
+
+    monkeypatch.setattr(tf_retrain, 'open_file', fail)
+    assert 'WARNING: the comparison with the earlier labels left out (' in job.main()
+    assert labels.read_text() == 'cat\ndog\n'
+
+
 # A folder to label
 
 
@@ -396,6 +411,8 @@ def test_a_record_of_another_training_is_a_warning(trained, tmp_path):
     image = trained.test_image()
     cases = [({}, False), ({'graph_checksum': 1}, True), ({'flags': []}, False)]
     cases += [({'folders': [name] * 3}, False) for name in ('a\0', '\ud800', 1)]
+    endless = record['flags'] | {'testing_percentage': float('inf')}
+    cases.append(({'flags': endless}, False))
     for changes, warns in cases:
         (tmp_path / 'graph.pb.json').write_text(json.dumps(record | changes))
         process = run('tf_test.py', image, *files)

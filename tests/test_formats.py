@@ -250,7 +250,7 @@ def test_images_are_turned_as_pillow_turns_them(image_format, orientation):
     found = tf_retrain.decode(contents, is_upright=True)
     np.testing.assert_allclose(found.astype(int), expected, atol=8)  # of two JPEG decoders
     is_always_upright = image_format in ('HEIF', 'TIFF')
-    stored = tf_retrain.read_header(contents).orientation
+    stored = tf_retrain.read_header(io.BytesIO(contents)).orientation
     assert (stored or 1) == (1 if is_always_upright else orientation or 1)
 
 

@@ -226,7 +226,7 @@ def test_class_folders_are_those_of_the_training(project):
     touch(project, 'data/cat/IMG_1.HEIC', 'data/dog/.hidden.jpg', 'data/dog/x.txt')
     assert quickstart.list_classes() == {'cat': ['IMG_1.HEIC']}
     shutil.rmtree(project / 'data/cat')
-    touch(project, 'data/Train/cat/1.webp', 'data/test/cat/2.jpg')
-    assert quickstart.list_classes() == {'Train/cat': ['1.webp']}
-    touch(project, 'bottlenecks/Train/cat/1.webp.txt')
-    assert quickstart.find_readable(quickstart.list_classes()) == 'data/Train/cat/1.webp'
+    touch(project, 'data/Training/cat/1.webp', 'data/test/cat/2.jpg')
+    assert quickstart.list_classes() == {'Training/cat': ['1.webp']}
+    touch(project, 'bottlenecks/Training/cat/1.webp.txt')
+    assert quickstart.find_readable(quickstart.list_classes()) == 'data/Training/cat/1.webp'
