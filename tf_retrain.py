@@ -1183,8 +1183,11 @@ def list_split_folders(image_dir: str, set_folders: dict[str, str]) -> dict[str,
     for set_folder, folders in listed.items():
         path = os.path.join(image_dir, set_folder)
         missing = [name for name in classes if name not in folders]
-        if missing and set_folders[set_folder] == 'training':
+        is_training = set_folders[set_folder] == 'training'
+        if missing and is_training:
             raise UserError(f'{path} has no images of: {name_some(missing)}. Add some there.')
+        if is_training:
+            report_small_folders(path, folders)
         if missing:
             print(f'WARNING: {path} has no images of: {name_some(missing)}')
         for name, images in folders.items():
@@ -1199,9 +1202,9 @@ def list_images(flags: argparse.Namespace) -> Images:
     if set_folders:
         folders = list_split_folders(image_dir, set_folders)
     else:
-        listed = list_class_folders(image_dir).items()
-        folders = {name: [os.path.join(name, image) for image in images] for name, images in listed}
-    report_small_folders(image_dir, folders)
+        listed = list_class_folders(image_dir)
+        report_small_folders(image_dir, listed)
+        folders = {name: [os.path.join(name, file) for file in listed[name]] for name in listed}
     labels = get_labels(image_dir, list(folders))
     if len(labels) < 2:
         raise UserError(
@@ -3459,7 +3462,8 @@ def create_record(
     record['labels'] = images.labels
     record['folders'] = images.folders
     record['set_folders'] = images.set_folders
-    record['image_dir'] = os.path.abspath(images.folder)
+    is_remote = '://' in images.folder
+    record['image_dir'] = images.folder if is_remote else os.path.abspath(images.folder)
     record['images'] = {
         name: dict(zip(images.labels, counts.tolist(), strict=True))
         for name, counts in images.counts.items()

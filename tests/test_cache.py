@@ -630,5 +630,7 @@ def test_every_path_may_be_any_that_tensorflow_reads(job):
         graph_def = tf.compat.v1.GraphDef.FromString(file.read())
     scores = run_v1(graph_def, (job.data / 'dog/dog 0.jpg').read_bytes(), 'final_result:0')[0]
     assert scores.argmax() == 1
+    with gfile.GFile('ram://job/trained_model/unoptimized_model.pb.json') as file:
+        assert json.loads(file.read())['image_dir'] == 'ram://job/data/'
     names = gfile.listdir('ram://job/logs/train')
     assert [name for name in names if name.startswith('events.')]

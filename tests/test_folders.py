@@ -52,7 +52,9 @@ def test_the_sets_are_those_of_the_folders(touch, capsys, names):
     assert [sets[file.split('/')[0]] for file in images.files] == list(images.sets)
     assert [file.split('/')[1] for file in images.files] == ['a'] * 27 + ['b'] * 27
     line = f'The sets are those of the folders: 18 {names[0]}, 18 {names[1]}, 18 {names[2]}.'
-    assert line in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert line in out
+    assert re.findall(r'may cause issues. \((.*)\)', out) == [f'd/{names[0]}/{x}: 9' for x in 'ab']
 
 
 def test_a_set_that_is_missing_is_drawn_from_train(touch, capsys):
