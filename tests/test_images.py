@@ -424,7 +424,10 @@ def test_names_that_are_not_unicode(job):
 def test_strict_makes_the_first_unreadable_image_an_error(job):
     job.photographs(cat=4, dog=4)
     (job.data / 'dog/bad.jpg').write_text('<html>')
-    job.fails(r"^--strict: 'data/dog/bad\.jpg' is left out: it", '--strict')
+    job.fails(
+        r"^--strict: 'data/dog/bad\.jpg' is left out: it is a web page \(HTML\), which is not read",
+        '--strict',
+    )
     assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 8
 
 
@@ -467,7 +470,9 @@ def test_strict_stops_at_the_first_image_that_cannot_be_read(job, monkeypatch):
     monkeypatch.setattr(tf_retrain, 'NETWORK_BATCH_SIZE', 4)
     job.photographs(cat=20, dog=20)
     (job.data / 'cat/cat 10.jpg').write_text('not an image')
-    out = job.fails(r"^--strict: 'data/cat/cat 10.jpg' is left out: it", '--strict')
+    out = job.fails(
+        r"^--strict: 'data/cat/cat 10.jpg' is left out: its format is not known", '--strict'
+    )
     assert 0 < len(created(out)) <= 8
     # What is known from the record stops the run before anything is computed.
     assert created(job.fails('^--strict: ', '--strict')) == []

@@ -503,7 +503,7 @@ def test_memory_does_not_grow_with_the_number_of_images(trained):
         program = ROOT / 'tests/programs/peak_memory.py'
         process = forks.run([program, ROOT / 'tf_test.py', *images, *FILES], trained.folder)
         assert process.stdout.count('\n') == count
-        return int(re.search(r'^(\d+) bytes$', process.stderr, re.MULTILINE)[1])
+        return int(re.fullmatch(r'(\d+) bytes\n', process.stderr)[1])
 
     # The thousand images more would take 1,070 MB, resized as the network wants them.
     assert measure(1300) - measure(300) < 100e6
