@@ -570,7 +570,7 @@ class OptionalOutput:
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-is_stopped = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
+stop_requested = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
 
 
 def on_stop_signals(handler: Callable | signal.Handlers) -> None:
@@ -597,7 +597,7 @@ def stoppable() -> Iterator[None]:
 def stop_run(*signal_and_frame: object) -> None:
     """Stops the run at a first Ctrl-C or SIGTERM. A second one ends the program at once."""
     on_stop_signals(signal.SIG_DFL)
-    is_stopped.set()
+    stop_requested.set()
     raise KeyboardInterrupt
 
 
@@ -607,10 +607,10 @@ def until_stopped(items: Iterable) -> Iterator:
     Loops need it, as TensorFlow drops a KeyboardInterrupt that is raised inside of one of its ops.
     """
     for item in items:
-        if is_stopped.is_set():
+        if stop_requested.is_set():
             raise KeyboardInterrupt
         yield item
-    if is_stopped.is_set():
+    if stop_requested.is_set():
         raise KeyboardInterrupt
 
 
@@ -633,7 +633,7 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
 
     It also works in a notebook or another program, in any thread.
     """
-    is_stopped.clear()
+    stop_requested.clear()
     if not isinstance(sys.stdout, OptionalOutput):  # so it is in a second run of one program
         sys.stdout = OptionalOutput(sys.stdout or open(os.devnull, 'w'))  # type: ignore[assignment]
         sys.stderr = OptionalOutput(sys.stderr or open(os.devnull, 'w'))  # type: ignore[assignment]
@@ -805,57 +805,15 @@ def extra(name: str) -> Iterator[None]:
         print(f'WARNING: {name} left out ({type(error).__name__}: {describe(error)})')
 
 
-def is_input(path: str, flags: argparse.Namespace) -> bool:
-    """Tells whether a path is that of a photograph or of a file of the module."""
-    if is_image(os.path.basename(path)) and is_inside(path, flags.image_dir):
-        return True
-    module = flags.tfhub_module
-    return bool(module) and gfile.isdir(module) and is_inside(path, module)
-
-
-def check_outputs(flags: argparse.Namespace) -> None:
-    """Tries out what the end of the run needs, before anything is computed.
-
-    Raises UserError if something is wrong.
-    """
-    outputs = {'--output_graph': flags.output_graph, '--output_labels': flags.output_labels}
-    if flags.optimized_graph:
-        outputs['--optimized_graph'] = flags.optimized_graph
-    record = f'{flags.output_graph}.json'
-    paths = [os.path.realpath(to_bytes(path)) for path in (*outputs.values(), record)]
-    if len(set(paths)) < len(paths):
-        raise UserError(
-            f'{", ".join(outputs)} and FILE.json of --output_graph must be different files. Name '
-            'others.'
-        )
-    graph_names = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
-    models = [os.path.join(flags.model_dir, name) for name in graph_names]
-    taken = {os.path.realpath(to_bytes(path)) for path in models}
-    for flag, path in outputs.items():
-        if gfile.isdir(path) or not os.path.basename(path):
-            raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
-        if os.path.realpath(to_bytes(path)) in taken:
-            raise UserError(f'{flag}: {path} is the pretrained model. Name another file.')
-        if is_input(path, flags):
-            raise UserError(f'{flag}: {path} is what the training reads. Name another file.')
-        ensure_writable_dir(os.path.dirname(path), flag)
-        ensure_replaceable(path, flag)
-    ensure_replaceable(record, '--output_graph')
-    for name in SUMMARY_FOLDERS:
-        ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
-
-
 # Images
 
 # Extensions of the files that are taken for images. Their content decides how they are decoded.
-IMAGE_EXTENSIONS = (
-    *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.webp', '.avif', '.bmp'),
-    *('.tif', '.tiff', '.jp2', '.heic', '.heif'),
+IMAGE_EXTENSIONS = tuple(
+    '.jpg .jpeg .jpe .jfif .png .gif .webp .avif .bmp .tif .tiff .jp2 .heic .heif'.split()
 )
 # Cameras and editors write these, and nothing here reads them.
-UNREAD_EXTENSIONS = (
-    *('.cr2', '.cr3', '.nef', '.arw', '.dng', '.orf', '.raf', '.rw2', '.pef', '.srw'),
-    *('.mov', '.mp4', '.psd', '.jxl', '.eps', '.svg', '.pdf'),
+UNREAD_EXTENSIONS = tuple(
+    '.cr2 .cr3 .nef .arw .dng .orf .raf .rw2 .pef .srw .mov .mp4 .psd .jxl .eps .svg .pdf'.split()
 )
 SETS = ('training', 'validation', 'testing')
 # Folders of images that are split already, in any case of the letters, and their sets.
@@ -943,9 +901,9 @@ def create_rng(seed: int | None, use: str) -> np.random.Generator:
 def get_label(folder: str) -> str:
     """Returns the label of a class folder.
 
-    It is in lower case, with one space for every run of characters other than a-z and 0-9 between
-    others. The original gave every folder without such characters the label ' '; here it keeps its
-    name.
+    It is in lower case. Each run of characters other than a-z and 0-9 becomes one space, or nothing
+    at either end. The original gave every folder without such characters the label ' '; here it
+    keeps its name.
     """
     label = re.sub(r'[^a-z0-9]+', ' ', folder.lower()).strip()
     return label or ' '.join(folder.split())
@@ -982,12 +940,13 @@ def get_set_of_file(
 ) -> str:
     """Returns the set of an image, 'class folder/file' or 'set folder/class folder/file'.
 
-    The sets of set_folders, {folder: set}, are those of the folders. Others are drawn from the
-    training images by get_set().
+    If the images are split already, set_folders, {folder: set}, has the sets of the folders. The
+    sets without a folder of their own are drawn by get_set().
     """
-    of_folder = set_folders.get(pathlib.PurePath(file).parts[0], 'training')
-    if of_folder != 'training':
-        return of_folder
+    set_of_folder = set_folders.get(pathlib.PurePath(file).parts[0], '')
+    if set_of_folder in ('validation', 'testing'):
+        return set_of_folder
+    # The image is in a training folder, or the images are not split.
     testing, validation = percentages
     if 'testing' in set_folders.values():
         testing = 0
@@ -1002,13 +961,19 @@ def is_image(name: str) -> bool:
 
 
 def count_images(path: str) -> int:
-    """Returns how many images are in a folder and below it. Links to folders are not followed."""
+    """Returns how many images are in a folder and below it.
+
+    Hidden folders and links to folders are passed over.
+    """
     if '://' in path:
         return sum(is_image(name) for _, _, names in gfile.walk(path) for name in names)
     if os.path.islink(to_bytes(path)):
         return 0
-    files = (name for _, _, names in os.walk(to_bytes(path)) for name in names)
-    return sum(is_image(name.decode(errors='surrogateescape')) for name in files)
+    count = 0
+    for _, folders, files in os.walk(to_bytes(path)):
+        folders[:] = [name for name in folders if not name.startswith(b'.')]
+        count += sum(is_image(name.decode(errors='surrogateescape')) for name in files)
+    return count
 
 
 def list_class_folder(path: str) -> list[str]:
@@ -1025,7 +990,11 @@ def list_class_folder(path: str) -> list[str]:
 
 def report_passed_over(path: str, image_count: int, others: list[str]) -> None:
     """Names the other files and folders in a class folder, and warns of photographs among them."""
-    folders = [name for name in others if gfile.isdir(os.path.join(path, name))]
+    folders = [
+        name
+        for name in others
+        if not name.startswith('.') and gfile.isdir(os.path.join(path, name))
+    ]
     below = {name: count_images(os.path.join(path, name)) for name in folders}
     named = [
         f'{name} ({below[name]} images below it)' if below.get(name) else name for name in others
@@ -1061,7 +1030,7 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
             print(f'WARNING: {escape(path)} cannot be read. It is not used as a class.')
     if loose_images:
         print(
-            f'WARNING: {image_dir} has {loose_images} images outside of class folders. '
+            f'WARNING: {escape(image_dir)} has {loose_images} images outside of class folders. '
             'They are not used.'
         )
     return {name: images for name, images in folders.items() if images}
@@ -1080,17 +1049,20 @@ def report_small_folders(image_dir: str, folders: dict[str, list[str]]) -> None:
         print(f'WARNING: {len(small) - 10} more folders have less than {FEW_IMAGES} images.')
 
 
-def get_labels(image_dir: str, folders: list[str]) -> list[str]:
-    """Returns the labels of class folders; raises UserError if two are equal, or one is blank."""
+def get_labels(folders: dict[str, str]) -> list[str]:
+    """Returns the labels of class folders, {name: path}.
+
+    Raises UserError if two are equal, or one is blank.
+    """
     paths: dict[str, str] = {}
-    for folder in folders:
-        path = os.path.join(image_dir, folder)
+    for folder, path in folders.items():
         label = get_label(folder)
         if not label:
             raise UserError(f'{path!r}: the label of this folder would be blank. Rename it.')
         if label in paths:
             raise UserError(
-                f"{paths[label]} and {path} have the same label '{label}'. Rename or merge them."
+                f'{escape(paths[label])} and {escape(path)} have the same label {label!r}. Rename '
+                'or merge them.'
             )
         paths[label] = path
     warn_of_labels(paths)
@@ -1101,7 +1073,7 @@ def warn_of_labels(paths: dict[str, str]) -> None:
     """Warns of {label: class folder} where users may not get what they mean."""
     for label, path in paths.items():
         name = os.path.basename(path)
-        # Separators lose nothing. A hyphen at the start may be a minus sign.
+        # Nobody misses a separator between words. A hyphen at the start may be a minus sign.
         has_lost = re.search(r'[^A-Za-z0-9 _.,-]|^-', name) and label != name
         if has_lost:
             print(
@@ -1117,7 +1089,7 @@ def warn_of_labels(paths: dict[str, str]) -> None:
         if word in paths:
             print(
                 f"WARNING: '{word}' is what tf_test.py {flag} says of images that it leaves "
-                f'unlabeled. Rename {paths[word]}, or it will refuse this flag.'
+                f'unlabeled. Rename {escape(paths[word])}, or it will refuse this flag.'
             )
 
 
@@ -1143,8 +1115,8 @@ def has_class_folders(path: str) -> bool:
 def find_set_folders(image_dir: str) -> dict[str, str]:
     """Returns {folder: set} if the images are split already; {} if their folders are classes.
 
-    They are split if there is a folder train/, with class folders, beside folders of other sets.
-    Raises UserError if an image or a folder with images lies beside them, or if there are only such
+    They are split if there is a folder train/, with class folders, and another one of SET_FOLDERS.
+    Raises UserError if an image or a folder with images lies beside them, or if there are no other
     folders and train/ has no class folders.
     """
     names = [name for name in list_dir(image_dir) if not name.startswith('.')]
@@ -1153,7 +1125,8 @@ def find_set_folders(image_dir: str) -> dict[str, str]:
         return {}
     split = {name for name in found if has_class_folders(os.path.join(image_dir, name))}
     if 'training' not in {found[name] for name in split}:
-        if set(names) <= set(found):
+        folders = {name for name in names if gfile.isdir(os.path.join(image_dir, name))}
+        if folders <= set(found):
             raise UserError(
                 f"--image_dir: '{image_dir}' has {', '.join(found)}, without class folders. Make "
                 f'one folder per class in each of them, or in {image_dir} itself.'
@@ -1167,15 +1140,15 @@ def find_set_folders(image_dir: str) -> dict[str, str]:
                 'in none of them. Move it elsewhere.'
             )
         if name in found and name not in split:
-            print(f'WARNING: {path} has no class folders. It is left alone.')
+            print(f'WARNING: {escape(path)} has no class folders. It is left alone.')
     return {name: found[name] for name in found if name in split}
 
 
 def list_split_folders(image_dir: str, set_folders: dict[str, str]) -> dict[str, list[str]]:
     """Returns {class folder: its images, 'set folder/class folder/file'} of images in sets.
 
-    Raises UserError if a class is missing in the training set, and warns of one that is missing in
-    another.
+    Raises UserError if a class is missing in a training folder, and warns of one that is missing in
+    another folder.
     """
     listed = {name: list_class_folders(os.path.join(image_dir, name)) for name in set_folders}
     classes = sorted(set().union(*listed.values()))
@@ -1189,7 +1162,7 @@ def list_split_folders(image_dir: str, set_folders: dict[str, str]) -> dict[str,
         if is_training:
             report_small_folders(path, folders)
         if missing:
-            print(f'WARNING: {path} has no images of: {name_some(missing)}')
+            print(f'WARNING: {escape(path)} has no images of: {name_some(missing)}')
         for name, images in folders.items():
             files[name] += [os.path.join(set_folder, name, image) for image in images]
     return files
@@ -1205,7 +1178,10 @@ def list_images(flags: argparse.Namespace) -> Images:
         listed = list_class_folders(image_dir)
         report_small_folders(image_dir, listed)
         folders = {name: [os.path.join(name, file) for file in listed[name]] for name in listed}
-    labels = get_labels(image_dir, list(folders))
+    # Of a class in several sets, any of its folders will do: the messages name one that exists.
+    labels = get_labels(
+        {name: os.path.join(image_dir, os.path.dirname(folders[name][0])) for name in folders}
+    )
     if len(labels) < 2:
         raise UserError(
             f"--image_dir: '{image_dir}' has {len(labels) or 'no'} class folder with images. "
@@ -1253,7 +1229,8 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
         is_of_folder = name in images.set_folders.values()
         if is_of_folder and name == 'training' and empty:
             raise UserError(
-                f'--image_dir: no training image of {name_some(empty)} can be read. Add some.'
+                f'--image_dir: no training image of {name_some(empty)} can be used: they cannot be '
+                'read, or were drawn for another set. Add some.'
             )
         # list_split_folders() has warned of classes that are missing in a folder.
         if percentage and empty and not is_of_folder:
@@ -1350,7 +1327,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.io.decode_raw(sides, tf.uint16), tf.int32)
 
     def fail() -> tf.Tensor:
-        # Clients want text: bytes that are none become dots.
+        # Clients show errors as UTF-8: other bytes become dots.
         text = tf.strings.unicode_transcode(
             header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
         )
@@ -1380,7 +1357,7 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     image = tf.cond(
         tf.strings.substr(contents, 0, 2) == GIF,
         lambda: tf.io.decode_image(contents, channels=3, expand_animations=False),
-        lambda: tf.io.decode_jpeg(contents, channels=3),
+        lambda: tf.io.decode_jpeg(contents, channels=3),  # of PNG too: the graph has only this op
     )
     image.set_shape([None, None, 3])
     return image
@@ -1412,11 +1389,12 @@ def decode_by_pillow(contents: bytes) -> np.ndarray:
             # TensorFlow takes a third of Pillow's time, but refuses alpha and animations.
             with contextlib.suppress(tf.errors.InvalidArgumentError):
                 return tf.io.decode_webp(contents, channels=3).numpy()[0]
-        is_gray = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
-        if is_gray:
+        is_gray_16 = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
+        if is_gray_16:
             upper = np.uint8(np.asarray(image) >> 8)
-            if image.format == 'TIFF' and image.tag_v2.get(262) == 0:  # white is zero
-                upper = 255 - upper
+            if image.format == 'TIFF':
+                is_white_zero = image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+                upper = 255 - upper if is_white_zero else upper
             return np.repeat(upper[:, :, np.newaxis], 3, axis=2)
         if image.mode in ('I', 'F'):
             raise ImageError('its samples are signed, or have 32 bits. Save it with 8 bits')
@@ -1502,14 +1480,14 @@ def read_header(file: Any) -> Header:
     """
     # Pillow has many kinds of errors.
     with contextlib.suppress(Exception), open_by_pillow(file) as image:
-        # The mode is then 'I' or such as 'I;16', or the raw mode of the decoder such as 'RGB;16B'.
+        # Then the mode is 'I' or one like 'I;16', or the decoder has a raw mode such as 'RGB;16B'.
         has_16_bits = image.mode.startswith('I') or ';16' in str(image.tile)
         orientation = None
         if image.format not in ('HEIF', 'TIFF'):
             exif = Image.Image.getexif(image)  # that of PNG would decode the image
-            orientation = exif.get(ExifTags.Base.Orientation)
-        if orientation not in range(1, 9):
-            orientation = None
+            stored: Any = exif.get(ExifTags.Base.Orientation)
+            if stored in range(1, 9):
+                orientation = int(stored)  # some programs write 6.0 or 6/1
         return Header(orientation, 16 if has_16_bits else 8)
     return Header()
 
@@ -1527,11 +1505,14 @@ MODEL_GRAPH_NAME = 'classify_image_graph_def.pb'
 JPEG_DATA_NODE = 'DecodeJpeg/contents'
 RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
 SCALED_INPUT_NODE = 'Mul'
-BOTTLENECK = 'pool_3/_reshape', 2048  # node and size
+BOTTLENECK_NODE, BOTTLENECK_SIZE = 'pool_3/_reshape', 2048
 MOBILENET_URL = 'http://download.tensorflow.org/models/mobilenet_v1_{}_frozen.tgz'
 MOBILENET_GRAPH_NAME = 'mobilenet_v1_{}/frozen_graph.pb'
-MOBILENET_BOTTLENECK = 'MobilenetV1/Predictions/Reshape', 1001
+MOBILENET_BOTTLENECK_NODE, MOBILENET_BOTTLENECK_SIZE = 'MobilenetV1/Predictions/Reshape', 1001
 FUNCTION_BOTTLENECK = 'module/bottleneck'  # of modules, and of the networks of Keras
+# What the training puts behind a network.
+FINAL_SCOPE = 'final_training_ops'
+FAMILIARITY_NODE = 'familiarity'
 MAX_ARCHIVE_SIZE = 2**30  # bytes, packed or unpacked: the largest model has a tenth of it
 DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
@@ -1545,7 +1526,8 @@ def extract(archive: bytes, name: str) -> bytes:
         unpacked = gzip.open(io.BytesIO(archive)).read(MAX_ARCHIVE_SIZE)
         if len(unpacked) == MAX_ARCHIVE_SIZE:
             return b''
-        with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
+        # 'r:' is for archives that are not compressed once more.
+        with tarfile.open(fileobj=io.BytesIO(unpacked), mode='r:') as tar:
             for member in tar:
                 if member.isfile() and posixpath.normpath(member.name) == name:
                     file = tar.extractfile(member)
@@ -1589,14 +1571,15 @@ def download(url: str, path: str, name: str) -> bytes:
             write_whole(path, archive)
             return contents
         reason = f'{len(archive):,} bytes came, and are not a .tgz with {name}'
+    suggestion = suggest_local_network(os.path.dirname(path))
     raise UserError(
         f'{url} could not be downloaded ({reason}). Run the same command again, or save it as '
-        f'{path}.{name_local_network(os.path.dirname(path))}'
+        f'{path}.{suggestion}'
     )
 
 
-def name_local_network(model_dir: str) -> str:
-    """Returns a sentence about a network that is in the folder already; '' if there is none."""
+def suggest_local_network(model_dir: str) -> str:
+    """Returns ' Or add ...', which names a network that is in the folder already, or ''."""
     for size in MOBILENET_SIZES:
         if gfile.exists(os.path.join(model_dir, MOBILENET_GRAPH_NAME.format(size))):
             flag = f'--architecture=mobilenet_{size}'
@@ -1644,8 +1627,8 @@ def load_graph_def(
     return path, graph_def, zlib.crc32(contents)
 
 
-class Pixels(NamedTuple):
-    """How a network wants its images: their size, and values of (pixel - mean) / deviation."""
+class InputFormat(NamedTuple):
+    """How a network takes images: resized, and with values of (pixel - mean) / deviation."""
 
     size: tuple[int, int]
     mean: float
@@ -1661,7 +1644,7 @@ class Backbone:
     checksum: int  # differs between models
     bottleneck: str  # the node of the bottlenecks, float [N, bottleneck_size]
     bottleneck_size: int
-    pixels: Pixels
+    input_format: InputFormat
     cache_suffix: str = ''  # between the name of an image and the '.txt' of its cache file
     optimizer: str = ''  # of Grappler, for bottlenecks that are faster to compute and less precise
     is_upright: bool = False  # whether images are turned as their EXIF orientation says
@@ -1674,11 +1657,11 @@ class Backbone:
         The weights, {node name: tensor}, are on the device.
         """
 
-        @tf.function(input_signature=[tf.TensorSpec([None, *self.pixels.size, 3])])
+        @tf.function(input_signature=[tf.TensorSpec([None, *self.input_format.size, 3])])
         def network(images: tf.Tensor) -> tf.Tensor:
             with tf.device(device):
                 inputs = {f'{name}:0': tf.identity(tensor) for name, tensor in weights.items()}
-                scaled = (images - self.pixels.mean) * (1 / self.pixels.deviation)
+                scaled = (images - self.input_format.mean) * (1 / self.input_format.deviation)
                 inputs[f'{SCALED_INPUT_NODE}:0'] = scaled
                 outputs = [f'{self.bottleneck}:0']
                 return tf.graph_util.import_graph_def(structure, inputs, outputs)[0]
@@ -1689,7 +1672,7 @@ class Backbone:
     @functools.cached_property
     def networks(self) -> list[Callable]:
         """The network on each device that computes; raises UserError if the graph is damaged."""
-        shape = [None, *self.pixels.size, 3]
+        shape = [None, *self.input_format.size, 3]
         devices = [gpu.name for gpu in tf.config.list_logical_devices('GPU')] or ['/CPU:0']
         networks = []
         try:
@@ -1736,29 +1719,44 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
 
 def load_inception(model_dir: str) -> Backbone:
     """Returns Inception-v3 as published in 2015."""
-    needed = [JPEG_DATA_NODE, RESIZED_INPUT_NODE, SCALED_INPUT_NODE, 'pool_3', BOTTLENECK[0]]
+    needed = [JPEG_DATA_NODE, RESIZED_INPUT_NODE, SCALED_INPUT_NODE, 'pool_3', BOTTLENECK_NODE]
     path, graph_def, checksum = load_graph_def(model_dir, DATA_URL, MODEL_GRAPH_NAME, needed)
-    return Backbone(path, graph_def, checksum, *BOTTLENECK, Pixels((299, 299), 128, 128))
+    return Backbone(
+        source=path,
+        graph_def=graph_def,
+        checksum=checksum,
+        bottleneck=BOTTLENECK_NODE,
+        bottleneck_size=BOTTLENECK_SIZE,
+        input_format=InputFormat((299, 299), mean=128, deviation=128),
+    )
 
 
 def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
     """Returns a MobileNet v1 as published in 2017, such as mobilenet_1.0_224."""
     size = architecture.removeprefix('mobilenet_')
     side = int(size.split('_')[1])
-    pixels = Pixels((side, side), 127.5, 127.5)
+    input_format = InputFormat((side, side), mean=127.5, deviation=127.5)
     path, graph_def, checksum = load_graph_def(
         model_dir,
         MOBILENET_URL.format(size),
         MOBILENET_GRAPH_NAME.format(size),
-        ['input', MOBILENET_BOTTLENECK[0]],
+        ['input', MOBILENET_BOTTLENECK_NODE],
     )
-    # Clients of the retrain script of 2017 feed this node with pixels of -1..1; others leave it.
+    # Clients of the retrain script of 2017 feed this node with pixels of -1..1. Without them, it
+    # takes those of a node that prepend_decoding() adds.
     (fed,) = (node for node in graph_def.node if node.name == 'input')
     fed.op = 'PlaceholderWithDefault'
     fed.input.append(SCALED_INPUT_NODE)
-    graph_def = prepend_decoding(graph_def, f'{SCALED_INPUT_NODE}:0', pixels)
-    suffix = f'_{architecture}'
-    return Backbone(path, graph_def, checksum, *MOBILENET_BOTTLENECK, pixels, suffix)
+    graph_def = prepend_decoding(graph_def, f'{SCALED_INPUT_NODE}:0', input_format)
+    return Backbone(
+        source=path,
+        graph_def=graph_def,
+        checksum=checksum,
+        bottleneck=MOBILENET_BOTTLENECK_NODE,
+        bottleneck_size=MOBILENET_BOTTLENECK_SIZE,
+        input_format=input_format,
+        cache_suffix=f'_{architecture}',
+    )
 
 
 def load_keras_network(model_dir: str, architecture: str) -> Backbone:
@@ -1768,21 +1766,21 @@ def load_keras_network(model_dir: str, architecture: str) -> Backbone:
     create = getattr(keras.applications, architecture)
     prepare = sys.modules[create.__module__].preprocess_input
     side = KERAS_NETWORKS[architecture]
-    pixels = Pixels((side, side), 0, 1)  # prepare() does the rest
+    input_format = InputFormat((side, side), mean=0, deviation=1)  # prepare() does the rest
     network = create_keras_network(create, side, model_dir)
     size = network.output_shape[-1]
-    graph_def = freeze_function(lambda images: network(prepare(images)), pixels, size)
+    graph_def = freeze_function(lambda images: network(prepare(images)), input_format, size)
     checksum = 0
     for values in network.get_weights():
         checksum = zlib.crc32(values, checksum)
     return Backbone(
-        f'{architecture} of Keras {keras.__version__}',
-        graph_def,
-        checksum,
-        FUNCTION_BOTTLENECK,
-        size,
-        pixels,
-        f'_{architecture}',
+        source=f'{architecture} of Keras {keras.__version__}',
+        graph_def=graph_def,
+        checksum=checksum,
+        bottleneck=FUNCTION_BOTTLENECK,
+        bottleneck_size=size,
+        input_format=input_format,
+        cache_suffix=f'_{architecture}',
     )
 
 
@@ -1826,28 +1824,37 @@ def explain_keras_error(error: Exception) -> Exception:
 def load_tfhub_module(handle: str) -> Backbone:
     """Returns the network of a TF2 image feature vector; raises UserError if it is none."""
     path, module = open_tfhub_module(handle)
-    function, pixels, size = find_feature_vector(module, handle)
-    graph_def = freeze_function(function, pixels, size)
+    function, input_format, size = find_feature_vector(module, handle)
+    graph_def = freeze_function(function, input_format, size)
     # The suffix is that of the retrain script of TensorFlow Hub.
     suffix = '_' + to_file_name(re.sub(r'[:/]+', '~', handle.rstrip('/')))[-100:]
-    checksum = get_folder_checksum(path)
-    return Backbone(handle, graph_def, checksum, FUNCTION_BOTTLENECK, size, pixels, suffix)
+    return Backbone(
+        source=handle,
+        graph_def=graph_def,
+        checksum=get_folder_checksum(path),
+        bottleneck=FUNCTION_BOTTLENECK,
+        bottleneck_size=size,
+        input_format=input_format,
+        cache_suffix=suffix,
+    )
 
 
-def freeze_function(function: Callable, pixels: Pixels, size: int) -> GraphDef:
+def freeze_function(function: Callable, input_format: InputFormat, size: int) -> GraphDef:
     """Returns the graph of a function from images to features, behind the decoding nodes.
 
     It ends at FUNCTION_BOTTLENECK, float [N, size].
     """
+    prefix, name = FUNCTION_BOTTLENECK.split('/')
 
-    @tf.function(input_signature=[tf.TensorSpec([None, *pixels.size, 3])])
+    @tf.function(input_signature=[tf.TensorSpec([None, *input_format.size, 3])])
     def extract_features(images: tf.Tensor) -> tf.Tensor:
-        return tf.reshape(tf.nest.flatten(function(images))[0], [-1, size], name='bottleneck')
+        features = tf.nest.flatten(function(images))[0]
+        return tf.reshape(features, [-1, size], name=name)
 
     frozen = convert_variables_to_constants_v2(extract_features.get_concrete_function())
     # Functions become plain ops, which TensorFlow 1 has too.
-    plain = optimize(frozen.graph.as_graph_def(), 'bottleneck', 'function')
-    graph_def = prepend_decoding(plain, frozen.inputs[0].name, pixels, 'module')
+    plain = optimize(frozen.graph.as_graph_def(), name, 'function')
+    graph_def = prepend_decoding(plain, frozen.inputs[0].name, input_format, prefix)
     return extract_sub_graph(graph_def, [FUNCTION_BOTTLENECK])
 
 
@@ -1870,7 +1877,7 @@ def open_tfhub_module(handle: str) -> tuple[str, Any]:
         )
 
 
-def find_feature_vector(module: Any, handle: str) -> tuple[Callable, Pixels, int]:
+def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat, int]:
     """Returns the function of a module from images to features, how it wants images, and its size.
 
     It takes images in 0..1, float [N, height, width, 3], and returns features, float [N, size]: the
@@ -1894,7 +1901,7 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, Pixels, int
                     '--tfhub_module: it takes images of any size. They are resized to '
                     f'{height} x {width} pixels.'
                 )
-            return function, Pixels((height, width), 0, 255), outputs[0][1]
+            return function, InputFormat((height, width), mean=0, deviation=255), outputs[0][1]
     raise UserError(
         f"--tfhub_module: '{handle}' does not compute feature vectors of images. Name one that "
         'does.'
@@ -1914,11 +1921,13 @@ def get_folder_checksum(folder: str) -> int:
 def check_final_tensor_name(name: str, backbone: Backbone) -> None:
     """Raises UserError if the graph cannot have one more node with this name."""
     names = {node.name for node in backbone.graph_def.node}
-    own_names = FAMILIARITY_NODE, 'final_training_ops', 'input'
+    own_names = FAMILIARITY_NODE, FINAL_SCOPE, 'input'
+    # TensorFlow makes names differ by more than upper and lower case.
     if name in names or name.split('/')[0].lower() in own_names:
         raise UserError(
             f"--final_tensor_name: '{name}' is taken by the graph's own nodes. Choose another name."
         )
+    # What TensorFlow makes of other names, only TensorFlow knows.
     seed = np.zeros(2, int)
     untrained = FinalLayer(backbone.bottleneck_size, class_count=1, learning_rate=1, seed=seed)
     nodes = create_final_nodes(backbone, Head(untrained, ['']), name)
@@ -1975,16 +1984,19 @@ def export_graph(graph: tf.Graph) -> GraphDef:
 
 
 def prepend_decoding(
-    graph_def: GraphDef, tensor: str, pixels: Pixels, prefix: str = ''
+    graph_def: GraphDef, tensor: str, input_format: InputFormat, prefix: str = ''
 ) -> GraphDef:
-    """Puts the decoding nodes of 2015 before the input `tensor` of a graph, which gets a prefix."""
+    """Returns the decoding nodes of 2015, and behind them the nodes of a graph, as prefix/....
+
+    What the decoding nodes make takes the place of `tensor`, an input of the graph.
+    """
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
         decoded = tf.io.decode_jpeg(contents, 3, name='DecodeJpeg')
         image = tf.expand_dims(tf.cast(decoded, tf.float32, name='Cast'), 0, name='ExpandDims')
-        image = resize_bilinear(image, pixels.size, name=RESIZED_INPUT_NODE)
-        image = tf.subtract(image, pixels.mean, name='Sub')
-        image = tf.multiply(image, 1 / pixels.deviation, name=SCALED_INPUT_NODE)
+        image = resize_bilinear(image, input_format.size, name=RESIZED_INPUT_NODE)
+        image = tf.subtract(image, input_format.mean, name='Sub')
+        image = tf.multiply(image, 1 / input_format.deviation, name=SCALED_INPUT_NODE)
         tf.graph_util.import_graph_def(graph_def, {tensor: image}, name=prefix)
     return export_graph(graph)
 
@@ -2049,16 +2061,16 @@ def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -
     w, that is a convolution with weights w * s, and a bias of beta - mean * s.
     """
     convolution, *names = node.input
+    beta_name = names[2]  # of mean, variance, beta and gamma
     weights_tensor = constants[nodes[convolution].input[1]]
-    beta_tensor = constants[names[2]]
     weights = np.float64(tf.make_ndarray(weights_tensor))
     mean, variance, beta, gamma = (np.float64(tf.make_ndarray(constants[name])) for name in names)
     scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
     if node.attr['scale_after_normalization'].b:
         scale = scale * gamma
     weights_tensor.CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
-    beta_tensor.CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-    inputs = [convolution, names[2]]
+    constants[beta_name].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
+    inputs = [convolution, beta_name]
     attributes = {'T': node.attr['T']}
     node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=inputs, attr=attributes))
 
@@ -2108,37 +2120,39 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
     """
 
     @tf.autograph.experimental.do_not_convert  # it would take a quarter of a second
-    def load_file(row: tf.Tensor, path: tf.Tensor) -> Any:
+    def load_row(row: tf.Tensor, path: tf.Tensor) -> Any:
         return load(row, tf.io.read_file(path))
 
     names = np.array([to_bytes(path) for path in paths], object)
     # Only TensorFlow can tell what is on gs:// and its like, and takes 50 us to miss a file.
     is_plain = np.array([b'://' in name or os.path.isfile(name) for name in names], bool)
     files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
-    return files.map(load_file, tf.data.AUTOTUNE).ignore_errors()
+    return files.map(load_row, tf.data.AUTOTUNE).ignore_errors()
 
 
 def run_in_parts(network: Callable) -> Callable:
     """Returns a network that takes smaller batches once the memory of its device was full."""
-    largest = NETWORK_BATCH_SIZE
+    largest = NETWORK_BATCH_SIZE  # of all calls from now on
 
-    def run(images: tf.Tensor) -> tf.Tensor:
+    def run_batch(images: tf.Tensor) -> tf.Tensor:
         nonlocal largest
-        starts = range(0, len(images), largest)
-        try:
-            return tf.concat([network(images[start : start + largest]) for start in starts], 0)
-        except tf.errors.ResourceExhaustedError as error:
-            if largest == 1:
-                raise UserError(
-                    f'The memory of the GPU or computer is full ({describe(error)}). Close other '
-                    'programs, or set TF_FORCE_GPU_ALLOW_GROWTH=true, or CUDA_VISIBLE_DEVICES= to '
-                    'leave the GPU out.'
-                )
-        largest //= 2
-        tqdm.write(f'The memory is full: from now on, the network gets {largest} images at once.')
-        return run(images)
+        while True:
+            starts = range(0, len(images), largest)
+            try:
+                return tf.concat([network(images[start : start + largest]) for start in starts], 0)
+            except tf.errors.ResourceExhaustedError as error:
+                if largest == 1:
+                    raise UserError(
+                        f'The memory of the GPU or computer is full ({describe(error)}). Close '
+                        'other programs, or set TF_FORCE_GPU_ALLOW_GROWTH=true, or '
+                        'CUDA_VISIBLE_DEVICES= to leave the GPU out.'
+                    )
+                largest //= 2
+            tqdm.write(
+                f'The memory is full: from now on, the network gets {largest} images at once.'
+            )
 
-    return run
+    return run_batch
 
 
 def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator:
@@ -2157,7 +2171,10 @@ def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator
 
 
 def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Iterator:
-    """Yields what run_networks would, made by a tf.data service, until it is done or fails."""
+    """Yields what run_networks would, made by a tf.data service, until it is done or fails.
+
+    Raises UserError if nothing answers at the address.
+    """
     host, port = address.removeprefix('grpc://').rsplit(':', 1)
     try:
         server = host.strip('[]'), int(port)  # [...] is an IPv6 address
@@ -2172,12 +2189,13 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
     try:
         with multiprocessing.pool.ThreadPool(1) as thread:
 
-            def call(function: Callable, *arguments: Any) -> Any:
+            def call_with_timeout(function: Callable, *arguments: Any) -> Any:
                 # It may wait forever, for a dispatcher that hangs or a worker that died.
                 return thread.apply_async(function, arguments).get(DATA_SERVICE_TIMEOUT)
 
-            iterator = call(call(computed.apply, distribute).as_numpy_iterator)
-            while batch := call(next, iterator, None):
+            dataset = call_with_timeout(computed.apply, distribute)
+            iterator = call_with_timeout(dataset.as_numpy_iterator)
+            while batch := call_with_timeout(next, iterator, None):
                 yield batch
     except (tf.errors.OpError, multiprocessing.TimeoutError) as error:
         reason = getattr(error, 'message', f'nothing came for {DATA_SERVICE_TIMEOUT} s')
@@ -2216,7 +2234,7 @@ def compute_bottlenecks(
         if distort:
             image = distort(image, row)
         else:
-            image = resize_bilinear(image[tf.newaxis], backbone.pixels.size)[0]
+            image = resize_bilinear(image[tf.newaxis], backbone.input_format.size)[0]
         return row, compute_digest(contents), image
 
     batches = load_files(rows, paths, load).batch(NETWORK_BATCH_SIZE)
@@ -2308,7 +2326,7 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
         return describe(error).replace('\n', ' '), digest
     except ImageError as error:
         return str(error), digest
-    return 'it changed while it was read', None
+    return 'it changed while it was read, or the memory was full. Run the same command again', None
 
 
 def load_header(path: str) -> Header:
@@ -2330,7 +2348,7 @@ def parse_record(text: bytes) -> CacheRecord | None:
             and isinstance(record.orientation, int | None)
             and isinstance(record.bits, int | None)
         )
-        # A missing cache file has the digest -1, and there is a reason for what cannot be decoded.
+        # -1 would fit a cache file that is missing, and '' is no reason.
         is_valid = is_valid and record.outcome not in (-1, '')
     except (ValueError, TypeError, RecursionError):
         return None
@@ -2363,7 +2381,8 @@ class BottleneckCache:
         self.record_paths = [os.path.join(folder, '.records', f'{name}.rec') for name in names]
         # bottlenecks: float32 [images, size]; digests: those of the cache files, -1 if missing
         self.bottlenecks, self.digests = read_bottlenecks(self.paths, backbone.bottleneck_size)
-        # After the cache files: another run that is writing writes a record before its file.
+        # After the cache files: a file that another run wrote in between would seem to have no
+        # record, and so be trusted.
         self.records = read_records(self.record_paths)
         self.statuses = [get_status(path) for path in images.paths]
         self.written = 0
@@ -2400,34 +2419,36 @@ class BottleneckCache:
     def try_to_record(
         self, row: int, digest: int | None, outcome: int | str, header: Header
     ) -> None:
-        """Records what the next run would find out again if it cannot be written."""
+        """Does what record() does, but ignores a failure: the next run finds out the same again."""
         with contextlib.suppress(tf.errors.OpError, UserError):
             self.record(row, digest, outcome, header)
+
+    def is_usable(self, row: int) -> bool:
+        """Tells whether a record counts if the contents of its image are what they were."""
+        record = self.records[row]
+        if record is None or record.size != self.statuses[row].size:
+            return False
+        if isinstance(record.outcome, str):
+            return record.decoder == DECODER
+        is_written = record.outcome == self.digests[row]
+        return is_written and record.model == self.backbone.checksum
 
     def look_up(self, row: int, digest: int | None = None) -> int | str | None:
         """Returns the digest of a current cache file, or why its image cannot be decoded.
 
-        Returns None if neither is known: then the bottleneck must be computed. The status of the
-        image decides, or the digest of its contents, for which the image must be read.
+        Returns None if neither is known: then the bottleneck must be computed. The modification
+        time of the image decides, or the digest of its contents, for which the image must be read.
         """
         record = self.records[row]
-        if record is None:
+        if record is None or not self.is_usable(row):
             return None
-        if isinstance(record.outcome, str):
-            is_usable = record.decoder == DECODER
-        else:
-            is_written = record.outcome == self.digests[row]
-            is_usable = is_written and record.model == self.backbone.checksum
-        status = self.statuses[row]
-        is_same_time = record.time == status.modified
+        is_same_time = record.time == self.statuses[row].modified
         # No digest is known for a trusted file: an image of the same size counts as the same one.
         is_same_digest = digest is not None and record.digest in (digest, None)
-        if is_usable and record.size == status.size and (is_same_time or is_same_digest):
-            return record.outcome
-        return None
+        return record.outcome if is_same_time or is_same_digest else None
 
     def trust_unrecorded(self) -> None:
-        """Records cache files without a usable record as they are (bottlenecks/README.md)."""
+        """Records cache files without a readable record as they are (bottlenecks/README.md)."""
         has_record = np.array([record is not None for record in self.records])
         rows = np.flatnonzero((self.digests >= 0) & ~has_record).tolist()
         # On a slow drive, the headers of thousands of images take minutes.
@@ -2439,13 +2460,13 @@ class BottleneckCache:
     def compare(self) -> tuple[np.ndarray, dict[int, str]]:
         """Returns the rows to compute, and {row: reason} of images that cannot be decoded.
 
-        Images are read only if their modification time is not the recorded one.
+        Images are read only if nothing but their modification time differs from the record.
         """
         self.trust_unrecorded()
         outcomes = [self.look_up(row) for row in range(len(self.paths))]
         missing = [row for row, outcome in enumerate(outcomes) if outcome is None]
-        # Their contents decide, as their size and time are not as recorded.
-        to_read = np.array([row for row in missing if self.records[row]], int)
+        # Only their time is not as recorded: their contents decide.
+        to_read = np.array([row for row in missing if self.is_usable(row)], int)
         paths = [self.images.paths[row] for row in to_read]
         files = load_files(to_read, paths, lambda row, image: (row, compute_digest(image)))
         for row, digest in until_stopped(files.as_numpy_iterator()):
@@ -2479,7 +2500,7 @@ class BottleneckCache:
     def write(self, row: int, digest: int, text: bytes, outcome: int) -> None:
         """Writes a cache file, and the record that it is of an image with this digest.
 
-        The digest of the cache file is `outcome`.
+        The digest of the cache file is `outcome`. Nothing is written if the image has changed.
         """
         path = self.paths[row]
         tqdm.write(f'Creating bottleneck at {escape(path)}')
@@ -2489,9 +2510,11 @@ class BottleneckCache:
                 return
             write_whole(path, text)
         except tf.errors.OpError as error:
-            # The path of the record is the longer one.
-            is_refused = isinstance(error, tf.errors.InvalidArgumentError)
-            if not is_refused and not is_too_long(self.record_paths[row]):
+            # Linux says so itself, by an InvalidArgumentError, and Windows does not.
+            is_name_too_long = isinstance(error, tf.errors.InvalidArgumentError) or is_too_long(
+                self.record_paths[row]
+            )
+            if not is_name_too_long:
                 raise
             problem = 'the name is too long. Each run computes this bottleneck.'
             tqdm.write(f'WARNING: {escape(path)}: {problem}')
@@ -2513,9 +2536,9 @@ class BottleneckCache:
     def compute(
         self, rows: np.ndarray, service: str | None, is_strict: bool, bar: tqdm
     ) -> np.ndarray:
-        """Computes and writes the bottlenecks of some rows; returns those that were left out.
+        """Computes and writes the bottlenecks of some rows; returns those that are left.
 
-        With `is_strict`, it stops at the first of these.
+        These have failed. With `is_strict`, it stops soon after a failure: then only the first has.
         """
         left = set(rows.tolist())
         paths = [self.images.paths[row] for row in rows]
@@ -2531,8 +2554,7 @@ class BottleneckCache:
             left.difference_update(found_rows.tolist())
             bar.update(len(found_rows))
             # Rows come in order: one that was passed over has failed.
-            has_failure = bool(left) and min(left) < found_rows.max()
-            if is_strict and not service and has_failure:
+            if is_strict and left and min(left) < found_rows.max():
                 break
         return np.array(sorted(left), int)
 
@@ -2555,7 +2577,10 @@ class BottleneckCache:
 
 
 def report_left_out(paths: list[str], count: int, service: str) -> None:
-    """Warns of images, of `count`, that a service should have computed: TensorFlow decodes them."""
+    """Warns how many JPEG, PNG and GIF images, of `count`, a service has left out.
+
+    It cannot decode other formats.
+    """
     starts = [read_start(path) for path in paths]
     left_out = sum(start in (JPEG, PNG, GIF) for start in starts)
     if left_out:
@@ -2608,14 +2633,15 @@ def cache_bottlenecks(
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Returns bottlenecks, float32 [images, size], and which of them exist, bool [images].
 
-    The third value is how many images are stored sideways. Raises UserError if a class has none.
+    The third value is how many images are stored sideways. Raises UserError if none of a class can
+    be read.
 
     What is computed stays in memory while it is written: float32 that is written as text and read
     again is the same number.
     """
     cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
     missing, reasons = cache.compare()
-    if missing.size and not (flags.strict and reasons):  # which report_unreadable() raises
+    if missing.size and not (flags.strict and reasons):  # or report_unreadable() ends the run
         ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
         reasons |= cache.fill(missing, flags)
     report_unreadable(images, reasons, flags.strict)
@@ -2654,7 +2680,7 @@ def to_units(bottlenecks: np.ndarray) -> np.ndarray:
 
 
 def get_group_norms(bottlenecks: np.ndarray) -> np.ndarray:
-    """Returns the norm of every eight numbers of each bottleneck, float [N, size / 8]."""
+    """Returns the norm of each group of eight numbers of a bottleneck, float [N, size / 8]."""
     starts = np.arange(0, bottlenecks.shape[1], 8)
     blocks = np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024)
     squares = [np.add.reduceat(np.square(block), starts, axis=1) for block in blocks]
@@ -2676,22 +2702,22 @@ def compare_bottlenecks(bottlenecks: np.ndarray, rows: np.ndarray) -> Iterator:
         # The products are TensorFlow's, which uses all cores.
         bounds = tf.matmul(tf.gather(norms, block), norms, transpose_b=True).numpy()
         bounds[np.arange(len(block)), block] = 0
-        may_be_near = bounds > DUPLICATE_SIMILARITY - 1e-4
-        near = block[may_be_near.any(axis=1)]
+        may_be_near = bounds > DUPLICATE_SIMILARITY - 1e-4  # for what is lost by rounding
+        candidates = block[may_be_near.any(axis=1)]
         others = np.flatnonzero(may_be_near.any(axis=0))
-        if near.size:
-            units = bottlenecks[near] * scale[near]
+        if candidates.size:
+            units = bottlenecks[candidates] * scale[candidates]
             other_units = bottlenecks[others] * scale[others]
             similarity = tf.matmul(units, other_units, transpose_b=True).numpy()
-            similarity[near[:, None] == others] = 0
-            yield near, others, similarity
+            similarity[candidates[:, None] == others] = 0
+            yield candidates, others, similarity
 
 
 class NearCopy(NamedTuple):
     """An image and the worst of its near copies. The larger such tuple is the worse one."""
 
     has_other_label: bool
-    is_leaked: bool  # the image is for validation or test, and any near copy is for training
+    has_leaked: bool  # the image is for validation or test, and any near copy is for training
     similarity: float
     row: int
     other: int
@@ -2722,9 +2748,9 @@ def choose_worst(
 ) -> Iterator[NearCopy]:
     """Yields the worst near copy of each of the rows that have any.
 
-    It has another label, or else it is for training while the image is for validation or test;
-    among equals, it is the most similar one. Variants by `_nohash_` with one label, in one set, are
-    meant to be alike, and do not count.
+    Preferred are, in this order, near copies with another label, near copies for training of an
+    image for validation or test, and the most similar ones. Variants by `_nohash_` with one label,
+    in one set, are meant to be alike, and do not count.
     """
     has_other_label = images.classes[rows, None] != images.classes[others]
     is_training = images.sets == 'training'
@@ -2732,15 +2758,14 @@ def choose_worst(
     is_variant = images.stems[rows, None] == images.stems[others]
     is_meant = is_variant & ~has_other_label & ~is_leak
     is_near = (similarity >= DUPLICATE_SIMILARITY) & ~is_meant
-    is_leaked = (is_near & is_leak).any(axis=1)
-    candidates = prefer(is_near, has_other_label)
-    is_worst = prefer(candidates, is_leak)
-    columns = np.where(is_worst, similarity, -1).argmax(axis=1)
+    has_leaked = (is_near & is_leak).any(axis=1)
+    preferred = prefer(prefer(is_near, has_other_label), is_leak)
+    columns = np.where(preferred, similarity, -1).argmax(axis=1)
     for index in np.flatnonzero(is_near.any(axis=1)):
         column = columns[index]
         yield NearCopy(
             has_other_label=has_other_label[index, column],
-            is_leaked=is_leaked[index],
+            has_leaked=has_leaked[index],
             similarity=similarity[index, column],
             row=rows[index],
             other=others[column],
@@ -2749,12 +2774,15 @@ def choose_worst(
 
 def get_pairs(near_copies: list[NearCopy]) -> list[tuple[int, int]]:
     """Returns the pairs of rows. Most of them have been found twice, by both images."""
-    pairs = [sorted([int(copy.row), int(copy.other)]) for copy in near_copies]
-    return list(dict.fromkeys((row, other) for row, other in pairs))
+    pairs = [(int(copy.row), int(copy.other)) for copy in near_copies]
+    return list(dict.fromkeys((min(pair), max(pair)) for pair in pairs))
 
 
-def report_near_copies(images: Images, near_copies: list[NearCopy], print_all: bool) -> None:
-    """Prints how many near copies of images there are, and names ten pairs or all of them."""
+def report_near_copies(images: Images, near_copies: list[NearCopy], print_all: bool) -> int:
+    """Prints what near copies there are, and names ten pairs or all; returns how many pairs.
+
+    These are pairs of an image and the worst of its near copies.
+    """
     pairs = get_pairs(near_copies)
     mislabeled = sum(images.classes[row] != images.classes[other] for row, other in pairs)
     if mislabeled:
@@ -2762,7 +2790,7 @@ def report_near_copies(images: Images, near_copies: list[NearCopy], print_all: b
             f'WARNING: pairs of near copies with different labels: {mislabeled}. Delete what is in '
             'the wrong folder.'
         )
-    leaked = sum(copy.is_leaked for copy in near_copies)
+    leaked = sum(copy.has_leaked for copy in near_copies)
     if leaked:
         print(
             f'WARNING: validation or test images with near copies in the training set: {leaked}. '
@@ -2778,6 +2806,7 @@ def report_near_copies(images: Images, near_copies: list[NearCopy], print_all: b
         print(
             'Training images were not compared with each other for near copies: there are too many.'
         )
+    return len(pairs)
 
 
 def cross_validate(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> Iterator:
@@ -2788,7 +2817,8 @@ def cross_validate(images: Images, bottlenecks: np.ndarray, flags: argparse.Name
     """
     rng = create_rng(flags.random_seed, 'cross-validation')
     total = FOLDS * flags.how_many_training_steps
-    folds = np.arange(len(images.files)) % FOLDS  # each class in all, as rows are sorted by class
+    # As rows are sorted by class, each class is spread evenly.
+    folds = np.arange(len(images.files)) % FOLDS
     with tqdm(total=total, desc='Cross-validation', unit='step', delay=1, disable=None) as bar:
         for fold_index in range(FOLDS):
             sets = np.where(folds == fold_index, 'testing', 'training')
@@ -2906,14 +2936,14 @@ class FinalLayer:
         return Evaluation(logits, exponentials / sums, cross_entropy, accuracy)
 
     def train(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
-        """Takes one step, and returns the evaluation of the batch before it."""
+        """Takes one step, and returns the evaluation of the batch as it was before the step."""
         before = self.evaluate(bottlenecks, classes)
         # The gradient of the cross entropy by the logits is (scores - one-hot labels) / N.
-        gradient = before.scores.copy()
-        gradient[np.arange(len(classes)), classes] -= 1
-        gradient *= self.learning_rate / len(classes)
-        self.subtract(bottlenecks, gradient)
-        self.biases -= gradient.sum(axis=0)
+        step = before.scores.copy()
+        step[np.arange(len(classes)), classes] -= 1
+        step *= self.learning_rate / len(classes)
+        self.move_weights(bottlenecks, step)
+        self.biases -= step.sum(axis=0)
         self.steps += 1
         return before
 
@@ -2921,9 +2951,9 @@ class FinalLayer:
         """Returns the product of bottlenecks, float [N, size], and the weights."""
         return bottlenecks @ self.weights
 
-    def subtract(self, bottlenecks: np.ndarray, gradient: np.ndarray) -> None:
-        """Moves the weights by the product of bottlenecks and a gradient, float [N, classes]."""
-        self.weights -= bottlenecks.T @ gradient
+    def move_weights(self, bottlenecks: np.ndarray, step: np.ndarray) -> None:
+        """Moves the weights by a step of the logits, float [N, classes]."""
+        self.weights -= bottlenecks.T @ step
 
 
 class WideLayer(FinalLayer):
@@ -2940,8 +2970,8 @@ class WideLayer(FinalLayer):
     def multiply(self, bottlenecks: np.ndarray) -> np.ndarray:
         return tf.matmul(bottlenecks, self.variable).numpy()
 
-    def subtract(self, bottlenecks: np.ndarray, gradient: np.ndarray) -> None:
-        product = tf.matmul(bottlenecks, gradient, transpose_a=True)
+    def move_weights(self, bottlenecks: np.ndarray, step: np.ndarray) -> None:
+        product = tf.matmul(bottlenecks, step, transpose_a=True)
         self.variable.assign_sub(product, read_value=False)
 
 
@@ -2965,8 +2995,9 @@ def evaluate_blocks(
 # Familiarity
 
 NEIGHBOR = 3  # an image is as similar as its third nearest training image
-REFERENCES = 500  # training images in the graph, or one per class if that is more ...
-MAX_REFERENCES = 5_000  # ... up to this many: 40 MB
+# The graph has so many training images to compare with, or one per class if these are more.
+REFERENCES = 500
+MAX_REFERENCES = 5_000  # 40 MB
 MAX_OWN_IMAGES = 2_500  # whose similarities are in the graph
 
 
@@ -3001,7 +3032,8 @@ def measure_similarities(
     An image does not vouch for itself. Neither does a near copy, such as another picture of a
     burst, unless nearly all of the class are: own images must not look more familiar than new ones.
     """
-    neighbor = min(NEIGHBOR, len(references))
+    # A training image has one reference less: itself does not count.
+    neighbor = max(1, min(NEIGHBOR, len(references) - 1))
     reference_units = to_units(bottlenecks[references])
     similarities = []
     for block in np.array_split(rows, 1 + len(rows) // 1024):
@@ -3027,23 +3059,24 @@ def find_familiarity(
     rng = create_rng(flags.random_seed, 'familiarity')
     references = choose_references(images, rng)
     rows = np.arange(len(images.files))
-    own = np.sort(rng.permutation(rows)[:MAX_OWN_IMAGES])
-    similarities = measure_similarities(images, bottlenecks, own, references)
+    sample = np.sort(rng.permutation(rows)[:MAX_OWN_IMAGES])
+    similarities = measure_similarities(images, bottlenecks, sample, references)
+    familiarity = Familiarity(np.float32(to_units(bottlenecks[references])), similarities)
     if flags.find_suspects:
         of_all = measure_similarities(images, bottlenecks, rows, references)
-        report_least_familiar(images, of_all, similarities, flags.find_suspects)
-    return Familiarity(np.float32(to_units(bottlenecks[references])), similarities)
+        report_least_familiar(images, of_all, familiarity, flags.find_suspects)
+    return familiarity
 
 
 def report_least_familiar(
-    images: Images, similarities: np.ndarray, own_similarities: np.ndarray, count: int
+    images: Images, similarities: np.ndarray, familiarity: Familiarity, count: int
 ) -> None:
-    """Names the images with the lowest similarities: they may show nothing of any class."""
+    """Names the `count` images with the lowest similarities: they may show nothing of any class."""
     print('=== LEAST FAMILIAR IMAGES ===')
     for row in np.argsort(similarities, kind='stable')[:count]:
-        familiarity = (own_similarities <= similarities[row]).mean()
+        share = (familiarity.similarities <= similarities[row]).mean()
         label = images.labels[images.classes[row]]
-        print(escape(f'{images.paths[row]:>70}  {label}  familiarity {familiarity:.4f}'))
+        print(escape(f'{images.paths[row]:>70}  {label}  familiarity {share:.4f}'))
 
 
 def compute_familiarity(bottlenecks: tf.Tensor, familiarity: Familiarity) -> tf.Tensor:
@@ -3054,10 +3087,11 @@ def compute_familiarity(bottlenecks: tf.Tensor, familiarity: Familiarity) -> tf.
     squares = tf.reduce_sum(tf.square(bottlenecks), axis=1, keepdims=True)
     units = bottlenecks * tf.math.rsqrt(tf.maximum(squares, 1e-30))
     cosines = tf.matmul(units, familiarity.references, transpose_b=True)
-    nearest = tf.math.top_k(cosines, min(NEIGHBOR, len(familiarity.references))).values
+    neighbor = max(1, min(NEIGHBOR, len(familiarity.references) - 1))
+    nearest = tf.math.top_k(cosines, neighbor).values
     similarity = tf.reduce_min(nearest, axis=1, keepdims=True)
-    is_less_similar = tf.less_equal(familiarity.similarities, similarity)
-    return tf.reduce_mean(tf.cast(is_less_similar, tf.float32), axis=1)
+    is_no_more_similar = tf.less_equal(familiarity.similarities, similarity)
+    return tf.reduce_mean(tf.cast(is_no_more_similar, tf.float32), axis=1)
 
 
 class Head(NamedTuple):
@@ -3116,7 +3150,8 @@ def compute_distorted(
     try:
         for step, rows in enumerate(draws):
             paths = [images.paths[row] for row in rows]
-            # An image may be in a draw twice: its place in all draws tells it from the other.
+            # An image may be in a draw twice. So its place among all that are drawn stands for its
+            # row, and is the seed of its distortion.
             first = step * rows.size
             places = np.arange(first, first + rows.size)
             is_found = np.zeros(rows.size, bool)
@@ -3145,7 +3180,7 @@ def draw_batches(
     rng = create_rng(flags.random_seed, 'training')
     steps = range(flags.how_many_training_steps)
     draws = (images.draw('training', flags.train_batch_size, rng) for _ in steps)
-    distort = create_distortion(flags, backbone.pixels.size)
+    distort = create_distortion(flags, backbone.input_format.size)
     if distort:
         return compute_distorted(draws, images, backbone, distort)
     return ((rows, bottlenecks[rows]) for rows in draws)
@@ -3154,9 +3189,12 @@ def draw_batches(
 def train(
     images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace
 ) -> FinalLayer:
-    """Trains the final layer, and logs it every --eval_step_interval steps and at the last one.
+    """Trains the final layer, and logs cross entropy and accuracy of every step.
 
-    Ctrl-C ends the training early. Raises UserError if there was nothing to train on.
+    Every --eval_step_interval steps, and at the last one, it also logs the layer, and evaluates it.
+    As in the original, the log has the batch before the step and the layer after it, and the lines
+    are on the batch after the step. Ctrl-C ends the training early. Raises UserError if there was
+    nothing to train on.
     """
     layer = create_untrained_layer(images, backbone, flags)
     rng = create_rng(flags.random_seed, 'validation')
@@ -3168,12 +3206,12 @@ def train(
                 step % flags.eval_step_interval == 0 or step == flags.how_many_training_steps - 1
             )
             before = layer.train(batch, images.classes[rows]) if rows.size else None
-            layer_tags = summarize_layer(layer) if is_evaluated else {}  # after the step
-            if before:
+            layer_tags = summarize_layer(layer) if is_evaluated else None
+            if before is not None:
                 logs['train'].write(summarize(before, layer_tags), step=step)
             if not is_evaluated:
                 continue
-            if before:
+            if before is not None:
                 report_training(step, layer.evaluate(batch, images.classes[rows]))
             drawn = images.draw('validation', flags.validation_batch_size, rng)
             if drawn.size:
@@ -3185,7 +3223,7 @@ def train(
     except KeyboardInterrupt:
         if not layer.steps:
             raise
-        is_stopped.clear()
+        stop_requested.clear()
         print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
@@ -3227,8 +3265,9 @@ def report_validation(step: int, evaluation: Evaluation) -> None:
     print(f'{datetime.datetime.now()}: Step {step}: {accuracy}')
 
 
-TABLE_CLASSES = 30  # up to so many classes, the table has all of them, and from then on ...
-WORST_CLASSES = 20  # ... those with the most errors
+# The table has all of so many classes, or of more, the WORST_CLASSES with the most errors.
+TABLE_CLASSES = 30
+WORST_CLASSES = 20
 MATRIX_CLASSES = 200  # up to so many, there is a confusion matrix: 40,000 numbers
 
 
@@ -3355,8 +3394,6 @@ def describe_class(
 
 # Outputs
 
-FAMILIARITY_NODE = 'familiarity'
-
 
 def freeze(value: np.ndarray, name: str) -> tf.Tensor:
     """Returns a constant behind an Identity, as TensorFlow freezes a variable."""
@@ -3369,20 +3406,19 @@ def create_final_nodes(backbone: Backbone, head: Head, final_tensor_name: str) -
     These are the labels, to tell a labels file of another training from the right one, and the
     familiarity.
     """
-    scope = 'final_training_ops'
     trained_weights = head.layer.weights  # a WideLayer cannot read them while a graph is built
     with tf.Graph().as_default() as graph:
         source = tf.compat.v1.placeholder(tf.float32, name=backbone.bottleneck)
         fed = tf.compat.v1.placeholder_with_default(
             source, [None, backbone.bottleneck_size], 'input/BottleneckInputPlaceholder'
         )
-        weights = freeze(trained_weights, f'{scope}/weights/final_weights')
-        biases = freeze(head.layer.biases, f'{scope}/biases/final_biases')
-        product = tf.matmul(fed, weights, name=f'{scope}/Wx_plus_b/MatMul')
-        logits = tf.add(product, biases, f'{scope}/Wx_plus_b/add')
-        tf.constant(head.labels, name=f'{scope}/labels')
+        weights = freeze(trained_weights, f'{FINAL_SCOPE}/weights/final_weights')
+        biases = freeze(head.layer.biases, f'{FINAL_SCOPE}/biases/final_biases')
+        product = tf.matmul(fed, weights, name=f'{FINAL_SCOPE}/Wx_plus_b/MatMul')
+        logits = tf.add(product, biases, f'{FINAL_SCOPE}/Wx_plus_b/add')
+        tf.constant(head.labels, name=f'{FINAL_SCOPE}/labels')
         if head.familiarity:
-            with tf.name_scope(f'{FAMILIARITY_NODE}/'):
+            with tf.name_scope(f'{FAMILIARITY_NODE}/'):  # the slash leaves the name to the output
                 result = compute_familiarity(fed, head.familiarity)
             tf.identity(result, FAMILIARITY_NODE)
         # The last node: tf_test.py finds the scores by this place, whatever their name is.
@@ -3406,17 +3442,17 @@ def warn_of_other_labels(path: str, contents: bytes) -> None:
     """Warns if an earlier labels file has other contents."""
     if gfile.exists(path) and open_file(path).read() != contents:
         print(
-            f'WARNING: {path} had other labels, or another order. Replace it together with the '
-            'graph wherever they are used.'
+            f'WARNING: {escape(path)} had other labels, or another order. Replace it together with '
+            'the graph wherever they are used.'
         )
 
 
 def create_writers(
     backbone: Backbone, head: Head, facts: dict[str, Any], flags: argparse.Namespace
 ) -> dict[str, Callable]:
-    """Returns {path: function that writes this output} of graph, labels and optimized graph.
+    """Returns {output: function that writes it} of graph, labels and optimized graph.
 
-    The first adds the CRC-32 of the graph to the facts about the run.
+    The function of the graph also adds its CRC-32 to the facts about the run, for the record.
     """
     graph = create_frozen_graph(backbone, head, flags.final_tensor_name)
 
@@ -3432,7 +3468,7 @@ def create_writers(
         write_whole(flags.output_labels, contents)
 
     def write_optimized_graph() -> None:
-        shape = [None, *backbone.pixels.size, 3]
+        shape = [None, *backbone.input_format.size, 3]
         folded = fold(graph, SCALED_INPUT_NODE, shape, flags.final_tensor_name)
         write_whole(flags.optimized_graph, folded.SerializeToString(deterministic=True))
 
@@ -3471,7 +3507,7 @@ def create_record(
         'source': backbone.source,
         'checksum': backbone.checksum,
         'input': {
-            **backbone.pixels._asdict(),
+            **backbone.input_format._asdict(),
             'tensor': f'{JPEG_DATA_NODE}:0',
             'optimized_tensor': f'{SCALED_INPUT_NODE}:0',
         },
@@ -3511,6 +3547,46 @@ def write_record(record: dict[str, Any], flags: argparse.Namespace) -> None:
     write_whole(f'{flags.output_graph}.json', f'{text}\n'.encode())
 
 
+def is_input(path: str, flags: argparse.Namespace) -> bool:
+    """Tells whether a path is that of a photograph or of a file of the module."""
+    if is_image(os.path.basename(path)) and is_inside(path, flags.image_dir):
+        return True
+    module = flags.tfhub_module
+    return bool(module) and gfile.isdir(module) and is_inside(path, module)
+
+
+def check_outputs(flags: argparse.Namespace) -> None:
+    """Tries out what the end of the run needs, before anything is computed.
+
+    Raises UserError if something is wrong.
+    """
+    outputs = {'--output_graph': flags.output_graph, '--output_labels': flags.output_labels}
+    if flags.optimized_graph:
+        outputs['--optimized_graph'] = flags.optimized_graph
+    record = f'{flags.output_graph}.json'
+    paths = [os.path.realpath(to_bytes(path)) for path in (*outputs.values(), record)]
+    if len(set(paths)) < len(paths):
+        raise UserError(
+            f'{", ".join(outputs)} and FILE.json of --output_graph must be different files. Name '
+            'others.'
+        )
+    graph_names = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
+    models = [os.path.join(flags.model_dir, name) for name in graph_names]
+    taken = {os.path.realpath(to_bytes(path)) for path in models}
+    for flag, path in outputs.items():
+        if gfile.isdir(path) or not os.path.basename(path):
+            raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
+        if os.path.realpath(to_bytes(path)) in taken:
+            raise UserError(f'{flag}: {path} is the pretrained model. Name another file.')
+        if is_input(path, flags):
+            raise UserError(f'{flag}: {path} is what the training reads. Name another file.')
+        ensure_writable_dir(os.path.dirname(path), flag)
+        ensure_replaceable(path, flag)
+    ensure_replaceable(record, '--output_graph')
+    for name in SUMMARY_FOLDERS:
+        ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
+
+
 # TensorBoard
 
 SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
@@ -3530,7 +3606,8 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
             if not file.startswith('events.out.tfevents.'):
                 continue
             modified = get_status(path).modified / 1e9
-            if started.timestamp() < modified <= time.time():  # not in the future: clocks are set
+            # A time in the future is of a clock that was wrong.
+            if started.timestamp() < modified <= time.time():
                 is_shared = True
                 continue
             try:
@@ -3555,7 +3632,7 @@ def summarize_layer(layer: FinalLayer) -> dict[str, Any]:
     """Returns the original's summaries of the layer, {tag: number or array}."""
     tags = {}
     for name, values in (('weights', layer.weights), ('biases', layer.biases)):
-        scope = f'final_training_ops/{name}/summaries'
+        scope = f'{FINAL_SCOPE}/{name}/summaries'
         tags[f'{scope}/mean_1'] = values.mean()
         tags[f'{scope}/stddev_1'] = values.std()
         tags[f'{scope}/max_1'] = values.max()
@@ -3564,18 +3641,19 @@ def summarize_layer(layer: FinalLayer) -> dict[str, Any]:
     return tags
 
 
-def summarize(evaluation: Evaluation, layer_tags: dict[str, Any]) -> dict[str, Any]:
+def summarize(evaluation: Evaluation, layer_tags: dict[str, Any] | None) -> dict[str, Any]:
     """Returns the original's summaries of a batch, and those of the layer.
 
-    Without those of the layer, they are only the cross entropy and the accuracy.
+    Without those of the layer, None, they are only the cross entropy and the accuracy.
     """
     tags: dict[str, Any] = {
         'cross_entropy_1': evaluation.cross_entropy,
         'accuracy_1': evaluation.accuracy,
     }
-    if layer_tags:
-        tags['final_training_ops/Wx_plus_b/pre_activations'] = evaluation.logits
-        tags['activations'] = evaluation.scores
+    if layer_tags is None:
+        return tags
+    tags[f'{FINAL_SCOPE}/Wx_plus_b/pre_activations'] = evaluation.logits
+    tags['activations'] = evaluation.scores
     return tags | layer_tags
 
 
@@ -3637,10 +3715,9 @@ class SummaryWriter:
         if self.file is None:
             return
         try:
-            summary = Summary(value=itertools.starmap(create_value, (values or {}).items()))
             event = tf.compat.v1.Event(wall_time=time.time(), **fields)
             if values:
-                event.summary.CopyFrom(summary)
+                event.summary.value.extend(itertools.starmap(create_value, values.items()))
             self.file.write(event.SerializeToString())
             self.file.flush()
         except (tf.errors.OpError, ValueError) as error:
@@ -3808,8 +3885,7 @@ def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Names
     pair_count = None
     with extra('the search for near copies'):
         near_copies = find_near_copies(images, bottlenecks)
-        report_near_copies(images, near_copies, flags.print_duplicates)
-        pair_count = len(get_pairs(near_copies))
+        pair_count = report_near_copies(images, near_copies, flags.print_duplicates)
     if flags.find_suspects:
         with extra('the search for suspects'):
             scored = cross_validate(images, bottlenecks, flags)

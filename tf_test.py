@@ -241,9 +241,8 @@ LABELS_NODE = 'final_training_ops/labels'
 FAMILIARITY_NODE = 'familiarity'
 UNFAMILIAR = 0.02  # share of one's own images: at or below it, the scores mean little
 # Extensions of the files that are taken for images. Their content decides how they are decoded.
-IMAGE_EXTENSIONS = (
-    *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.webp', '.avif', '.bmp'),
-    *('.tif', '.tiff', '.jp2', '.heic', '.heif'),
+IMAGE_EXTENSIONS = tuple(
+    '.jpg .jpeg .jpe .jfif .png .gif .webp .avif .bmp .tif .tiff .jp2 .heic .heif'.split()
 )
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 MAX_LISTED = 4096  # paths that are listed before their images are labeled
@@ -330,6 +329,18 @@ class Training(NamedTuple):
     is_upright: bool
 
 
+# What a damaged record raises.
+DAMAGED_RECORD = (
+    UserError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
 def check_name(name: str) -> str:
     """Returns the name of a file; raises ValueError or AttributeError for what cannot be one."""
     if b'\0' in name.encode():
@@ -338,7 +349,10 @@ def check_name(name: str) -> str:
 
 
 def load_training(path: str, contents: bytes) -> Training | None:
-    """Returns what the record beside a graph says; None if it is not of a graph with contents."""
+    """Returns what the record beside a graph, a file with these contents, says.
+
+    Returns None if there is none, or, with a warning, if it is of another training.
+    """
     if not gfile.exists(to_bytes(f'{path}.json')):
         return None
     try:
@@ -353,11 +367,8 @@ def load_training(path: str, contents: bytes) -> Training | None:
             is_upright=bool(flags['upright']),
         )
         is_own = record['graph_checksum'] == zlib.crc32(contents)
-    except (
-        *(UserError, ArithmeticError, AttributeError, LookupError),
-        *(RecursionError, TypeError, ValueError),
-    ):
-        return None  # damaged, or of an earlier version
+    except DAMAGED_RECORD:  # or one of an earlier version
+        return None
     if is_own:
         return training
     print(f"WARNING: '{path}.json' is of another training than '{path}'.", file=sys.stderr)
@@ -406,9 +417,10 @@ def load_graph(path: str) -> Graph:
 
 
 def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
-    """Raises UserError if the labels file is of another training than the graph.
+    """Raises UserError if the labels file has the labels of the graph in another order.
 
-    A label that differs is only a warning: people translate labels.
+    Other labels are only a warning, which names the first: people translate labels. rank() raises
+    UserError if there are more or fewer.
     """
     trained = graph.labels
     if not trained or labels == trained:
@@ -427,7 +439,7 @@ def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> 
             break
 
 
-def check_refusals(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
+def check_refusal_flags(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
     """Raises UserError if the labels or the graph do not go with --min_score or --unknown."""
     words = (
         ('--min_score', flags.min_score > 0, UNSURE),
@@ -516,16 +528,16 @@ def is_same_path(first: str, second: str) -> bool:
 def read_paths() -> Iterator[str]:
     """Yields the paths on standard input: one per line, or with NUL after each (find -print0)."""
     stream: Any = sys.stdin.buffer
+    # A program may write one line after another, and wait for each label: what is there at first
+    # tells which separator it uses. A name with a newline may make the first line end early.
     has_nul = b'\0' in stream.peek()
-    first = stream.readline()
+    first = stream.readline().removeprefix(b'\xef\xbb\xbf')  # a mark that some editors write
     if has_nul or b'\0' in first:
         paths = (first + stream.read()).split(b'\0')
     else:
         paths = (line.rstrip(b'\r\n') for line in itertools.chain([first], stream))
-    for path in paths:
-        name = path.removeprefix(b'\xef\xbb\xbf')  # a mark that some editors write first
-        if name:
-            yield name.decode(errors='surrogateescape')
+    for path in filter(None, paths):
+        yield path.decode(errors='surrogateescape')
 
 
 def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
@@ -545,23 +557,25 @@ def place(path: str, class_folder: str, target_dir: str) -> None:
     It gets a number if another image has its name. Raises UserError if there can be no such folder,
     and OSError if the image cannot be placed there.
     """
-    # A label is a line of a file that anybody may have written: not every line can be the name of a
-    # folder.
-    name = re.sub(r'^\.*$', '_', to_file_name(class_folder))
-    folder = os.path.join(target_dir, name)
+    # Labels may be anything: '', '.' and '..' are no names for a folder.
+    folder_name = re.sub(r'^\.*$', '_', to_file_name(class_folder))
+    folder = os.path.join(target_dir, folder_name)
     stem, extension = os.path.splitext(os.path.basename(path))
     source = os.path.realpath(to_bytes(path))
     try:
         os.makedirs(to_bytes(folder), exist_ok=True)
     except OSError as error:
-        raise UserError(f'--sort_into: {error}. Fix this, or name another folder.')
+        raise UserError(
+            f"--sort_into: '{folder}' cannot be made ({error.strerror}). Name another folder."
+        )
     for number in itertools.count(1):
         name = f'{stem} {number}{extension}' if number > 1 else f'{stem}{extension}'
         target = to_bytes(os.path.join(folder, name))
         if not os.path.lexists(target):
-            link_or_copy(source, target)
-            return
-        if os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):
+            with contextlib.suppress(FileExistsError):  # since then: it gets the next number
+                link_or_copy(source, target)
+                return
+        elif os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):
             return
 
 
@@ -582,6 +596,8 @@ def link_or_copy(source: bytes, target: bytes) -> None:
     """Makes a hard link, or a copy that appears whole or not at all."""
     try:
         os.link(source, target)
+    except FileExistsError:
+        raise
     except (AttributeError, OSError):  # not all systems have links
         temporary = os.path.join(os.path.dirname(target), f'.{uuid.uuid4().hex[:8]}.tmp'.encode())
         try:
@@ -704,7 +720,7 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     image = tf.cond(
         tf.strings.substr(contents, 0, 2) == GIF,
         lambda: tf.io.decode_image(contents, channels=3, expand_animations=False),
-        lambda: tf.io.decode_jpeg(contents, channels=3),
+        lambda: tf.io.decode_jpeg(contents, channels=3),  # of PNG too: the graph has only this op
     )
     image.set_shape([None, None, 3])
     return image
@@ -736,11 +752,12 @@ def decode_by_pillow(contents: bytes) -> np.ndarray:
             # TensorFlow takes a third of Pillow's time, but refuses alpha and animations.
             with contextlib.suppress(tf.errors.InvalidArgumentError):
                 return tf.io.decode_webp(contents, channels=3).numpy()[0]
-        is_gray = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
-        if is_gray:
+        is_gray_16 = image.mode.startswith('I;16') or (image.mode, image.format) == ('I', 'PPM')
+        if is_gray_16:
             upper = np.uint8(np.asarray(image) >> 8)
-            if image.format == 'TIFF' and image.tag_v2.get(262) == 0:  # white is zero
-                upper = 255 - upper
+            if image.format == 'TIFF':
+                is_white_zero = image.tag_v2.get(ExifTags.Base.PhotometricInterpretation) == 0
+                upper = 255 - upper if is_white_zero else upper
             return np.repeat(upper[:, :, np.newaxis], 3, axis=2)
         if image.mode in ('I', 'F'):
             raise ImageError('its samples are signed, or have 32 bits. Save it with 8 bits')
@@ -826,14 +843,14 @@ def read_header(file: Any) -> Header:
     """
     # Pillow has many kinds of errors.
     with contextlib.suppress(Exception), open_by_pillow(file) as image:
-        # The mode is then 'I' or such as 'I;16', or the raw mode of the decoder such as 'RGB;16B'.
+        # Then the mode is 'I' or one like 'I;16', or the decoder has a raw mode such as 'RGB;16B'.
         has_16_bits = image.mode.startswith('I') or ';16' in str(image.tile)
         orientation = None
         if image.format not in ('HEIF', 'TIFF'):
             exif = Image.Image.getexif(image)  # that of PNG would decode the image
-            orientation = exif.get(ExifTags.Base.Orientation)
-        if orientation not in range(1, 9):
-            orientation = None
+            stored: Any = exif.get(ExifTags.Base.Orientation)
+            if stored in range(1, 9):
+                orientation = int(stored)  # some programs write 6.0 or 6/1
         return Header(orientation, 16 if has_16_bits else 8)
     return Header()
 
@@ -850,21 +867,21 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
     """
 
     @tf.autograph.experimental.do_not_convert  # it would take a quarter of a second
-    def load_file(row: tf.Tensor, path: tf.Tensor) -> Any:
+    def load_row(row: tf.Tensor, path: tf.Tensor) -> Any:
         return load(row, tf.io.read_file(path))
 
     names = np.array([to_bytes(path) for path in paths], object)
     # Only TensorFlow can tell what is on gs:// and its like, and takes 50 us to miss a file.
     is_plain = np.array([b'://' in name or os.path.isfile(name) for name in names], bool)
     files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
-    return files.map(load_file, tf.data.AUTOTUNE).ignore_errors()
+    return files.map(load_row, tf.data.AUTOTUNE).ignore_errors()
 
 
 def load_image(path: str, is_upright: bool) -> tuple[bytes, int]:
     """Returns an image as the graph takes it, and its EXIF orientation.
 
     A JPEG or PNG stays as it is, and all others become PNG. Raises ImageError if it cannot be
-    decoded, though not for all that is damaged.
+    decoded; of a JPEG or PNG, only the graph finds out.
     """
     contents = load_file(path, 'image')
     orientation = get_orientation(contents)
@@ -954,16 +971,16 @@ def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -
     w, that is a convolution with weights w * s, and a bias of beta - mean * s.
     """
     convolution, *names = node.input
+    beta_name = names[2]  # of mean, variance, beta and gamma
     weights_tensor = constants[nodes[convolution].input[1]]
-    beta_tensor = constants[names[2]]
     weights = np.float64(tf.make_ndarray(weights_tensor))
     mean, variance, beta, gamma = (np.float64(tf.make_ndarray(constants[name])) for name in names)
     scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
     if node.attr['scale_after_normalization'].b:
         scale = scale * gamma
     weights_tensor.CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
-    beta_tensor.CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-    inputs = [convolution, names[2]]
+    constants[beta_name].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
+    inputs = [convolution, beta_name]
     attributes = {'T': node.attr['T']}
     node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=inputs, attr=attributes))
 
@@ -1066,7 +1083,7 @@ def score_loaded(
 
 
 def score_image(graph: Graph, path: str, is_upright: bool) -> Iterator[tuple[str, Answer | None]]:
-    """Yields what score_images would yield of one image, sooner."""
+    """Yields what score_images would yield of one image: sooner, without building a classifier."""
     try:
         contents, orientation = load_image(path, is_upright)
         outputs = run_graph(graph.graph_def, contents, graph.outputs)
@@ -1095,7 +1112,7 @@ def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
     not so.
     """
     mean, logits = find_mean(graph)
-    source = mean.input[0] if mean.input else mean.name
+    source = mean.input[0] if mean.input else mean.name  # without inputs, it is no mean: see below
     features, pooled, expected = run_graph(graph.graph_def, contents, [source, mean.name, logits])
     shape = pooled.shape
     if features.ndim != 4 or shape[-1] != features.shape[-1]:
@@ -1105,6 +1122,7 @@ def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
         rest = fold(graph.graph_def, mean.name, [None, *shape[1:]], logits)
         tf.import_graph_def(rest, name='')
         position_logits = session.run(f'{logits}:0', {f'{mean.name}:0': positions})
+        # The biases, which belong to no position:
         zero_logits = session.run(f'{logits}:0', {f'{mean.name}:0': np.zeros_like(positions[:1])})
     if not np.allclose(position_logits.mean(axis=0), expected[0], rtol=1e-3, atol=1e-3):
         raise UserError(NO_HEATMAP)
@@ -1112,7 +1130,7 @@ def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
 
 
 def find_mean(graph: Graph) -> tuple[NodeDef, str]:
-    """Returns the last mean over the positions (or what is there instead), and the logits' node."""
+    """Returns the last mean over the positions (or what is there instead), and the logits' name."""
     nodes = {node.name: node for node in graph.graph_def.node}
     logits = nodes[graph.outputs[0]].input[0]
     node = nodes[logits]
@@ -1171,12 +1189,11 @@ def save_picture(picture: Image.Image, target: str) -> None:
     """
     if is_special(target) or is_folder(target):
         raise UserError(f"--heatmap: '{target}' is not a plain file. Name another one.")
-    target = os.path.realpath(target)
-    folder, name = os.path.split(target)
-    temporary = os.path.join(folder, f'.{uuid.uuid4().hex[:8]}{os.path.splitext(name)[1]}')
+    place = resolve(target)
+    temporary = place.with_name(f'.{uuid.uuid4().hex[:8]}{place.suffix}')
     try:
-        picture.save(temporary)
-        os.replace(temporary, target)
+        picture.save(str(temporary))
+        os.replace(temporary, place)
     except (OSError, ValueError) as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -1206,7 +1223,10 @@ class Classes:
 
     @functools.cached_property
     def indices(self) -> dict[str, int]:
-        """The class of each label and of each class folder; the first of those with one label."""
+        """The class of each label and of each class folder.
+
+        Two classes may have one label, as people translate labels: then it stands for the first.
+        """
         of_labels = {label: self.labels.index(label) for label in self.labels}
         pairs = zip(self.folders, self.labels, strict=True)
         return of_labels | {folder: of_labels[label] for folder, label in pairs}
@@ -1217,13 +1237,13 @@ class Classes:
         Only the folder of the image counts, and those up to an IMAGE argument: not, for example, a
         home folder /home/rose.
         """
-        folder = get_absolute(path).parent
-        while folder.name not in self.indices:
+        for folder in get_absolute(path).parents:
+            if folder.name in self.indices:
+                return self.indices[folder.name]
             is_inside = any(folder.is_relative_to(root) for root in self.roots)
             if folder in self.roots or not is_inside:
                 return None
-            folder = folder.parent
-        return self.indices[folder.name]
+        return None
 
     def get_folder(self, answer: Answer, label: str) -> str:
         """Returns the class folder of an answer. UNSURE and UNKNOWN get folders of that name."""
@@ -1250,26 +1270,28 @@ class Tally:
     images: int = 0
     failed: int = 0
     sideways: int = 0
-    trained: int = 0  # images of the training that are not in its test set
-    refused: int = 0  # of the others in class folders
+    not_new: int = 0  # images that the training used, and not for its test
+    refused: int = 0  # new images in class folders that got UNSURE or UNKNOWN for a label
     other_folders: set[str] = dataclasses.field(default_factory=set)
-    counted: set[pathlib.PurePath] = dataclasses.field(default_factory=set)  # the images
-    # Of the images in class folders that have a label:
+    counted: set[pathlib.PurePath] = dataclasses.field(default_factory=set)  # real paths
+    # Of new images in class folders that got the label of a class:
     true_classes: list[int] = dataclasses.field(default_factory=list)
     predictions: list[int] = dataclasses.field(default_factory=list)
 
     def add(self, path: str, answer: Answer, label: str) -> None:
-        """Counts an image and its label. The accuracy is one on folders."""
+        """Counts an image and its label."""
         self.sideways += answer.orientation > 1
-        place = resolve(path)
-        if not self.classes.roots or place in self.counted:  # it was named twice
+        if not self.classes.roots:  # without a folder among the arguments, there is no accuracy
             return
-        self.counted.add(place)
+        real_path = resolve(path)
+        if real_path in self.counted:  # it was named twice
+            return
+        self.counted.add(real_path)
         index = self.classes.find(path)
         if index is None:
             self.other_folders.add(os.path.dirname(path))
         elif not self.is_new(path):
-            self.trained += 1
+            self.not_new += 1
         elif label in self.classes.labels:
             self.true_classes.append(index)
             self.predictions.append(self.classes.labels.index(label))
@@ -1277,17 +1299,22 @@ class Tally:
             self.refused += 1
 
     def is_new(self, path: str) -> bool:
-        """Tells whether the graph was not trained with an image."""
-        if self.training is None:
+        """Tells whether the training did not use an image, or only for its test."""
+        training = self.training
+        if training is None:
             return True
-        image_dir, set_folders = self.training.image_dir, self.training.set_folders
-        # In the folder of the training by its name, or because a link leads there.
+        # The path may be in the folder of the training as it is, or lead there by links.
         for convert in (get_absolute, resolve):
-            folder = convert(self.training.absolute_image_dir)
+            folder = convert(training.absolute_image_dir)
             if convert(path).is_relative_to(folder):
-                file = str(convert(path).relative_to(folder))
-                percentages = self.training.percentages
-                return get_set_of_file(image_dir, file, set_folders, percentages) == 'testing'
+                file = convert(path).relative_to(folder)
+                depth = 3 if file.parts[0] in training.set_folders else 2
+                if len(file.parts) != depth:  # folders inside class folders were passed over
+                    return True
+                name = get_set_of_file(
+                    training.image_dir, str(file), training.set_folders, training.percentages
+                )
+                return name == 'testing'
         return True
 
 
@@ -1322,12 +1349,13 @@ def get_set_of_file(
 ) -> str:
     """Returns the set of an image, 'class folder/file' or 'set folder/class folder/file'.
 
-    The sets of set_folders, {folder: set}, are those of the folders. Others are drawn from the
-    training images by get_set().
+    If the images are split already, set_folders, {folder: set}, has the sets of the folders. The
+    sets without a folder of their own are drawn by get_set().
     """
-    of_folder = set_folders.get(pathlib.PurePath(file).parts[0], 'training')
-    if of_folder != 'training':
-        return of_folder
+    set_of_folder = set_folders.get(pathlib.PurePath(file).parts[0], '')
+    if set_of_folder in ('validation', 'testing'):
+        return set_of_folder
+    # The image is in a training folder, or the images are not split.
     testing, validation = percentages
     if 'testing' in set_folders.values():
         testing = 0
@@ -1401,8 +1429,8 @@ def report_accuracy(tally: Tally) -> None:
         print(f'Without a label, as {UNSURE} or {UNKNOWN}: {tally.refused} more, {share:.1f}%')
     if not tally.training:
         print('Without the record of the training, its own images count as new ones.')
-    if tally.trained:
-        print(f'Used for the training, and not counted: {tally.trained} more.')
+    if tally.not_new:
+        print(f'Used for the training, and not counted: {tally.not_new} more.')
     if tally.other_folders:
         names = name_some(sorted(tally.other_folders))
         print(f'Folders that are no class, and do not count: {names}')
@@ -1553,7 +1581,7 @@ def label_images(flags: argparse.Namespace) -> None:
     check_flags(flags, is_single)
     labels = load_labels(flags.labels)
     graph = load_graph(flags.graph)
-    check_refusals(labels, graph, flags)
+    check_refusal_flags(labels, graph, flags)
     check_labels(labels, graph, flags)
     classes = create_classes(labels, graph.training, flags)
     tally = Tally(classes, graph.training)
@@ -1594,7 +1622,7 @@ def report_tally(tally: Tally, flags: argparse.Namespace) -> None:
             f'{tally.sideways}. To turn them, train with --upright, and add it here.',
             file=sys.stderr,
         )
-    if tally.predictions or tally.refused:
+    if tally.predictions or tally.refused or tally.not_new:
         with contextlib.redirect_stdout(sys.stderr):  # the lines on standard output are data
             report_accuracy(tally)
     if tally.failed:
@@ -1604,8 +1632,9 @@ def report_tally(tally: Tally, flags: argparse.Namespace) -> None:
 
 def has_bar() -> bool:
     """Tells whether to show a progress bar: on a terminal, while the labels go elsewhere."""
-    is_shown, has_lines = (bool(stream and stream.isatty()) for stream in (sys.stderr, sys.stdout))
-    return is_shown and not has_lines
+    has_terminal = bool(sys.stderr and sys.stderr.isatty())
+    has_labels = bool(sys.stdout and sys.stdout.isatty())
+    return has_terminal and not has_labels
 
 
 if __name__ == '__main__':

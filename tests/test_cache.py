@@ -198,6 +198,14 @@ def test_each_cache_file_and_record_is_read_once_and_an_unchanged_image_never(ca
     assert sorted(read) == records + [f'bottlenecks/{file}.txt' for file in files]
 
 
+def test_an_image_whose_cache_file_is_gone_is_read_once(cached, monkeypatch):
+    """Its contents cannot make up for the cache file."""
+    cached.cache_file(CAT).unlink()
+    read = count_reads(monkeypatch)
+    assert created(cached.cache()) == [CAT]
+    assert [path for path in read if path.endswith('.jpg')] == [f'data/{CAT}']
+
+
 def test_a_cache_of_the_original_is_believed(job):
     job.photographs(cat=4, dog=4)
     write_original_cache(job)

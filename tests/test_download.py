@@ -126,6 +126,11 @@ def test_an_archive_that_unpacks_to_too_much(monkeypatch, more, expected):
     assert tf_retrain.extract(WHOLE, GRAPH) == expected
 
 
+def test_an_archive_that_is_compressed_twice():
+    """There is a limit to what the outer one unpacks to, and there would be none to the inner."""
+    assert tf_retrain.extract(gzip.compress(WHOLE), GRAPH) == b''
+
+
 @pytest.mark.parametrize(
     ('answer', 'reason'),
     [

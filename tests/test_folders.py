@@ -1,8 +1,10 @@
 """Folders as people have them: split already, with sub-folders, links, `~`; a folder to test on."""
 
+import dataclasses
 import json
 import os
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -115,6 +117,36 @@ def test_a_class_that_is_named_like_a_set_is_a_warning(touch, capsys):
     assert out.count('is used as a class') == 1
 
 
+def test_messages_name_the_folders_of_split_images_as_they_are(touch, capsys):
+    create_split(touch, 'train', 'test')
+    touch('d/train/C++/1.jpg', 'd/train/c/1.jpg')
+    with pytest.raises(UserError, match=r"^d/train/C\+\+ and d/train/c have the same label 'c'"):
+        list_images()
+
+
+def test_a_file_beside_sets_without_class_folders(touch):
+    touch('d/train/cat.1.jpg', 'd/test/1.jpg', 'd/labels.csv')
+    with pytest.raises(UserError, match="'d' has test, train, without class folders. Make one fol"):
+        list_images()
+
+
+def test_a_class_whose_training_images_were_drawn_for_validation(touch):
+    create_split(touch, 'train', 'test')
+    images = list_images()
+    sets = np.where(images.classes == 1, 'validation', images.sets)
+    message = '^--image_dir: no training image of b can be used: they cannot be read, or were drawn'
+    with pytest.raises(UserError, match=message):
+        tf_retrain.check_sets(dataclasses.replace(images, sets=sets), parse('--image_dir=d'))
+
+
+def test_images_in_hidden_folders_are_not_missed(touch, capsys):
+    touch('d/a/1.jpg', 'd/b/1.jpg', 'd/a/.thumbnails/1.jpg', 'd/a/new/.thumbnails/1.jpg')
+    list_images()
+    out = capsys.readouterr().out
+    assert 'd/a: 1 images; passed over: .thumbnails, new\n' in out
+    assert 'in folders inside it' not in out
+
+
 def write_split(job):
     for name, count in (('train', 40), ('val', 10), ('test', 10)):
         for label, colour in (('cat', RED), ('dog', BLUE)):
@@ -177,7 +209,7 @@ def test_a_class_of_which_no_training_image_can_be_read(job):
     write_split(job)
     for path in (job.data / 'train/dog').iterdir():
         path.write_text('bad')
-    job.fails('^--image_dir: no training image of dog can be read')
+    job.fails('^--image_dir: no training image of dog can be used: they cannot be read')
 
 
 def test_kinds_that_are_not_read_are_a_warning(touch, capsys):
@@ -328,6 +360,25 @@ def test_of_the_trained_images_only_the_test_images_count(trained):
         process = run('tf_test.py', images, *files, cwd=folder)
         assert f'Accuracy on the {count} images whose folder is a class: ' in process.stderr
         assert f'Used for the training, and not counted: {145 - count} more.\n' in process.stderr
+
+
+def test_the_training_has_not_seen_what_is_deeper_than_its_images(trained, tmp_path):
+    data = tmp_path / 'data'
+    training = tf_test.load_graph(str(trained.folder / GRAPH)).training
+    training = training._replace(absolute_image_dir=str(data), percentages=(0, 0))
+    tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), training)
+    assert not tally.is_new(str(data / 'cat/1.jpg'))
+    assert tally.is_new(str(data / 'cat/rejected/1.jpg'))
+    tally.training = training._replace(set_folders={'train': 'training', 'test': 'testing'})
+    assert not tally.is_new(str(data / 'train/cat/1.jpg'))
+    assert tally.is_new(str(data / 'train/cat/rejected/1.jpg'))
+    assert tally.is_new(str(data / 'test/cat/1.jpg'))
+
+
+def test_there_is_a_reason_if_no_image_counts(capsys):
+    tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), None, images=2, not_new=2)
+    tf_test.report_tally(tally, mock.Mock(upright=False))
+    assert 'Used for the training, and not counted: 2 more.\n' in capsys.readouterr().err
 
 
 def test_folders_above_the_image_argument_do_not_count(trained, tmp_path):

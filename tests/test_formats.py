@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import struct
 import sys
 from unittest import mock
 
@@ -252,6 +253,19 @@ def test_images_are_turned_as_pillow_turns_them(image_format, orientation):
     is_always_upright = image_format in ('HEIF', 'TIFF')
     stored = tf_retrain.read_header(io.BytesIO(contents)).orientation
     assert (stored or 1) == (1 if is_always_upright else orientation or 1)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'value'),
+    [(5, struct.pack('<II', 6, 1)), (12, struct.pack('<d', 6))],
+    ids=['fraction', 'float'],
+)
+def test_an_orientation_of_an_odd_type(kind, value):
+    """The record, which is JSON, has an int all the same."""
+    entry = struct.pack('<HHII', 0x0112, kind, 1, 26)
+    exif = b'Exif\0\0II*\0' + struct.pack('<IH', 8, 1) + entry + bytes(4) + value
+    header = tf_retrain.read_header(io.BytesIO(encode(PHOTOGRAPH, 'JPEG', exif=exif)))
+    assert json.dumps(header) == '[6, 8]'
 
 
 @pytest.fixture

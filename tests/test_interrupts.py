@@ -84,7 +84,7 @@ def signals():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-    tf_retrain.is_stopped.clear()
+    tf_retrain.stop_requested.clear()
 
 
 def stop_at(monkeypatch, name, signum, is_dropped=False):

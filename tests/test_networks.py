@@ -125,7 +125,7 @@ def test_mobilenet_is_downloaded_to_its_published_layout(tmp_path, monkeypatch, 
         backbone = load_backbone(tmp_path / 'new', f'--architecture=mobilenet_{size}')
     assert asked == [f'/{name}_frozen.tgz']
     side = int(size.split('_')[1])
-    assert backbone.pixels == ((side, side), 127.5, 127.5)
+    assert backbone.input_format == ((side, side), 127.5, 127.5)
     written = tmp_path / f'new/{name}/frozen_graph.pb'
     assert backbone.source == str(written)
     assert written.read_bytes() == graph.read_bytes()
@@ -187,7 +187,7 @@ def test_module_bottlenecks(job):
 def test_a_module_of_any_image_size(tmp_path):
     write_module(tmp_path / 'module', height=None, width=None)
     backbone = tf_retrain.load_tfhub_module(str(tmp_path / 'module'))
-    assert backbone.pixels.size == (224, 224)
+    assert backbone.input_format.size == (224, 224)
     assert backbone.networks[0](np.zeros([2, 224, 224, 3], np.float32)).shape == (2, 37)
 
 
@@ -206,7 +206,7 @@ def test_a_model_that_keras_exports(tmp_path):
     network = keras.Sequential(layers)
     network.export(str(tmp_path / 'module'), verbose=False)
     backbone = tf_retrain.load_tfhub_module(str(tmp_path / 'module'))
-    assert (backbone.pixels.size, backbone.bottleneck_size) == ((32, 48), 5)
+    assert (backbone.input_format.size, backbone.bottleneck_size) == ((32, 48), 5)
     images = draw_images(3, 32, 48, 3)
     np.testing.assert_allclose(backbone.networks[0](images), network(images / 255), atol=1e-5)
 
@@ -237,7 +237,7 @@ def module_url(tmp_path, monkeypatch):
 def test_a_module_from_a_server(module_url, tmp_path):
     served = tf_retrain.load_tfhub_module(f'{module_url}/module.tar.gz')
     local = tf_retrain.load_tfhub_module(str(tmp_path / 'module'))
-    images = draw_images(3, *local.pixels.size, 3)
+    images = draw_images(3, *local.input_format.size, 3)
     np.testing.assert_array_equal(served.networks[0](images), local.networks[0](images))
 
 

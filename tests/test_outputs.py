@@ -98,7 +98,7 @@ def write_training(folder, labels, renames=None):
     graph_def = tf.compat.v1.GraphDef()
     graph_def.node.add(name='DecodeJpeg/contents', op='Const')
     graph_def.node.add(name='bottleneck', op='Identity', input=['DecodeJpeg/contents'])
-    pixels = tf_retrain.Pixels((8, 8), 0, 1)
+    pixels = tf_retrain.InputFormat((8, 8), 0, 1)
     backbone = tf_retrain.Backbone('x', graph_def, 0, 'bottleneck', 3, pixels)
     layer = tf_retrain.FinalLayer(3, len(labels), 0.1, np.array([0, 1]))
     head = tf_retrain.Head(layer, labels)

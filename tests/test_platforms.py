@@ -125,7 +125,7 @@ def test_cache_files_of_a_module(monkeypatch, handle, linux, other):
     monkeypatch.setattr(
         tf_retrain,
         'find_feature_vector',
-        lambda module, handle: (function, tf_retrain.Pixels((4, 4), 0, 255), 3),
+        lambda module, handle: (function, tf_retrain.InputFormat((4, 4), 0, 255), 3),
     )
     assert linux in tf_retrain.load_tfhub_module(handle).cache_suffix
     monkeypatch.setattr(os, 'sep', '\\')
