@@ -3110,6 +3110,8 @@ class Head(NamedTuple):
 
 # Distortions
 
+DISTORTED_STEPS = 100  # per pipeline: to build one takes as long as to read ten images
+
 
 def create_distortion(flags: argparse.Namespace, size: tuple[int, int]) -> Callable | None:
     """Returns a function that distorts an image at random; None if the flags ask for none.
@@ -3153,27 +3155,51 @@ def compute_distorted(
     Images that can no longer be read are left out.
     """
     vanished: set[str] = set()
+    first = 0
     try:
-        for step, rows in enumerate(draws):
-            paths = [images.paths[row] for row in rows]
-            # An image may be in a draw twice. So its place among all that are drawn stands for its
-            # row, and is the seed of its distortion.
-            first = step * rows.size
-            places = np.arange(first, first + rows.size)
-            is_found = np.zeros(rows.size, bool)
-            bottlenecks = np.zeros([rows.size, backbone.bottleneck_size], np.float32)
-            for found, _, some_bottlenecks in compute_bottlenecks(places, paths, backbone, distort):
-                is_found[found - first] = True
-                bottlenecks[found - first] = some_bottlenecks
-            vanished.update(itertools.compress(paths, ~is_found))
-            yield rows[is_found], bottlenecks[is_found]
+        while steps := list(itertools.islice(draws, DISTORTED_STEPS)):
+            rows = np.stack(steps)
+            # An image may be drawn twice. So its place among all that are drawn stands for its row,
+            # and is the seed of its distortion.
+            places = first + np.arange(rows.size).reshape(rows.shape)
+            paths = [images.paths[row] for row in rows.flat]
+            computed = compute_bottlenecks(places.ravel(), paths, backbone, distort)
+            for step, (is_found, bottlenecks) in zip(steps, regroup(computed, places), strict=True):
+                vanished.update(images.paths[row] for row in step[~is_found])
+                yield step[is_found], bottlenecks
+            first += rows.size
     finally:
-        if vanished:
-            names = name_some(sorted(vanished))
-            print(
-                f'WARNING: {len(vanished)} images could no longer be read, and were not trained '
-                f'on: {names}'
-            )
+        report_vanished(vanished)
+
+
+def regroup(computed: Iterator, places: np.ndarray) -> Iterator:
+    """Yields (is_found, bottlenecks) of the images of each step, whose places are int [steps, N].
+
+    is_found, bool [N], tells which of them have a bottleneck. These come as compute_bottlenecks()
+    yields them: in the order of the places, and in batches of another size.
+    """
+    remaining = (
+        (place, bottleneck)
+        for some_places, _, bottlenecks in computed
+        for place, bottleneck in zip(some_places, bottlenecks, strict=True)
+    )
+    item = next(remaining, None)
+    for step in places:
+        found, own = [], []
+        while item and item[0] <= step[-1]:
+            found.append(item[0])
+            own.append(item[1])
+            item = next(remaining, None)
+        yield np.isin(step, found), np.array(own)
+
+
+def report_vanished(paths: set[str]) -> None:
+    """Warns of images that could not be read again."""
+    if paths:
+        print(
+            f'WARNING: {len(paths)} images could no longer be read, and were not trained on: '
+            f'{name_some(sorted(paths))}'
+        )
 
 
 # Training

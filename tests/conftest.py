@@ -59,19 +59,32 @@ def trained(tmp_path_factory, model):
     return job
 
 
-@pytest.fixture(scope='session', params=['inception', 'mobilenet', 'module'])
-def networks(request, tmp_path_factory, model):
+@pytest.fixture(scope='session')
+def finished_runs():
+    """{kind of network: Job}. With params, a session fixture would forget a run at the next one."""
+    return {}
+
+
+@pytest.fixture(params=['inception', 'mobilenet', 'module'])
+def networks(request, finished_runs, tmp_path_factory, model):
     """A finished run of retrain_serving.py with each kind of network; .network are the flags that
     ask for it.
     """
-    job = Job(tmp_path_factory.mktemp(request.param), model).photographs(cat=60, dog=60, Red_Fox=25)
+    if request.param not in finished_runs:
+        folder = tmp_path_factory.mktemp(request.param)
+        finished_runs[request.param] = train_network(request.param, folder, model)
+    return finished_runs[request.param]
+
+
+def train_network(kind, folder, model):
+    job = Job(folder, model).photographs(cat=60, dog=60, Red_Fox=25)
     write_mobilenet(job.folder / 'inception', '0.25_128')
     write_module(job.folder / 'module')
     flags = {
         'mobilenet': ['--architecture=mobilenet_0.25_128'],
         'module': ['--tfhub_module=module'],
     }
-    job.network = flags.get(request.param, [])
+    job.network = flags.get(kind, [])
     job.flags |= {
         'how_many_training_steps': '5',
         'optimized_graph': 'trained_model/optimized_model.pb',

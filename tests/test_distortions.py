@@ -106,3 +106,22 @@ def test_without_any_image_the_old_graph_stays(job, monkeypatch):
     out = job.fails(message, '--flip_left_right', how_many_training_steps='12')
     assert re.search(r'WARNING: \d+ images could no longer be read, .* and \d+ more\n', out)
     assert job.graph() == before
+
+
+def test_images_are_regrouped_by_step():
+    """Batches of the network end within steps; whole batches and whole steps may be missing."""
+    places = np.arange(20).reshape(5, 4)
+    kept = [0, 1, 2, 3, 5, 6, 13, 15, 19]
+    for size in (1, 2, 3, 9):
+        blocks = [np.array(kept[start : start + size]) for start in range(0, len(kept), size)]
+        computed = iter([(block, None, block[:, None] * np.ones(3)) for block in blocks])
+        steps = list(tf_retrain.regroup(computed, places))
+        assert [list(row[found]) for row, (found, _) in zip(places, steps, strict=True)] == [
+            [0, 1, 2, 3],
+            [5, 6],
+            [],
+            [13, 15],
+            [19],
+        ]
+        rows = [bottlenecks[:, 0].tolist() for _, bottlenecks in steps if bottlenecks.size]
+        assert sum(rows, []) == kept
