@@ -246,8 +246,9 @@ IMAGE_EXTENSIONS = tuple(
 )
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 MAX_LISTED = 4096  # paths that are listed before their images are labeled
-TABLE_CLASSES = 30  # up to so many classes, the table has all of them, and from then on ...
-WORST_CLASSES = 20  # ... those with the most errors
+# The table has all of so many classes, or of more, the WORST_CLASSES with the most errors.
+TABLE_CLASSES = 30
+WORST_CLASSES = 20
 UNSURE = 'unsure'  # printed in place of a label below --min_score
 UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
@@ -690,7 +691,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
         return tf.cast(tf.io.decode_raw(sides, tf.uint16), tf.int32)
 
     def fail() -> tf.Tensor:
-        # Clients want text: bytes that are none become dots.
+        # Clients show errors as UTF-8: other bytes become dots.
         text = tf.strings.unicode_transcode(
             header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
         )

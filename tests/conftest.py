@@ -65,7 +65,7 @@ def finished_runs():
     return {}
 
 
-@pytest.fixture(params=['inception', 'mobilenet', 'module'])
+@pytest.fixture(scope='session', params=['inception', 'mobilenet', 'module'])
 def networks(request, finished_runs, tmp_path_factory, model):
     """A finished run of retrain_serving.py with each kind of network; .network are the flags that
     ask for it.
