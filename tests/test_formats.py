@@ -1,8 +1,10 @@
 """Photographs of every format, and which way is up: the pixels that reach the network."""
 
+import copy
 import io
 import json
 import random
+import shutil
 import struct
 import sys
 from unittest import mock
@@ -93,19 +95,23 @@ def write_all(folder):
 
 
 @pytest.fixture(scope='module')
-def formats(networks):
+def formats(networks, tmp_path_factory):
     """A finished run of one of the networks that has all formats in the class `formats`."""
-    networks.formats = write_all(networks.data / 'formats')
+    job = copy.copy(networks)  # other files of tests look at what the first run left
+    job.folder = tmp_path_factory.mktemp('formats') / 'job'
+    job.data = job.folder / 'data'
+    shutil.copytree(networks.folder, job.folder)
+    job.formats = write_all(job.data / 'formats')
     flags = ['--saved_model_dir=saved/2', '--how_many_training_steps=5', '--find_suspects=500']
-    networks.out = networks.run(
-        *networks.network,
+    job.out = job.run(
+        *job.network,
         *flags,
         script='retrain_serving.py',
         output_graph='formats/graph.pb',
         output_labels='formats/labels.txt',
         optimized_graph='formats/optimized.pb',
     ).stdout
-    return networks
+    return job
 
 
 def get_cache(job, path):
