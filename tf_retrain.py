@@ -684,14 +684,20 @@ def open_file(path: str) -> gfile.GFile:
     return gfile.GFile(path, 'rb')
 
 
+def follow_link(path: str) -> str:
+    """Returns where a symbolic link leads; any other path as it is."""
+    if os.path.islink(to_bytes(path)):
+        return os.path.realpath(to_bytes(path)).decode(errors='surrogateescape')
+    return path
+
+
 def write_whole(path: str, contents: bytes) -> None:
     """Writes a file so that `path` holds all of `contents` or is left as it was.
 
     That holds whenever the program is stopped. A symbolic link stays a link: the file is written to
     where it leads.
     """
-    if os.path.islink(to_bytes(path)):
-        path = os.path.realpath(to_bytes(path)).decode(errors='surrogateescape')
+    path = follow_link(path)
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f'.{uuid.uuid4().hex[:8]}.tmp')
     gfile.makedirs(folder or '.')
@@ -1134,7 +1140,7 @@ def find_set_folders(image_dir: str) -> dict[str, str]:
         return {}
     for name in names:
         path = os.path.join(image_dir, name)
-        if name not in found and (is_image(name) or count_images(path)):
+        if name not in found and (is_image(name) or count_images(follow_link(path))):
             raise UserError(
                 f"--image_dir: '{image_dir}' has the sets {', '.join(found)}, and so '{path}' is "
                 'in none of them. Move it elsewhere.'
@@ -1692,6 +1698,11 @@ class Backbone:
             )
         return networks
 
+    @functools.cached_property
+    def patient_networks(self) -> list[Callable]:
+        """The networks, which take smaller batches once the memory of their device was full."""
+        return [run_in_parts(network) for network in self.networks]
+
 
 def load_backbone(flags: argparse.Namespace) -> Backbone:
     """Returns the network that the flags ask for, which is downloaded if need be.
@@ -1743,7 +1754,7 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
         ['input', MOBILENET_BOTTLENECK_NODE],
     )
     # Clients of the retrain script of 2017 feed this node with pixels of -1..1. Without them, it
-    # takes those of a node that prepend_decoding() adds.
+    # takes those of a node that is not there yet: prepend_decoding() adds it.
     (fed,) = (node for node in graph_def.node if node.name == 'input')
     fed.op = 'PlaceholderWithDefault'
     fed.input.append(SCALED_INPUT_NODE)
@@ -1927,7 +1938,7 @@ def check_final_tensor_name(name: str, backbone: Backbone) -> None:
         raise UserError(
             f"--final_tensor_name: '{name}' is taken by the graph's own nodes. Choose another name."
         )
-    # What TensorFlow makes of other names, only TensorFlow knows.
+    # TensorFlow renames what it does not like, such as 'x/'. A head of one class shows whether.
     seed = np.zeros(2, int)
     untrained = FinalLayer(backbone.bottleneck_size, class_count=1, learning_rate=1, seed=seed)
     nodes = create_final_nodes(backbone, Head(untrained, ['']), name)
@@ -1988,7 +1999,8 @@ def prepend_decoding(
 ) -> GraphDef:
     """Returns the decoding nodes of 2015, and behind them the nodes of a graph, as prefix/....
 
-    What the decoding nodes make takes the place of `tensor`, an input of the graph.
+    What the decoding nodes make takes the place of `tensor`, which nodes of the graph have for an
+    input. The graph needs no node of that name.
     """
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
@@ -2161,7 +2173,6 @@ def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator
     Each device has a network. They work at once, while the next batches are made.
     """
     iterator = iter(batches.prefetch(2 * len(networks)))
-    networks = [run_in_parts(network) for network in networks]
     while group := list(itertools.islice(iterator, len(networks))):
         results = []
         for (rows, digests, images), network in zip(group, networks, strict=False):
@@ -2240,7 +2251,7 @@ def compute_bottlenecks(
     batches = load_files(rows, paths, load).batch(NETWORK_BATCH_SIZE)
     if service:
         return run_service(service, backbone.networks[0], batches)
-    return run_networks(backbone.networks, batches)
+    return run_networks(backbone.patient_networks, batches)
 
 
 def to_text(bottleneck: np.ndarray) -> bytes:
@@ -2407,13 +2418,13 @@ class BottleneckCache:
             decoder=DECODER,
         )
         old = self.records[row]
+        self.records[row] = record  # this run goes by it, even if it cannot be written
         text = json.dumps(vars(record))
         # First, or a kill here would leave the old cache file beside the new record.
         if old and (old.outcome, old.model) != (outcome, model):
             with contextlib.suppress(tf.errors.NotFoundError):
                 gfile.remove(self.paths[row])
         write_whole(self.record_paths[row], text.encode())
-        self.records[row] = record
         return True
 
     def try_to_record(
@@ -2423,29 +2434,14 @@ class BottleneckCache:
         with contextlib.suppress(tf.errors.OpError, UserError):
             self.record(row, digest, outcome, header)
 
-    def is_usable(self, row: int) -> bool:
-        """Tells whether a record counts if the contents of its image are what they were."""
-        record = self.records[row]
-        if record is None or record.size != self.statuses[row].size:
+    def fits(self, row: int, record: CacheRecord) -> bool:
+        """Tells whether a record holds, if the contents of its image are what they were."""
+        if record.size != self.statuses[row].size:
             return False
         if isinstance(record.outcome, str):
             return record.decoder == DECODER
         is_written = record.outcome == self.digests[row]
         return is_written and record.model == self.backbone.checksum
-
-    def look_up(self, row: int, digest: int | None = None) -> int | str | None:
-        """Returns the digest of a current cache file, or why its image cannot be decoded.
-
-        Returns None if neither is known: then the bottleneck must be computed. The modification
-        time of the image decides, or the digest of its contents, for which the image must be read.
-        """
-        record = self.records[row]
-        if record is None or not self.is_usable(row):
-            return None
-        is_same_time = record.time == self.statuses[row].modified
-        # No digest is known for a trusted file: an image of the same size counts as the same one.
-        is_same_digest = digest is not None and record.digest in (digest, None)
-        return record.outcome if is_same_time or is_same_digest else None
 
     def trust_unrecorded(self) -> None:
         """Records cache files without a readable record as they are (bottlenecks/README.md)."""
@@ -2463,20 +2459,28 @@ class BottleneckCache:
         Images are read only if nothing but their modification time differs from the record.
         """
         self.trust_unrecorded()
-        outcomes = [self.look_up(row) for row in range(len(self.paths))]
-        missing = [row for row, outcome in enumerate(outcomes) if outcome is None]
-        # Only their time is not as recorded: their contents decide.
-        to_read = np.array([row for row in missing if self.is_usable(row)], int)
+        fitting = {
+            row: record
+            for row, record in enumerate(self.records)
+            if record and self.fits(row, record)
+        }
+        is_current = {
+            row: record.time == self.statuses[row].modified for row, record in fitting.items()
+        }
+        # The contents of the others decide.
+        to_read = np.array([row for row in fitting if not is_current[row]], int)
         paths = [self.images.paths[row] for row in to_read]
         files = load_files(to_read, paths, lambda row, image: (row, compute_digest(image)))
         for row, digest in until_stopped(files.as_numpy_iterator()):
-            outcomes[row] = self.look_up(row, digest)
-            if outcomes[row] is not None:
-                record = self.records[row]
+            record = fitting[row]
+            # No digest is known for a trusted file: an image of the same size counts as the same.
+            is_current[row] = record.digest in (digest, None)
+            if is_current[row]:
                 header = Header(record.orientation, record.bits)
-                self.try_to_record(row, int(digest), outcomes[row], header)
-        reasons = {row: reason for row, reason in enumerate(outcomes) if isinstance(reason, str)}
-        return np.flatnonzero([outcome is None for outcome in outcomes]), reasons
+                self.try_to_record(row, int(digest), record.outcome, header)
+        outcomes = {row: record.outcome for row, record in fitting.items() if is_current[row]}
+        reasons = {row: reason for row, reason in outcomes.items() if isinstance(reason, str)}
+        return np.setdiff1d(np.arange(len(self.paths)), list(outcomes)), reasons
 
     def report_recomputed(self, rows: np.ndarray) -> None:
         """Prints why bottlenecks are computed although there is a cache file.
@@ -2536,9 +2540,9 @@ class BottleneckCache:
     def compute(
         self, rows: np.ndarray, service: str | None, is_strict: bool, bar: tqdm
     ) -> np.ndarray:
-        """Computes and writes the bottlenecks of some rows; returns those that are left.
+        """Computes and writes the bottlenecks of some rows; returns those that have failed.
 
-        These have failed. With `is_strict`, it stops soon after a failure: then only the first has.
+        With `is_strict`, it stops at the first of them.
         """
         left = set(rows.tolist())
         paths = [self.images.paths[row] for row in rows]
@@ -2556,20 +2560,21 @@ class BottleneckCache:
             # Rows come in order: one that was passed over has failed.
             if is_strict and left and min(left) < found_rows.max():
                 break
-        return np.array(sorted(left), int)
+        failed = sorted(left)[:1] if is_strict else sorted(left)  # it has not tried all others
+        return np.array(failed, int)
 
     def fill(self, rows: np.ndarray, flags: argparse.Namespace) -> dict[int, str]:
         """Computes and writes the bottlenecks of some rows; returns {row: reason} of failures."""
         self.report_recomputed(rows)
         with tqdm(total=len(rows), desc='Bottlenecks', unit='image', disable=None) as bar:
-            left = rows
+            failed = rows
             if flags.data_service:
-                left = self.compute(left, flags.data_service, False, bar)
-                paths = [self.images.paths[row] for row in left]
+                failed = self.compute(rows, flags.data_service, False, bar)
+                paths = [self.images.paths[row] for row in failed]
                 report_left_out(paths, len(rows), flags.data_service)
-            left = self.compute(left, None, flags.strict, bar)
+            failed = self.compute(failed, None, flags.strict, bar)
         reasons = {}
-        for row in until_stopped(left[:1] if flags.strict else left):
+        for row in until_stopped(failed):
             reasons[row], digest = explain_unreadable(self.images.paths[row])
             if digest is not None:
                 self.try_to_record(row, digest, reasons[row], Header())
@@ -3042,6 +3047,8 @@ def measure_similarities(
         is_other = block[:, None] != references
         is_no_copy = is_other & (cosines < DUPLICATE_SIMILARITY)
         is_own_class = images.classes[block, None] == images.classes[references]
+        # If nearly all of its class are near copies, without them it would be compared with other
+        # classes only. Then they count.
         has_enough = (is_no_copy & is_own_class).sum(axis=1, keepdims=True) >= neighbor
         is_neighbor = np.where(has_enough, is_no_copy, is_other)
         cosines = np.where(is_neighbor, cosines, -1)
@@ -3158,9 +3165,10 @@ def compute_distorted(
             places = first + np.arange(rows.size).reshape(rows.shape)
             paths = [images.paths[row] for row in rows.flat]
             computed = compute_bottlenecks(places.ravel(), paths, backbone, distort)
-            for step, (is_found, bottlenecks) in zip(steps, regroup(computed, places), strict=True):
-                vanished.update(images.paths[row] for row in step[~is_found])
-                yield step[is_found], bottlenecks
+            found = regroup(computed, places)
+            for drawn, (is_found, bottlenecks) in zip(steps, found, strict=True):
+                vanished.update(images.paths[row] for row in drawn[~is_found])
+                yield drawn[is_found], bottlenecks
             first += rows.size
     finally:
         report_vanished(vanished)
@@ -3178,13 +3186,13 @@ def regroup(computed: Iterator, places: np.ndarray) -> Iterator:
         for place, bottleneck in zip(some_places, bottlenecks, strict=True)
     )
     item = next(remaining, None)
-    for step in places:
-        found, own = [], []
-        while item and item[0] <= step[-1]:
+    for own_places in places:
+        found, own_bottlenecks = [], []
+        while item and item[0] <= own_places[-1]:
             found.append(item[0])
-            own.append(item[1])
+            own_bottlenecks.append(item[1])
             item = next(remaining, None)
-        yield np.isin(step, found), np.array(own)
+        yield np.isin(own_places, found), np.array(own_bottlenecks)
 
 
 def report_vanished(paths: set[str]) -> None:
@@ -3217,10 +3225,11 @@ def train(
 ) -> FinalLayer:
     """Trains the final layer, and logs cross entropy and accuracy of every step.
 
-    Every --eval_step_interval steps, and at the last one, it also logs the layer, and evaluates it.
-    As in the original, the log has the batch before the step and the layer after it, and the lines
-    are on the batch after the step. Ctrl-C ends the training early. Raises UserError if there was
-    nothing to train on.
+    Every --eval_step_interval steps, and at the last one, it also logs the layer, and prints how
+    good it is. As in the original, the log says what the layer made of the batch before the step,
+    and the lines what it makes of the same batch after the step.
+
+    Ctrl-C ends the training early. Raises UserError if there was nothing to train on.
     """
     layer = create_untrained_layer(images, backbone, flags)
     rng = create_rng(flags.random_seed, 'validation')
@@ -3231,20 +3240,20 @@ def train(
             is_evaluated = (
                 step % flags.eval_step_interval == 0 or step == flags.how_many_training_steps - 1
             )
-            before = layer.train(batch, images.classes[rows]) if rows.size else None
+            before_step = layer.train(batch, images.classes[rows]) if rows.size else None
             layer_tags = summarize_layer(layer) if is_evaluated else None
-            if before is not None:
-                logs['train'].write(summarize(before, layer_tags), step=step)
+            if before_step is not None:
+                logs['train'].write(summarize(before_step, layer_tags), step=step)
             if not is_evaluated:
                 continue
-            if before is not None:
+            if before_step is not None:
                 report_training(step, layer.evaluate(batch, images.classes[rows]))
             drawn = images.draw('validation', flags.validation_batch_size, rng)
             if drawn.size:
                 validation = layer.evaluate(bottlenecks[drawn], images.classes[drawn])
                 logs['validation'].write(summarize(validation, layer_tags), step=step)
                 report_validation(step, validation)
-        if signal.getsignal(signal.SIGINT) is stop_run:  # not so in a notebook's thread
+        if signal.getsignal(signal.SIGINT) is stop_run:  # only within run(), which puts it back
             on_stop_signals(finish_run)
     except KeyboardInterrupt:
         if not layer.steps:

@@ -529,8 +529,8 @@ def is_same_path(first: str, second: str) -> bool:
 def read_paths() -> Iterator[str]:
     """Yields the paths on standard input: one per line, or with NUL after each (find -print0)."""
     stream: Any = sys.stdin.buffer
-    # A program may write one line after another, and wait for each label: what is there at first
-    # tells which separator it uses. A name with a newline may make the first line end early.
+    # A NUL in what has come already, or in the first line, tells that they end paths. What has come
+    # may end before the first one, and the first line may end within a name that has a newline.
     has_nul = b'\0' in stream.peek()
     first = stream.readline().removeprefix(b'\xef\xbb\xbf')  # a mark that some editors write
     if has_nul or b'\0' in first:
@@ -1113,8 +1113,8 @@ def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
     not so.
     """
     mean, logits = find_mean(graph)
-    source = mean.input[0] if mean.input else mean.name  # without inputs, it is no mean: see below
-    features, pooled, expected = run_graph(graph.graph_def, contents, [source, mean.name, logits])
+    nodes = [mean.input[0], mean.name, logits]
+    features, pooled, expected = run_graph(graph.graph_def, contents, nodes)
     shape = pooled.shape
     if features.ndim != 4 or shape[-1] != features.shape[-1]:
         raise UserError(NO_HEATMAP)
@@ -1131,11 +1131,16 @@ def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
 
 
 def find_mean(graph: Graph) -> tuple[NodeDef, str]:
-    """Returns the last mean over the positions (or what is there instead), and the logits' name."""
+    """Returns the node of the last mean, and the name of the logits' node.
+
+    Raises UserError if there is no mean.
+    """
     nodes = {node.name: node for node in graph.graph_def.node}
     logits = nodes[graph.outputs[0]].input[0]
     node = nodes[logits]
-    while node.op not in ('AvgPool', 'Mean') and node.input:
+    while node.op not in ('AvgPool', 'Mean'):
+        if not node.input:
+            raise UserError(NO_HEATMAP)
         node = nodes[node.input[0]]
     return node, logits
 
@@ -1195,10 +1200,10 @@ def save_picture(picture: Image.Image, target: str) -> None:
     try:
         picture.save(str(temporary))
         os.replace(temporary, place)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:  # the last for what Pillow can only read
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise UserError(f'--heatmap: {error}. Name a file such as heatmap.png.')
+        raise UserError(f'--heatmap: {describe(error)}. Name a file such as heatmap.png.')
 
 
 # Classes
@@ -1241,8 +1246,8 @@ class Classes:
         for folder in get_absolute(path).parents:
             if folder.name in self.indices:
                 return self.indices[folder.name]
-            is_inside = any(folder.is_relative_to(root) for root in self.roots)
-            if folder in self.roots or not is_inside:
+            is_below_root = any(root in folder.parents for root in self.roots)
+            if folder in self.roots or not is_below_root:
                 return None
         return None
 
@@ -1651,6 +1656,12 @@ if __name__ == '__main__':
     except OSError as error:  # such as a full disk
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what Python still wants to write
         sys.exit(f'ERROR: standard output cannot be written: {error.strerror}.')
+    except (MemoryError, tf.errors.ResourceExhaustedError) as error:
+        reason = describe(error).splitlines()[0]
+        sys.exit(
+            f'ERROR: the memory of the GPU or computer is full ({reason}). Close other programs, '
+            'or set CUDA_VISIBLE_DEVICES= to leave the GPU out.'
+        )
     except (tf.errors.OpError, LookupError, TypeError, ValueError) as error:
         reason = describe(error).splitlines()[0]
         sys.exit(

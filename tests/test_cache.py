@@ -520,8 +520,11 @@ def test_folder_names_are_not_patterns(job):
     assert len([name for name in names if name.startswith('events.')]) == 1
 
 
-def test_a_complete_cache_may_be_read_only(cached, monkeypatch):
+@pytest.mark.parametrize('has_records', [True, False])
+def test_a_complete_cache_may_be_read_only(cached, monkeypatch, has_records):
     """The folder is probed when the first bottleneck is missing, before any is computed."""
+    if not has_records:  # as of the original
+        shutil.rmtree(cached.folder / 'bottlenecks/.records')
     copy_without_times(cached)  # there would be new times to record
 
     def refuse(path, *arguments, **options):

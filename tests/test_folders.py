@@ -93,6 +93,15 @@ def test_nothing_may_lie_beside_the_sets(touch, other):
         list_images()
 
 
+@pytest.mark.posix
+def test_a_linked_folder_beside_the_sets_is_not_missed(touch, tmp_path):
+    create_split(touch, 'train', 'val')
+    touch('elsewhere/1.jpg')
+    os.symlink(tmp_path / 'elsewhere', 'd/more')
+    with pytest.raises(UserError, match="'d/more' is in none of them. Move it elsewhere."):
+        list_images()
+
+
 def test_a_test_folder_without_class_folders_is_left_alone(touch, capsys):
     """Kaggle's."""
     create_split(touch, 'train')

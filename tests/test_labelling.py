@@ -224,6 +224,20 @@ def test_a_heatmap_replaces_only_plain_files(trained, label, tmp_path):
     label(f'--heatmap={tmp_path}/link.png', image)
     assert (tmp_path / 'link.png').is_symlink()
     assert Image.open(tmp_path / 'there.png').size
+    for name in ('h.psd', 'h.xyz', 'h'):  # the first is a format that Pillow can only read
+        label.fails(
+            '^--heatmap: .*. Name a file such as heatmap', f'--heatmap={tmp_path}/{name}', image
+        )
+
+
+@pytest.mark.parametrize('images', [['data/cat/cat 0.jpg'], ['data/cat']])
+def test_a_full_memory_is_not_the_graph_s_fault(trained, images):
+    command = [ROOT / 'tests/programs/full_memory.py', *images, GRAPH, LABELS]
+    process = forks.run(command, trained.folder)
+    assert process.returncode == 1
+    last = process.stderr.splitlines()[-1]
+    assert last.startswith('ERROR: the memory of the GPU or computer is full (')
+    assert last.endswith('or set CUDA_VISIBLE_DEVICES= to leave the GPU out.')
 
 
 def test_a_label_with_a_nul_is_sorted(trained, label, tmp_path):

@@ -343,6 +343,24 @@ def test_batches_become_smaller_if_the_memory_is_full(job, monkeypatch):
     job.check_bottlenecks('cat/cat 3.jpg', 'dog/dog 39.jpg')
 
 
+def test_batches_stay_smaller_in_all_distorted_steps(job, monkeypatch):
+    real = tf_retrain.run_in_parts
+
+    def small(network):
+        def run(images):
+            if len(images) > 8:
+                raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
+            return network(images)
+
+        return real(run)
+
+    job.photographs(cat=20, dog=20).cache()
+    monkeypatch.setattr(tf_retrain, 'run_in_parts', small)
+    monkeypatch.setattr(tf_retrain, 'DISTORTED_STEPS', 1)
+    flags = {'how_many_training_steps': '3', 'train_batch_size': '32'}
+    assert job.main('--flip_left_right', **flags).count('gets 8 images at once.') == 1
+
+
 def test_a_memory_that_is_too_small_for_one_image_is_one_line(job, monkeypatch):
     def fail(images):
         raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
