@@ -271,6 +271,8 @@ def serve(answer):
     """Has answer(handler) answer GET requests at a free port, and yields the URL."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        timeout = 60  # or its sockets would give up as soon as those of this process that ask it
+
         def do_GET(self):
             answer(self)
 
