@@ -80,7 +80,10 @@ DEFAULT = ' (default: %(default)s)'
 
 
 def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
-    """Returns an argparse type: a value for which is_valid holds. `rule` describes such values."""
+    """Returns an argparse type: a value for which is_valid holds. `rule` describes such values.
+
+    For what it cannot convert, convert() raises ValueError or returns None.
+    """
 
     def parse(text: str) -> object:
         try:
@@ -620,6 +623,15 @@ def until_stopped(items: Iterable) -> Iterator:
         raise KeyboardInterrupt
 
 
+def protect_outputs() -> None:
+    """Has a first Ctrl-C stop the run no longer: what was learned would be lost.
+
+    Without run(), which puts them back, the handlers of the caller stay.
+    """
+    if signal.getsignal(signal.SIGINT) is stop_run:
+        on_stop_signals(finish_run)
+
+
 def finish_run(*signal_and_frame: object) -> None:
     """Goes on at a first Ctrl-C after the training, so that what was learned is written."""
     on_stop_signals(signal.SIG_DFL)
@@ -1132,28 +1144,28 @@ def find_set_folders(image_dir: str) -> dict[str, str]:
     folders and train/ has no class folders.
     """
     names = [name for name in list_dir(image_dir) if not name.startswith('.')]
-    found = {name: SET_FOLDERS[name.lower()] for name in names if name.lower() in SET_FOLDERS}
-    if 'training' not in found.values() or len(found) < 2:
+    sets = {name: SET_FOLDERS[name.lower()] for name in names if name.lower() in SET_FOLDERS}
+    if 'training' not in sets.values() or len(sets) < 2:
         return {}
-    split = {name for name in found if has_class_folders(os.path.join(image_dir, name))}
-    if 'training' not in {found[name] for name in split}:
+    split = {name: sets[name] for name in sets if has_class_folders(os.path.join(image_dir, name))}
+    if 'training' not in split.values():
         folders = {name for name in names if gfile.isdir(os.path.join(image_dir, name))}
-        if folders <= set(found):
+        if folders <= set(sets):
             raise UserError(
-                f"--image_dir: '{image_dir}' has {', '.join(found)}, without class folders. Make "
+                f"--image_dir: '{image_dir}' has {', '.join(sets)}, without class folders. Make "
                 f'one folder per class in each of them, or in {image_dir} itself.'
             )
-        return {}
+        return {}  # train/ is one class of others
     for name in names:
         path = os.path.join(image_dir, name)
-        if name not in found and (is_image(name) or count_images(follow_link(path))):
+        if name not in sets and (is_image(name) or count_images(follow_link(path))):
             raise UserError(
-                f"--image_dir: '{image_dir}' has the sets {', '.join(found)}, and so '{path}' is "
+                f"--image_dir: '{image_dir}' has the sets {', '.join(sets)}, and so '{path}' is "
                 'in none of them. Move it elsewhere.'
             )
-        if name in found and name not in split:
+        if name in sets and name not in split:
             print(f'WARNING: {escape(path)} has no class folders. It is left alone.')
-    return {name: found[name] for name in found if name in split}
+    return split
 
 
 def list_split_folders(image_dir: str, set_folders: dict[str, str]) -> dict[str, list[str]]:
@@ -1716,7 +1728,9 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
     Raises UserError if it cannot be used.
     """
     if flags.data_service:
-        tf.config.set_visible_devices([], 'GPU')  # the network runs on the CPUs of the workers
+        # The network runs on the CPUs of the workers. In a notebook, a GPU may be in use already.
+        with contextlib.suppress(RuntimeError):
+            tf.config.set_visible_devices([], 'GPU')
     if flags.tfhub_module:
         backbone = load_tfhub_module(flags.tfhub_module)
     elif flags.architecture == 'inception_v3':
@@ -2005,8 +2019,8 @@ def prepend_decoding(
 ) -> GraphDef:
     """Returns the decoding nodes of 2015, and behind them the nodes of a graph, as prefix/....
 
-    What the decoding nodes make takes the place of `tensor`, which nodes of the graph have for an
-    input. The graph needs no node of that name.
+    What the decoding nodes make takes the place of `tensor` wherever it is an input: the output of
+    a placeholder, or of a node that is missing.
     """
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
@@ -2397,14 +2411,18 @@ class BottleneckCache:
         self.paths = [os.path.join(folder, f'{name}.txt') for name in names]
         self.record_paths = [os.path.join(folder, '.records', f'{name}.rec') for name in names]
         # bottlenecks: float32 [images, size]; digests: those of the cache files, -1 if missing
-        self.bottlenecks, self.digests = read_bottlenecks(self.paths, backbone.bottleneck_size)
+        self.bottlenecks, self.cache_digests = read_bottlenecks(
+            self.paths, backbone.bottleneck_size
+        )
         # After the cache files: a file that another run wrote in between would seem to have no
         # record, and so be trusted.
         self.records = read_records(self.record_paths)
         self.statuses = [get_status(path) for path in images.paths]
         self.written = 0
 
-    def record(self, row: int, digest: int | None, outcome: int | str, header: Header) -> bool:
+    def record(
+        self, row: int, image_digest: int | None, outcome: int | str, header: Header
+    ) -> bool:
         """Records what was found in an image; returns False if it has changed since the run began.
 
         Then nothing is recorded, as the digest may be that of either version. Raises OpError if the
@@ -2417,7 +2435,7 @@ class BottleneckCache:
         record = CacheRecord(
             size=status.size,
             time=status.modified,
-            digest=digest,
+            digest=image_digest,
             model=model,
             outcome=outcome,
             **header._asdict(),
@@ -2434,11 +2452,11 @@ class BottleneckCache:
         return True
 
     def try_to_record(
-        self, row: int, digest: int | None, outcome: int | str, header: Header
+        self, row: int, image_digest: int | None, outcome: int | str, header: Header
     ) -> None:
         """Does what record() does, but ignores a failure: the next run finds out the same again."""
         with contextlib.suppress(tf.errors.OpError, UserError):
-            self.record(row, digest, outcome, header)
+            self.record(row, image_digest, outcome, header)
 
     def fits(self, row: int, record: CacheRecord) -> bool:
         """Tells whether a record holds, if the contents of its image are what they were."""
@@ -2446,18 +2464,18 @@ class BottleneckCache:
             return False
         if isinstance(record.outcome, str):
             return record.decoder == DECODER
-        is_written = record.outcome == self.digests[row]
+        is_written = record.outcome == self.cache_digests[row]
         return is_written and record.model == self.backbone.checksum
 
     def trust_unrecorded(self) -> None:
         """Records cache files without a readable record as they are (bottlenecks/README.md)."""
         has_record = np.array([record is not None for record in self.records])
-        rows = np.flatnonzero((self.digests >= 0) & ~has_record).tolist()
+        rows = np.flatnonzero((self.cache_digests >= 0) & ~has_record).tolist()
         # On a slow drive, the headers of thousands of images take minutes.
         bar = tqdm(rows, desc='Records', unit='image', delay=1, disable=None)
         for row in until_stopped(bar):
             header = load_header(self.images.paths[row])
-            self.try_to_record(row, None, int(self.digests[row]), header)
+            self.try_to_record(row, None, int(self.cache_digests[row]), header)
 
     def compare(self) -> tuple[np.ndarray, dict[int, str]]:
         """Returns the rows to compute, and {row: reason} of images that cannot be decoded.
@@ -2477,13 +2495,13 @@ class BottleneckCache:
         to_read = np.array([row for row in fitting if not is_current[row]], int)
         paths = [self.images.paths[row] for row in to_read]
         files = load_files(to_read, paths, lambda row, image: (row, compute_digest(image)))
-        for row, digest in until_stopped(files.as_numpy_iterator()):
+        for row, image_digest in until_stopped(files.as_numpy_iterator()):
             record = fitting[row]
             # No digest is known for a trusted file: an image of the same size counts as the same.
-            is_current[row] = record.digest in (digest, None)
+            is_current[row] = record.digest in (image_digest, None)
             if is_current[row]:
                 header = Header(record.orientation, record.bits)
-                self.try_to_record(row, int(digest), record.outcome, header)
+                self.try_to_record(row, int(image_digest), record.outcome, header)
         outcomes = {row: record.outcome for row, record in fitting.items() if is_current[row]}
         reasons = {row: reason for row, reason in outcomes.items() if isinstance(reason, str)}
         return np.setdiff1d(np.arange(len(self.paths)), list(outcomes)), reasons
@@ -2498,25 +2516,25 @@ class BottleneckCache:
             record = self.records[row]
             if gfile.isdir(path):
                 raise UserError(f"--bottleneck_dir: '{path}' is a folder. Delete it.")
-            if self.digests[row] < 0:
+            if self.cache_digests[row] < 0:
                 reason = 'Invalid float found' if gfile.exists(path) else ''
-            elif record and record.outcome == self.digests[row]:
+            elif record and record.outcome == self.cache_digests[row]:
                 reason = 'The image or the model changed'
             else:
                 reason = 'The cache file is not the one that was written'
             if reason:
                 print(f'{reason}, recreating bottleneck {escape(path)}')
 
-    def write(self, row: int, digest: int, text: bytes, outcome: int) -> None:
+    def write(self, row: int, image_digest: int, text: bytes, cache_digest: int) -> None:
         """Writes a cache file, and the record that it is of an image with this digest.
 
-        The digest of the cache file is `outcome`. Nothing is written if the image has changed.
+        Nothing is written if the image has changed since the run began.
         """
         path = self.paths[row]
         tqdm.write(f'Creating bottleneck at {escape(path)}')
         try:
             header = load_header(self.images.paths[row])
-            if not self.record(row, digest, outcome, header):
+            if not self.record(row, image_digest, cache_digest, header):
                 return
             write_whole(path, text)
         except tf.errors.OpError as error:
@@ -2533,15 +2551,16 @@ class BottleneckCache:
         if self.written % 100 == 0:
             tqdm.write(f'{self.written} bottleneck files created.')
 
-    def write_batch(self, rows: np.ndarray, digests: np.ndarray, bottlenecks: np.ndarray) -> None:
+    def write_batch(
+        self, rows: np.ndarray, image_digests: np.ndarray, bottlenecks: np.ndarray
+    ) -> None:
         """Writes the cache files and records of a batch that compute_bottlenecks() yields."""
         texts = [to_text(bottleneck) for bottleneck in bottlenecks]
-        outcomes = compute_digest(
-            texts
-        ).numpy()  # of all at once: a call takes longer than a digest
-        batch = zip(rows.tolist(), digests.tolist(), texts, outcomes.tolist(), strict=True)
-        for row, digest, text, outcome in until_stopped(batch):
-            self.write(row, digest, text, outcome)
+        cache_digests = compute_digest(texts).numpy()  # a call takes longer than all the digests
+        for row, image_digest, text, cache_digest in until_stopped(
+            zip(rows.tolist(), image_digests.tolist(), texts, cache_digests.tolist(), strict=True)
+        ):
+            self.write(row, image_digest, text, cache_digest)
 
     def compute(
         self, rows: np.ndarray, service: str | None, is_strict: bool, bar: tqdm
@@ -2553,21 +2572,21 @@ class BottleneckCache:
         left = set(rows.tolist())
         paths = [self.images.paths[row] for row in rows]
         batches = compute_bottlenecks(rows, paths, self.backbone, service=service)
-        for found_rows, digests, bottlenecks in run_ahead(batches):
+        for found_rows, image_digests, bottlenecks in run_ahead(batches):
             if not np.isfinite(bottlenecks).all():
                 source = self.backbone.source
                 raise UserError(
                     f'{source} gives numbers that are not finite. Download the model again.'
                 )
             self.bottlenecks[found_rows] = bottlenecks
-            self.write_batch(found_rows, digests, bottlenecks)
+            self.write_batch(found_rows, image_digests, bottlenecks)
             left.difference_update(found_rows.tolist())
             bar.update(len(found_rows))
             # Rows come in order: one that was passed over has failed.
             if is_strict and left and min(left) < found_rows.max():
                 break
-        failed = sorted(left)[:1] if is_strict else sorted(left)  # it has not tried all others
-        return np.array(failed, int)
+        failed = np.array(sorted(left), int)
+        return failed[:1] if is_strict else failed  # of a break, the others were not tried
 
     def fill(self, rows: np.ndarray, flags: argparse.Namespace) -> dict[int, str]:
         """Computes and writes the bottlenecks of some rows; returns {row: reason} of failures."""
@@ -2581,9 +2600,9 @@ class BottleneckCache:
             failed = self.compute(failed, None, flags.strict, bar)
         reasons = {}
         for row in until_stopped(failed):
-            reasons[row], digest = explain_unreadable(self.images.paths[row])
-            if digest is not None:
-                self.try_to_record(row, digest, reasons[row], Header())
+            reasons[row], image_digest = explain_unreadable(self.images.paths[row])
+            if image_digest is not None:
+                self.try_to_record(row, image_digest, reasons[row], Header())
         return reasons
 
 
@@ -2652,7 +2671,8 @@ def cache_bottlenecks(
     """
     cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
     missing, reasons = cache.compare()
-    if missing.size and not (flags.strict and reasons):  # or report_unreadable() ends the run
+    ends_at_once = flags.strict and bool(reasons)  # report_unreadable() raises
+    if missing.size and not ends_at_once:
         ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
         reasons |= cache.fill(missing, flags)
     report_unreadable(images, reasons, flags.strict)
@@ -3041,7 +3061,7 @@ def measure_similarities(
     """Returns the similarity of each of the rows to the references, which are rows too: float [N].
 
     An image does not vouch for itself. Neither does a near copy, such as another picture of a
-    burst, unless nearly all of the class are: own images must not look more familiar than new ones.
+    burst, unless most of the class are: own images must not look more familiar than new ones.
     """
     # A training image has one reference less: itself does not count.
     neighbor = max(1, min(NEIGHBOR, len(references) - 1))
@@ -3053,9 +3073,13 @@ def measure_similarities(
         is_other = block[:, None] != references
         is_no_copy = is_other & (cosines < DUPLICATE_SIMILARITY)
         is_own_class = images.classes[block, None] == images.classes[references]
-        # If nearly all of its class are near copies, without them it would be compared with other
+        counts = [
+            (mask & is_own_class).sum(axis=1, keepdims=True) for mask in (is_other, is_no_copy)
+        ]
+        # If most of its class were near copies, without them it would be compared with other
         # classes only. Then they count.
-        has_enough = (is_no_copy & is_own_class).sum(axis=1, keepdims=True) >= neighbor
+        has_enough = counts[1] >= np.minimum(neighbor, counts[0] / 2)
+        has_enough &= is_no_copy.sum(axis=1, keepdims=True) >= neighbor
         is_neighbor = np.where(has_enough, is_no_copy, is_other)
         cosines = np.where(is_neighbor, cosines, -1)
         similarities.append(np.partition(cosines, -neighbor, axis=1)[:, -neighbor])
@@ -3259,8 +3283,7 @@ def train(
                 validation = layer.evaluate(bottlenecks[drawn], images.classes[drawn])
                 logs['validation'].write(summarize(validation, layer_tags), step=step)
                 report_validation(step, validation)
-        if signal.getsignal(signal.SIGINT) is stop_run:  # only within run(), which puts it back
-            on_stop_signals(finish_run)
+        protect_outputs()
     except KeyboardInterrupt:
         if not layer.steps:
             raise

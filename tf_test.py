@@ -39,7 +39,10 @@ from typing import Any, NamedTuple
 
 
 def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
-    """Returns an argparse type: a value for which is_valid holds. `rule` describes such values."""
+    """Returns an argparse type: a value for which is_valid holds. `rule` describes such values.
+
+    For what it cannot convert, convert() raises ValueError or returns None.
+    """
 
     def parse(text: str) -> object:
         try:
@@ -440,17 +443,22 @@ def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> 
             break
 
 
-def check_refusal_flags(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
-    """Raises UserError if the labels or the graph do not go with --min_score or --unknown."""
+def check_refusal_flags(classes: 'Classes', graph: Graph, flags: argparse.Namespace) -> None:
+    """Raises UserError if the classes or the graph do not go with --min_score or --unknown."""
     words = (
         ('--min_score', flags.min_score > 0, UNSURE),
         ('--unknown', flags.unknown is not None, UNKNOWN),
     )
     for flag, is_given, word in words:
-        if is_given and word in labels:
+        if is_given and word in classes.labels:
             raise UserError(
                 f"{flag}: one of the labels is '{word}', the word for images that get no label. "
                 f"Rename the label in '{flags.labels}', or leave the flag out."
+            )
+        if is_given and flags.sort_into and word in classes.folders:
+            raise UserError(
+                f"{flag}: --sort_into puts images that get no label into '{word}', but that is a "
+                'class folder of the training. Leave one of the flags out.'
             )
     if flags.unknown is not None and FAMILIARITY_NODE not in graph.outputs:
         raise UserError(
@@ -529,8 +537,8 @@ def is_same_path(first: str, second: str) -> bool:
 def read_paths() -> Iterator[str]:
     """Yields the paths on standard input: one per line, or with NUL after each (find -print0)."""
     stream: Any = sys.stdin.buffer
-    # A NUL in what has come already, or in the first line, tells that they end paths. What has come
-    # may end before the first one, and the first line may end within a name that has a newline.
+    # Each test alone can miss the first NUL: peek() may return less than a path, and readline()
+    # ends at a newline in a name.
     has_nul = b'\0' in stream.peek()
     first = stream.readline().removeprefix(b'\xef\xbb\xbf')  # a mark that some editors write
     if has_nul or b'\0' in first:
@@ -1248,7 +1256,7 @@ class Classes:
                 return self.indices[folder.name]
             is_below_root = any(root in folder.parents for root in self.roots)
             if folder in self.roots or not is_below_root:
-                return None
+                break
         return None
 
     def get_folder(self, answer: Answer, label: str) -> str:
@@ -1587,9 +1595,9 @@ def label_images(flags: argparse.Namespace) -> None:
     check_flags(flags, is_single)
     labels = load_labels(flags.labels)
     graph = load_graph(flags.graph)
-    check_refusal_flags(labels, graph, flags)
     check_labels(labels, graph, flags)
     classes = create_classes(labels, graph.training, flags)
+    check_refusal_flags(classes, graph, flags)
     tally = Tally(classes, graph.training)
     if is_single:
         answers = score_image(graph, first, flags.upright)

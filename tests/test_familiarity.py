@@ -64,6 +64,20 @@ def test_similarity_is_that_of_the_third_nearest_other_image():
         assert found[row] == pytest.approx(third, abs=1e-5)
 
 
+def test_near_copies_do_not_vouch_in_small_classes():
+    """Of a class with few references, one near copy leaves enough, and only near copies do not."""
+    bottlenecks = np.float32(RNG.uniform(size=[12, 50]))
+    bottlenecks[1] = bottlenecks[0] * 1.001  # one of two other images of its class
+    bottlenecks[[4, 5]] = bottlenecks[3] * 1.001  # both others
+    images = make(['training'] * 12, np.arange(12) // 3)
+    rows = np.arange(12)
+    found = tf_retrain.measure_similarities(images, bottlenecks, rows, rows)
+    units = bottlenecks / np.linalg.norm(bottlenecks, axis=1, keepdims=True)
+    cosines = np.sort(units @ units.T, axis=1)
+    assert found[0] == pytest.approx(cosines[0, -5], abs=1e-5)  # without itself and its near copy
+    assert found[3] == pytest.approx(cosines[3, -4], abs=1e-5)  # without itself
+
+
 def test_familiarity_is_the_share_of_own_images_that_are_no_more_similar():
     directions = np.eye(4, dtype=np.float32)
     familiarity = Familiarity(directions[:3], np.float32([-1, 0, 0.5, 0.6, 0.7]))

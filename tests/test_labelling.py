@@ -360,6 +360,19 @@ def test_errors_do_not_get_among_the_results_if_stderr_is_closed(trained):
     assert line.startswith('data/cat/cat 0.jpg\t')
 
 
+def test_images_without_a_label_do_not_go_into_the_folder_of_a_class():
+    """Its label may have been translated."""
+    classes = tf_test.Classes(['cat', 'anderes'], ['cat', 'unknown'], [])
+    graph = tf_test.Graph(None, ['final_result', 'familiarity'], [], None)
+    flags = parse('data', *FILES, '--unknown=5')
+    tf_test.check_refusal_flags(classes, graph, flags)
+    flags.sort_into = 'sorted'
+    with pytest.raises(
+        tf_test.UserError, match="^--unknown: --sort_into puts .* into 'unknown', but"
+    ):
+        tf_test.check_refusal_flags(classes, graph, flags)
+
+
 def test_a_label_called_unsure(trained, label, tmp_path):
     (tmp_path / 'l.txt').write_text('red fox\nunsure\ndog\n')
     files = GRAPH, tmp_path / 'l.txt'
