@@ -2286,7 +2286,9 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
     """
 
     def parse(row: tf.Tensor, text: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        numbers = tf.strings.to_number(tf.strings.split(text, ','))
+        # tf.strings.split() would make a ragged tensor, which takes a fifth longer.
+        texts = tf.raw_ops.StringSplitV2(input=[text], sep=',').values
+        numbers = tf.strings.to_number(texts)
         numbers = tf.debugging.check_numerics(tf.ensure_shape(numbers, [size]), '')
         return row, compute_digest(text), numbers
 
