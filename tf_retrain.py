@@ -1138,28 +1138,32 @@ def find_set_folders(image_dir: str) -> dict[str, str]:
     folders and train/ has no class folders.
     """
     names = [name for name in list_dir(image_dir) if not name.startswith('.')]
-    sets = {name: SET_FOLDERS[name.lower()] for name in names if name.lower() in SET_FOLDERS}
-    if 'training' not in sets.values() or len(sets) < 2:
+    named = {name: SET_FOLDERS[name.lower()] for name in names if name.lower() in SET_FOLDERS}
+    if 'training' not in named.values() or len(named) < 2:
         return {}
-    split = {name: sets[name] for name in sets if has_class_folders(os.path.join(image_dir, name))}
-    if 'training' not in split.values():
-        folders = {name for name in names if gfile.isdir(os.path.join(image_dir, name))}
-        if folders <= set(sets):
-            raise UserError(
-                f"--image_dir: '{image_dir}' has {', '.join(sets)}, without class folders. Make "
-                f'one folder per class in each of them, or in {image_dir} itself.'
-            )
-        return {}  # train/ is one class of others
-    for name in names:
+    set_folders = {
+        name: named[name] for name in named if has_class_folders(os.path.join(image_dir, name))
+    }
+    others = [name for name in names if name not in named]
+    if 'training' not in set_folders.values():
+        if any(gfile.isdir(os.path.join(image_dir, name)) for name in others):
+            return {}  # train/ is a class like them
+        raise UserError(
+            f"--image_dir: '{image_dir}' has {', '.join(named)}, without class folders. Make "
+            f'one folder per class in each of them, or in {image_dir} itself.'
+        )
+    for name in others:
         path = os.path.join(image_dir, name)
-        if name not in sets and (is_image(name) or count_images(follow_link(path))):
+        if is_image(name) or count_images(follow_link(path)):
             raise UserError(
-                f"--image_dir: '{image_dir}' has the sets {', '.join(sets)}, and so '{path}' is "
+                f"--image_dir: '{image_dir}' has the sets {', '.join(named)}, and so '{path}' is "
                 'in none of them. Move it elsewhere.'
             )
-        if name in sets and name not in split:
-            print(f'WARNING: {escape(path)} has no class folders. It is left alone.')
-    return split
+    for name in named:
+        if name not in set_folders:
+            path = escape(os.path.join(image_dir, name))
+            print(f'WARNING: {path} has no class folders. It is left alone.')
+    return set_folders
 
 
 def list_split_folders(image_dir: str, set_folders: dict[str, str]) -> dict[str, list[str]]:
@@ -1560,14 +1564,16 @@ def fetch(url: str, name: str) -> bytes:
     contents = bytearray()
     with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
         total = int(response.headers.get('Content-Length', 0))
-        while block := response.read1(1 << 16):
-            contents += block
-            done = len(contents)
-            if done > MAX_ARCHIVE_SIZE:
-                raise OSError(f'more than {MAX_ARCHIVE_SIZE:,} bytes came')
-            progress = f'{100 * done / total:.1f}%' if total else f'{done / 1e6:.1f} MB'
-            print(f'\r>> Downloading {name} {progress}', end='', file=sys.stderr)
-    print(file=sys.stderr)
+        try:
+            while block := response.read1(1 << 16):
+                contents += block
+                done = len(contents)
+                if done > MAX_ARCHIVE_SIZE:
+                    raise OSError(f'more than {MAX_ARCHIVE_SIZE:,} bytes came')
+                progress = f'{100 * done / total:.1f}%' if total else f'{done / 1e6:.1f} MB'
+                print(f'\r>> Downloading {name} {progress}', end='', file=sys.stderr)
+        finally:
+            print(file=sys.stderr)
     if len(contents) < total:
         raise OSError(f'{len(contents):,} of {total:,} bytes came')
     return bytes(contents)
@@ -1916,9 +1922,11 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat
         arguments = tf.nest.flatten(function.structured_input_signature)
         inputs = [argument.shape for argument in arguments if isinstance(argument, tf.TensorSpec)]
         outputs = [output.shape for output in tf.nest.flatten(function.structured_outputs)]
-        ranks = [shape.rank for shape in inputs], [shape.rank for shape in outputs]
-        is_for_training = True in arguments
-        if ranks == ([4], [2]) and outputs[0][1] and not is_for_training:
+        takes_images = [shape.rank for shape in inputs] == [4]
+        gives_vectors = [shape.rank for shape in outputs] == [2] and outputs[0][1] is not None
+        # A module of Keras has one function for training=True, and one for training=False.
+        is_for_training = any(argument is True for argument in arguments)
+        if takes_images and gives_vectors and not is_for_training:
             sides = inputs[0][1:3]
             height, width = (side or 224 for side in sides)
             if None in sides:
@@ -2353,6 +2361,7 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
         return describe(error).replace('\n', ' '), digest
     except ImageError as error:
         return str(error), digest
+    # Now it can be decoded.
     return 'it changed while it was read, or the memory was full. Run the same command again', None
 
 
@@ -2410,8 +2419,8 @@ class BottleneckCache:
         self.bottlenecks, self.cache_digests = read_bottlenecks(
             self.paths, backbone.bottleneck_size
         )
-        # After the cache files: a file that another run wrote in between would seem to have no
-        # record, and so be trusted.
+        # They are read after the cache files. The other way round, a file that another run writes
+        # between the two would seem to have no record, and so be trusted.
         self.records = read_records(self.record_paths)
         self.statuses = [get_status(path) for path in images.paths]
         self.written = 0
@@ -2563,7 +2572,8 @@ class BottleneckCache:
     ) -> np.ndarray:
         """Computes and writes the bottlenecks of some rows; returns those that have failed.
 
-        With `is_strict`, it stops at the first of them.
+        With `is_strict`, it stops at the first of them, and returns only that. This is not for a
+        service, whose batches come in any order.
         """
         left = set(rows.tolist())
         paths = [self.images.paths[row] for row in rows]
@@ -2582,7 +2592,7 @@ class BottleneckCache:
             if is_strict and left and min(left) < found_rows.max():
                 break
         failed = np.array(sorted(left), int)
-        return failed[:1] if is_strict else failed  # of a break, the others were not tried
+        return failed[:1] if is_strict else failed
 
     def fill(self, rows: np.ndarray, flags: argparse.Namespace) -> dict[int, str]:
         """Computes and writes the bottlenecks of some rows; returns {row: reason} of failures."""
@@ -3057,7 +3067,8 @@ def measure_similarities(
     """Returns the similarity of each of the rows to the references, which are rows too: float [N].
 
     An image does not vouch for itself. Neither does a near copy, such as another picture of a
-    burst, unless most of the class are: own images must not look more familiar than new ones.
+    burst, unless too few are left without them: own images must not look more familiar than new
+    ones.
     """
     # A training image has one reference less: itself does not count.
     neighbor = max(1, min(NEIGHBOR, len(references) - 1))
@@ -3069,17 +3080,25 @@ def measure_similarities(
         is_other = block[:, None] != references
         is_no_copy = is_other & (cosines < DUPLICATE_SIMILARITY)
         is_own_class = images.classes[block, None] == images.classes[references]
-        counts = [
-            (mask & is_own_class).sum(axis=1, keepdims=True) for mask in (is_other, is_no_copy)
-        ]
-        # If most of its class were near copies, without them it would be compared with other
-        # classes only. Then they count.
-        has_enough = counts[1] >= np.minimum(neighbor, counts[0] / 2)
-        has_enough &= is_no_copy.sum(axis=1, keepdims=True) >= neighbor
-        is_neighbor = np.where(has_enough, is_no_copy, is_other)
+        is_neighbor = choose_neighbors(is_other, is_no_copy, is_own_class, neighbor)
         cosines = np.where(is_neighbor, cosines, -1)
         similarities.append(np.partition(cosines, -neighbor, axis=1)[:, -neighbor])
     return np.float32(np.concatenate(similarities))
+
+
+def choose_neighbors(
+    is_other: np.ndarray, is_no_copy: np.ndarray, is_own_class: np.ndarray, neighbor: int
+) -> np.ndarray:
+    """Returns which references an image is compared with, all bool [N, references].
+
+    Without near copies, there must still be `neighbor` references of its class, or half of those of
+    a small one: other classes would decide. Otherwise, near copies count.
+    """
+    own = (is_other & is_own_class).sum(axis=1, keepdims=True)
+    own_without_copies = (is_no_copy & is_own_class).sum(axis=1, keepdims=True)
+    has_enough = own_without_copies >= np.minimum(neighbor, own / 2)
+    has_enough &= is_no_copy.sum(axis=1, keepdims=True) >= neighbor  # of all classes
+    return np.where(has_enough, is_no_copy, is_other)
 
 
 def find_familiarity(
@@ -3249,45 +3268,65 @@ def draw_batches(
 def train(
     images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace
 ) -> FinalLayer:
-    """Trains the final layer, and logs cross entropy and accuracy of every step.
-
-    Every --eval_step_interval steps, and at the last one, it also logs the layer, and prints how
-    good it is. As in the original, the log says what the layer made of the batch before the step,
-    and the lines what it makes of the same batch after the step.
+    """Returns the trained final layer, which is evaluated every --eval_step_interval steps.
 
     Ctrl-C ends the training early. Raises UserError if there was nothing to train on.
     """
     layer = create_untrained_layer(images, backbone, flags)
     rng = create_rng(flags.random_seed, 'validation')
     logs = open_logs(backbone, Head(layer, images.labels), flags)
+    last = flags.how_many_training_steps - 1
     try:
         batches = draw_batches(images, bottlenecks, backbone, flags)
         for step, (rows, batch) in enumerate(until_stopped(batches)):
-            is_evaluated = (
-                step % flags.eval_step_interval == 0 or step == flags.how_many_training_steps - 1
-            )
-            before_step = layer.train(batch, images.classes[rows]) if rows.size else None
-            layer_tags = summarize_layer(layer) if is_evaluated else None
-            if before_step is not None:
-                logs['train'].write(summarize(before_step, layer_tags), step=step)
-            if not is_evaluated:
-                continue
-            if before_step is not None:
-                report_training(step, layer.evaluate(batch, images.classes[rows]))
-            drawn = images.draw('validation', flags.validation_batch_size, rng)
-            if drawn.size:
-                validation = layer.evaluate(bottlenecks[drawn], images.classes[drawn])
-                logs['validation'].write(summarize(validation, layer_tags), step=step)
-                report_validation(step, validation)
-        protect_outputs()
+            is_evaluated = step % flags.eval_step_interval == 0 or step == last
+            if rows.size:  # some distorted images may be left, or none, that can be read
+                train_step(layer, batch, images.classes[rows], step, is_evaluated, logs['train'])
+            if is_evaluated:
+                drawn = images.draw('validation', flags.validation_batch_size, rng)
+                validate(layer, bottlenecks[drawn], images.classes[drawn], step, logs['validation'])
+        protect_outputs()  # a Ctrl-C up to here still ends the training early
     except KeyboardInterrupt:
         if not layer.steps:
             raise
-        stop_requested.clear()
+        stop_requested.clear()  # another Ctrl-C quits: stop_run() has seen to that
         print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
     return layer
+
+
+def train_step(
+    layer: FinalLayer,
+    bottlenecks: np.ndarray,
+    classes: np.ndarray,
+    step: int,
+    is_evaluated: bool,
+    log: 'SummaryWriter',
+) -> None:
+    """Takes a training step, and logs what the layer made of the batch before it.
+
+    If the step is evaluated, the log also has the weights and biases after it, and the original's
+    lines say what the layer then makes of the same batch.
+    """
+    before = layer.train(bottlenecks, classes)
+    log.write(summarize(before, summarize_layer(layer) if is_evaluated else None), step=step)
+    if is_evaluated:
+        report_training(step, layer.evaluate(bottlenecks, classes))
+
+
+def validate(
+    layer: FinalLayer,
+    bottlenecks: np.ndarray,
+    classes: np.ndarray,
+    step: int,
+    log: 'SummaryWriter',
+) -> None:
+    """Prints and logs what the layer makes of validation images, if there are any."""
+    if classes.size:
+        evaluation = layer.evaluate(bottlenecks, classes)
+        log.write(summarize(evaluation, summarize_layer(layer)), step=step)
+        report_validation(step, evaluation)
 
 
 def open_logs(
@@ -3397,10 +3436,10 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
     --print_misclassified_test_images adds the misclassified images.
     """
     if not tested:
-        print(
-            'Final test accuracy: unknown, as the test set is empty. Add images, or raise '
-            '--testing_percentage.'
-        )
+        remedy = 'Add images, or raise --testing_percentage.'
+        if 'testing' in images.set_folders.values():
+            remedy = 'Add images that can be read to the test folder.'
+        print(f'Final test accuracy: unknown, as the test set is empty. {remedy}')
         return
     right, count, (low, high) = tested.measure()
     print(f'Final test accuracy = {100 * right / count:.1f}% (N={count})')

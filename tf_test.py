@@ -535,18 +535,26 @@ def is_same_path(first: str, second: str) -> bool:
 
 
 def read_paths() -> Iterator[str]:
-    """Yields the paths on standard input: one per line, or with NUL after each (find -print0)."""
-    stream: Any = sys.stdin.buffer
+    """Yields the paths on standard input; raises UserError if it cannot be read."""
+    try:
+        for path in split_paths(sys.stdin.buffer):
+            if path:
+                yield path.decode(errors='surrogateescape')
+    except OSError as error:
+        raise UserError(f'-: standard input cannot be read: {error.strerror}.')
+
+
+def split_paths(stream: Any) -> Iterator[bytes]:
+    """Yields the paths in a stream: one per line, or with NUL after each (find -print0)."""
     # Each test alone can miss the first NUL: peek() may return less than a path, and readline()
     # ends at a newline in a name.
     has_nul = b'\0' in stream.peek()
     first = stream.readline().removeprefix(b'\xef\xbb\xbf')  # a mark that some editors write
     if has_nul or b'\0' in first:
-        paths = (first + stream.read()).split(b'\0')
-    else:
-        paths = (line.rstrip(b'\r\n') for line in itertools.chain([first], stream))
-    for path in filter(None, paths):
-        yield path.decode(errors='surrogateescape')
+        yield from (first + stream.read()).split(b'\0')
+        return
+    for line in itertools.chain([first], stream):
+        yield line.rstrip(b'\r\n')
 
 
 def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
@@ -1254,9 +1262,10 @@ class Classes:
         for folder in get_absolute(path).parents:
             if folder.name in self.indices:
                 return self.indices[folder.name]
-            is_below_root = any(root in folder.parents for root in self.roots)
-            if folder in self.roots or not is_below_root:
+            if folder in self.roots:
                 break
+            if not any(root in folder.parents for root in self.roots):
+                break  # the image itself is an argument
         return None
 
     def get_folder(self, answer: Answer, label: str) -> str:
@@ -1322,8 +1331,10 @@ class Tally:
             folder = convert(training.absolute_image_dir)
             if convert(path).is_relative_to(folder):
                 file = convert(path).relative_to(folder)
-                depth = 3 if file.parts[0] in training.set_folders else 2
-                if len(file.parts) != depth:  # folders inside class folders were passed over
+                is_split = bool(training.set_folders)
+                if is_split and file.parts[0] not in training.set_folders:
+                    return True
+                if len(file.parts) != 2 + is_split:  # the training passed over deeper folders
                     return True
                 name = get_set_of_file(
                     training.image_dir, str(file), training.set_folders, training.percentages

@@ -154,6 +154,14 @@ def test_no_whole_archive(tmp_path, server, answer, reason):
     assert names(tmp_path) == []
 
 
+def test_a_download_that_breaks_off_ends_its_line(tmp_path, monkeypatch, server, capsys):
+    monkeypatch.setattr(tf_retrain, 'MAX_ARCHIVE_SIZE', 10)
+    server(body(WHOLE))
+    with pytest.raises(UserError, match='more than 10 bytes came'):
+        fetch(tmp_path)
+    assert capsys.readouterr().err.endswith('\n')
+
+
 def test_a_server_that_hangs(tmp_path, monkeypatch, server):
     monkeypatch.setattr(tf_retrain, 'DOWNLOAD_TIMEOUT', 0.2)
     done = threading.Event()

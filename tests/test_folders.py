@@ -93,6 +93,14 @@ def test_nothing_may_lie_beside_the_sets(touch, other):
         list_images()
 
 
+def test_the_advice_for_an_empty_test_folder(touch, capsys):
+    create_split(touch, 'train', 'test')
+    images = list_images()
+    kept = images.keep(images.sets != 'testing')
+    tf_retrain.report_test(kept, None, parse('--image_dir=d'))
+    assert 'the test set is empty. Add images that can be read to the' in capsys.readouterr().out
+
+
 @pytest.mark.posix
 def test_a_linked_folder_beside_the_sets_is_not_missed(touch, tmp_path):
     create_split(touch, 'train', 'val')
@@ -383,6 +391,7 @@ def test_the_training_has_not_seen_what_is_deeper_than_its_images(trained, tmp_p
     assert not tally.is_new(str(data / 'train/cat/1.jpg'))
     assert tally.is_new(str(data / 'train/cat/rejected/1.jpg'))
     assert tally.is_new(str(data / 'test/cat/1.jpg'))
+    assert tally.is_new(str(data / 'cat/1.jpg'))  # beside the sets
 
 
 def test_there_is_a_reason_if_no_image_counts(capsys):

@@ -317,6 +317,14 @@ def test_paths_on_standard_input_come_in_parts(monkeypatch, parts, paths):
     assert list(tf_test.read_paths()) == paths
 
 
+def test_standard_input_that_cannot_be_read(tmp_path, monkeypatch):
+    with open(tmp_path / 'only_written', 'wb') as file:
+        stream = open(file.fileno(), 'rb', closefd=False)
+        monkeypatch.setattr(sys, 'stdin', mock.Mock(buffer=stream))
+        with pytest.raises(tf_test.UserError, match='^-: standard input cannot be read: Bad file'):
+            list(tf_test.read_paths())
+
+
 @pytest.mark.posix
 def test_names_that_are_not_utf_8(trained, tmp_path):
     """Such an image is labeled as any other, and a missing one is named."""
