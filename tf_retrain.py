@@ -572,6 +572,9 @@ class OptionalOutput:
             return len(text)
 
 
+# What these do changes during a run: at first stop_run() stops it, or ends the training early, and
+# leaves the next one to the system, which quits. After a training that was not ended early, the
+# first one is answered by finish_run(). After the run, they do what they did before.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 stop_requested = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
 
@@ -620,7 +623,7 @@ def until_stopped(items: Iterable) -> Iterator:
 def protect_outputs() -> None:
     """Has a first Ctrl-C stop the run no longer: what was learned would be lost.
 
-    Without run(), which puts them back, the handlers of the caller stay.
+    If a program calls main() without run(), which puts its handlers back, they stay as they are.
     """
     if signal.getsignal(signal.SIGINT) is stop_run:
         on_stop_signals(finish_run)
@@ -1133,33 +1136,37 @@ def has_class_folders(path: str) -> bool:
 def find_set_folders(image_dir: str) -> dict[str, str]:
     """Returns {folder: set} if the images are split already; {} if their folders are classes.
 
-    They are split if there is a folder train/, with class folders, and another one of SET_FOLDERS.
-    Raises UserError if an image or a folder with images lies beside them, or if there are no other
-    folders and train/ has no class folders.
+    They are split if there is a folder train/ with class folders, and another one of SET_FOLDERS,
+    even an empty one. Raises UserError if an image or a folder with images lies beside them, or if
+    there are no other folders and train/ has no class folders.
     """
-    names = [name for name in list_dir(image_dir) if not name.startswith('.')]
-    named = {name: SET_FOLDERS[name.lower()] for name in names if name.lower() in SET_FOLDERS}
-    if 'training' not in named.values() or len(named) < 2:
+    visible = [name for name in list_dir(image_dir) if not name.startswith('.')]
+    candidates = {
+        name: SET_FOLDERS[name.lower()] for name in visible if name.lower() in SET_FOLDERS
+    }
+    if 'training' not in candidates.values() or len(candidates) < 2:
         return {}
     set_folders = {
-        name: named[name] for name in named if has_class_folders(os.path.join(image_dir, name))
+        name: candidates[name]
+        for name in candidates
+        if has_class_folders(os.path.join(image_dir, name))
     }
-    others = [name for name in names if name not in named]
+    others = [name for name in visible if name not in candidates]
     if 'training' not in set_folders.values():
         if any(gfile.isdir(os.path.join(image_dir, name)) for name in others):
             return {}  # train/ is a class like them
         raise UserError(
-            f"--image_dir: '{image_dir}' has {', '.join(named)}, without class folders. Make "
+            f"--image_dir: '{image_dir}' has {', '.join(candidates)}, without class folders. Make "
             f'one folder per class in each of them, or in {image_dir} itself.'
         )
     for name in others:
         path = os.path.join(image_dir, name)
         if is_image(name) or count_images(follow_link(path)):
             raise UserError(
-                f"--image_dir: '{image_dir}' has the sets {', '.join(named)}, and so '{path}' is "
-                'in none of them. Move it elsewhere.'
+                f"--image_dir: '{image_dir}' has the sets {', '.join(candidates)}, and so '{path}' "
+                'is in none of them. Move it elsewhere.'
             )
-    for name in named:
+    for name in candidates:
         if name not in set_folders:
             path = escape(os.path.join(image_dir, name))
             print(f'WARNING: {path} has no class folders. It is left alone.')
@@ -1238,34 +1245,43 @@ def report_set_folders(images: Images) -> None:
     print(f'The sets are those of the folders: {", ".join(counts)}.')
 
 
+def find_empty_classes(images: Images, name: str) -> list[str]:
+    """Returns the labels of the classes that have no image in a set."""
+    counts = images.counts[name]
+    return [label for label, count in zip(images.labels, counts, strict=True) if not count]
+
+
 def check_sets(images: Images, flags: argparse.Namespace) -> None:
-    """Warns of classes that a set has no image of; raises UserError without training images."""
-    percentages = {
-        'testing': flags.testing_percentage,
-        'validation': flags.validation_percentage,
-        'training': 100,
+    """Warns of classes that a set has no image of; raises UserError without training images.
+
+    Of images that are split already, no class may be without training images: in a folder of sets,
+    that is an accident.
+    """
+    untrained = find_empty_classes(images, 'training')
+    if images.set_folders and untrained:
+        raise UserError(
+            f'--image_dir: no training image of {name_some(untrained)} can be used: they cannot be '
+            'read, or were drawn for another set. Add some.'
+        )
+    if len(untrained) == len(images.labels):
+        raise UserError(
+            '--image_dir: no image fell into the training set. Add images, or lower '
+            '--testing_percentage.'
+        )
+    is_drawn = {
+        'testing': flags.testing_percentage > 0,
+        'validation': flags.validation_percentage > 0,
+        'training': True,
     }
-    for name, percentage in percentages.items():
-        counts = images.counts[name]
-        empty = [label for label, count in zip(images.labels, counts, strict=True) if not count]
-        is_of_folder = name in images.set_folders.values()
-        if is_of_folder and name == 'training' and empty:
-            raise UserError(
-                f'--image_dir: no training image of {name_some(empty)} can be used: they cannot be '
-                'read, or were drawn for another set. Add some.'
-            )
-        # list_split_folders() has warned of classes that are missing in a folder.
-        if percentage and empty and not is_of_folder:
+    for name in is_drawn:
+        empty = find_empty_classes(images, name)
+        is_of_folder = name in images.set_folders.values()  # list_split_folders() has warned
+        if empty and is_drawn[name] and not is_of_folder:
             print(
                 f'WARNING: no {name} image in {len(empty)} of {len(images.labels)} classes: '
                 f'{name_some(empty)}. Add images, or change --testing_percentage or '
                 '--validation_percentage.'
             )
-    if not images.rows['training'].size:
-        raise UserError(
-            '--image_dir: no image fell into the training set. Add images, or lower '
-            '--testing_percentage.'
-        )
 
 
 # Image files
@@ -2212,7 +2228,7 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
     try:
         server = host.strip('[]'), int(port)  # [...] is an IPv6 address
         socket.create_connection(server, timeout=DATA_SERVICE_TIMEOUT).close()
-    except OSError as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last for an odd host
         raise UserError(
             f'--data_service: {address} does not answer ({error}). Start it, or leave the flag out.'
         )
@@ -2795,8 +2811,9 @@ def choose_worst(
     is_variant = images.stems[rows, None] == images.stems[others]
     is_meant = is_variant & ~has_other_label & ~is_leak
     is_near = (similarity >= DUPLICATE_SIMILARITY) & ~is_meant
-    has_leaked = (is_near & is_leak).any(axis=1)
-    preferred = prefer(prefer(is_near, has_other_label), is_leak)
+    has_leaked = (is_near & is_leak).any(axis=1)  # by any of them, not only by the worst
+    preferred = prefer(is_near, has_other_label)
+    preferred = prefer(preferred, is_leak)
     columns = np.where(preferred, similarity, -1).argmax(axis=1)
     for index in np.flatnonzero(is_near.any(axis=1)):
         column = columns[index]
@@ -3078,27 +3095,29 @@ def measure_similarities(
         units = to_units(bottlenecks[block])
         cosines = tf.matmul(units, reference_units, transpose_b=True).numpy()
         is_other = block[:, None] != references
-        is_no_copy = is_other & (cosines < DUPLICATE_SIMILARITY)
+        is_distinct = is_other & (cosines < DUPLICATE_SIMILARITY)
         is_own_class = images.classes[block, None] == images.classes[references]
-        is_neighbor = choose_neighbors(is_other, is_no_copy, is_own_class, neighbor)
+        is_neighbor = choose_neighbors(is_other, is_distinct, is_own_class, neighbor)
         cosines = np.where(is_neighbor, cosines, -1)
         similarities.append(np.partition(cosines, -neighbor, axis=1)[:, -neighbor])
     return np.float32(np.concatenate(similarities))
 
 
 def choose_neighbors(
-    is_other: np.ndarray, is_no_copy: np.ndarray, is_own_class: np.ndarray, neighbor: int
+    is_other: np.ndarray, is_distinct: np.ndarray, is_own_class: np.ndarray, needed: int
 ) -> np.ndarray:
     """Returns which references an image is compared with, all bool [N, references].
 
-    Without near copies, there must still be `neighbor` references of its class, or half of those of
-    a small one: other classes would decide. Otherwise, near copies count.
+    These are the distinct ones, which are neither the image itself nor near copies of it, if enough
+    of them remain: `needed` in all, and as many of its class, or half of its class if that is less.
+    Otherwise the nearest ones would be of other classes, and the image would look unfamiliar: then
+    near copies count.
     """
     own = (is_other & is_own_class).sum(axis=1, keepdims=True)
-    own_without_copies = (is_no_copy & is_own_class).sum(axis=1, keepdims=True)
-    has_enough = own_without_copies >= np.minimum(neighbor, own / 2)
-    has_enough &= is_no_copy.sum(axis=1, keepdims=True) >= neighbor  # of all classes
-    return np.where(has_enough, is_no_copy, is_other)
+    own_distinct = (is_distinct & is_own_class).sum(axis=1, keepdims=True)
+    has_enough = own_distinct >= np.minimum(needed, own / 2)
+    has_enough &= is_distinct.sum(axis=1, keepdims=True) >= needed
+    return np.where(has_enough, is_distinct, is_other)
 
 
 def find_familiarity(
@@ -3289,7 +3308,7 @@ def train(
     except KeyboardInterrupt:
         if not layer.steps:
             raise
-        stop_requested.clear()  # another Ctrl-C quits: stop_run() has seen to that
+        stop_requested.clear()  # or the loops of the test would stop, too
         print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
@@ -3517,7 +3536,8 @@ def create_final_nodes(backbone: Backbone, head: Head, final_tensor_name: str) -
         logits = tf.add(product, biases, f'{FINAL_SCOPE}/Wx_plus_b/add')
         tf.constant(head.labels, name=f'{FINAL_SCOPE}/labels')
         if head.familiarity:
-            with tf.name_scope(f'{FAMILIARITY_NODE}/'):  # the slash leaves the name to the output
+            # With a slash, a scope does not reserve its name: it is left for the output below.
+            with tf.name_scope(f'{FAMILIARITY_NODE}/'):
                 result = compute_familiarity(fed, head.familiarity)
             tf.identity(result, FAMILIARITY_NODE)
         # The last node: tf_test.py finds the scores by this place, whatever their name is.
@@ -3679,8 +3699,9 @@ def check_outputs(flags: argparse.Namespace) -> None:
             raise UserError(f'{flag}: {path} is the pretrained model. Name another file.')
         if is_input(path, flags):
             raise UserError(f'{flag}: {path} is what the training reads. Name another file.')
-        ensure_writable_dir(os.path.dirname(path), flag)
+        ensure_writable_dir(os.path.dirname(follow_link(path)), flag)
         ensure_replaceable(path, flag)
+    ensure_writable_dir(os.path.dirname(follow_link(record)), '--output_graph')
     ensure_replaceable(record, '--output_graph')
     for name in SUMMARY_FOLDERS:
         ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')

@@ -493,7 +493,7 @@ def find_images(folder: str, left_out: str | None) -> Iterator[str]:
             yield path
             continue
         real_path = os.path.realpath(to_bytes(path))
-        if real_path in found:  # a link led back to it
+        if real_path in found:  # a link leads to it
             continue
         found.add(real_path)
         try:
@@ -501,6 +501,8 @@ def find_images(folder: str, left_out: str | None) -> Iterator[str]:
         except (tf.errors.OpError, OSError):
             yield path  # fails as an image that cannot be read
             continue
+        # Links come last: of two paths to a folder, the one without a link names its class.
+        names.sort(key=lambda name: os.path.islink(to_bytes(os.path.join(path, name))))
         for name in reversed(names):
             inner = os.path.join(path, name)
             is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
@@ -1090,11 +1092,11 @@ def score_loaded(
     """Yields the answers for (row, orientation, image): one per row, or None for missing rows."""
     next_row = 0
     for rows, orientations, batch in images.batch(NETWORK_BATCH_SIZE).prefetch(2):
-        outputs = zip(*[output.numpy() for output in classify(batch)], strict=True)
-        answers = map(create_answer, outputs, orientations.numpy().tolist())
-        for row, answer in zip(rows.numpy(), answers, strict=True):
+        arrays = [output.numpy() for output in classify(batch)]
+        for place, row in enumerate(rows.numpy()):
             yield from [None] * (row - next_row)
-            yield answer
+            outputs = [array[place] for array in arrays]
+            yield create_answer(outputs, int(orientations[place]))
             next_row = row + 1
     yield from [None] * (count - next_row)
 
@@ -1211,15 +1213,19 @@ def save_picture(picture: Image.Image, target: str) -> None:
     """
     if is_special(target) or is_folder(target):
         raise UserError(f"--heatmap: '{target}' is not a plain file. Name another one.")
-    place = resolve(target)
-    temporary = place.with_name(f'.{uuid.uuid4().hex[:8]}{place.suffix}')
+    real_target = resolve(target)
+    temporary = real_target.with_name(f'.{uuid.uuid4().hex[:8]}{real_target.suffix}')
     try:
         picture.save(str(temporary))
-        os.replace(temporary, place)
+        os.replace(temporary, real_target)
     except (OSError, ValueError, KeyError) as error:  # the last for what Pillow can only read
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise UserError(f'--heatmap: {describe(error)}. Name a file such as heatmap.png.')
+        reason = getattr(error, 'strerror', '') or describe(error)  # without the temporary name
+        raise UserError(
+            f"--heatmap: '{target}' cannot be written ({reason}). Name another file, such as "
+            'heatmap.png.'
+        )
 
 
 # Classes
@@ -1259,14 +1265,13 @@ class Classes:
         Only the folder of the image counts, and those up to an IMAGE argument: not, for example, a
         home folder /home/rose.
         """
-        for folder in get_absolute(path).parents:
-            if folder.name in self.indices:
-                return self.indices[folder.name]
-            if folder in self.roots:
-                break
-            if not any(root in folder.parents for root in self.roots):
-                break  # the image itself is an argument
-        return None
+        own_folder, *above = get_absolute(path).parents
+        folders = [own_folder]
+        folders += [
+            folder for folder in above if any(folder.is_relative_to(root) for root in self.roots)
+        ]
+        indices = (self.indices[folder.name] for folder in folders if folder.name in self.indices)
+        return next(indices, None)
 
     def get_folder(self, answer: Answer, label: str) -> str:
         """Returns the class folder of an answer. UNSURE and UNKNOWN get folders of that name."""
@@ -1553,6 +1558,8 @@ def check_flags(flags: argparse.Namespace, is_single: bool) -> None:
     """Raises UserError if the flags do not fit together, or would overwrite what is read."""
     if flags.heatmap and not is_single:
         raise UserError('--heatmap: name one image.')
+    if flags.heatmap and not is_folder(os.path.dirname(flags.heatmap) or '.'):
+        raise UserError(f"--heatmap: there is no folder for '{flags.heatmap}'. Make it first.")
     for path in (*flags.images, flags.graph, flags.labels):
         if flags.heatmap and is_same_path(flags.heatmap, path):
             raise UserError(f"--heatmap: '{path}' is read. Name another file.")

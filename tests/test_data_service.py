@@ -140,6 +140,7 @@ def test_a_service_that_fails_says_why_at_once(job, monkeypatch, address):
     assert len(created(out)) == 60
 
 
-def test_a_service_that_is_not_there(job):
-    match = '--data_service: grpc://localhost:1 does not answer .*Start it, or leave'
-    job.photographs(cat=20, dog=20).fails(match, data_service='grpc://localhost:1')
+@pytest.mark.parametrize('address', ['localhost:1', 'a..b:5000', 'localhost:99999'])
+def test_a_service_that_is_not_there(job, address):
+    match = f'--data_service: grpc://{address} does not answer .*Start it, or leave'
+    job.photographs(cat=20, dog=20).fails(match, data_service=f'grpc://{address}')

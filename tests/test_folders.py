@@ -310,6 +310,13 @@ def test_folders_twelve_hundred_deep(monkeypatch):
     assert list(tf_test.find_images('d', None)) == ['d/' * 1201 + 'i.jpg']
 
 
+def test_of_two_paths_to_a_folder_the_one_without_a_link_counts(tmp_path):
+    write_photographs(tmp_path / 'in', 'rose', 2, RED)
+    (tmp_path / 'in/all').symlink_to(tmp_path / 'in/rose')
+    found = list(tf_test.find_images(str(tmp_path / 'in'), None))
+    assert found == [str(tmp_path / f'in/rose/rose {i}.jpg') for i in range(2)]
+
+
 @pytest.fixture
 def own(trained, tmp_path):
     """Photographs in folders of classes, one of which is missing, and one folder that is none."""

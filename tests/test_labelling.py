@@ -224,9 +224,12 @@ def test_a_heatmap_replaces_only_plain_files(trained, label, tmp_path):
     label(f'--heatmap={tmp_path}/link.png', image)
     assert (tmp_path / 'link.png').is_symlink()
     assert Image.open(tmp_path / 'there.png').size
+    label.fails('^--heatmap: there is no folder for ', f'--heatmap={tmp_path}/nowhere/h.png', image)
     for name in ('h.psd', 'h.xyz', 'h'):  # the first is a format that Pillow can only read
         label.fails(
-            '^--heatmap: .*. Name a file such as heatmap', f'--heatmap={tmp_path}/{name}', image
+            '^--heatmap: .* cannot be written .*. Name another file, such as heatmap',
+            f'--heatmap={tmp_path}/{name}',
+            image,
         )
 
 
@@ -597,7 +600,7 @@ def test_the_heatmap_of_a_label_that_the_font_lacks(trained, label, tmp_path):
     ('heatmap', 'files', 'message'),
     [
         ('o.png', 'cat.jpg max labels', 'this network has no class activation map'),
-        ('no/o.png', 'cat.jpg graph labels', r'.* Name a file such as heatmap\.png'),
+        ('no/o.png', 'cat.jpg graph labels', 'there is no folder for .no/o.png.. Make it first'),
         ('o.png', '. graph labels', 'name one image'),
     ],
 )

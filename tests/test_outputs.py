@@ -220,3 +220,14 @@ def test_a_saved_model_does_not_replace_a_mount_or_a_link(job, monkeypatch):
 def test_names_that_the_output_cannot_have_are_known_before_any_work(job, name):
     job.photographs(cat=20, dog=20).fails('^--final_tensor_name: ', final_tensor_name=name)
     assert not (job.folder / 'bottlenecks').exists()
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize('output', [GRAPH, LABELS, RECORD])
+def test_a_link_that_leads_to_a_folder_that_cannot_be_made_is_found_first(job, output):
+    """Such as one on a drive that is not there."""
+    (job.folder / 'file').touch()
+    (job.folder / output).parent.mkdir(exist_ok=True)
+    (job.folder / output).symlink_to(job.folder / 'file/missing/output')
+    job.photographs(cat=20, dog=20).fails('^--output_(graph|labels): nothing can be written in ')
+    assert not (job.folder / 'bottlenecks').exists()
