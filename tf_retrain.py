@@ -1570,7 +1570,7 @@ def extract(archive: bytes, name: str) -> bytes:
                 if member.isfile() and posixpath.normpath(member.name) == name:
                     file = tar.extractfile(member)
                     return file.read() if file else b''
-    except (EOFError, OSError, zlib.error, tarfile.TarError):
+    except (EOFError, OSError, ValueError, zlib.error, tarfile.TarError):
         pass
     return b''
 
@@ -1778,6 +1778,18 @@ def load_inception(model_dir: str) -> Backbone:
     )
 
 
+@contextlib.contextmanager
+def damage_explained(source: str, remedy: str) -> Iterator[None]:
+    """Turns what TensorFlow raises of a damaged or odd network, errors of many kinds, into one."""
+    try:
+        yield
+    except (UserError, MemoryError, tf.errors.ResourceExhaustedError):
+        raise
+    except Exception as error:
+        reason = describe(error).splitlines()[0]
+        raise UserError(f'{source} is damaged, or another kind of network ({reason}). {remedy}')
+
+
 def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
     """Returns a MobileNet v1 as published in 2017, such as mobilenet_1.0_224."""
     size = architecture.removeprefix('mobilenet_')
@@ -1794,7 +1806,8 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
     (fed,) = (node for node in graph_def.node if node.name == 'input')
     fed.op = 'PlaceholderWithDefault'
     fed.input.append(SCALED_INPUT_NODE)
-    graph_def = prepend_decoding(graph_def, f'{SCALED_INPUT_NODE}:0', input_format)
+    with damage_explained(path, 'Delete it and run again to download it.'):
+        graph_def = prepend_decoding(graph_def, f'{SCALED_INPUT_NODE}:0', input_format)
     return Backbone(
         source=path,
         graph_def=graph_def,
@@ -1870,15 +1883,17 @@ def explain_keras_error(error: Exception) -> Exception:
 
 def load_tfhub_module(handle: str) -> Backbone:
     """Returns the network of a TF2 image feature vector; raises UserError if it is none."""
-    path, module = open_tfhub_module(handle)
-    function, input_format, size = find_feature_vector(module, handle)
-    graph_def = freeze_function(function, input_format, size)
+    remedy = 'Download it again, or name another one.'
+    with damage_explained(f"--tfhub_module: '{handle}'", remedy):
+        checksum, module = open_tfhub_module(handle)
+        function, input_format, size = find_feature_vector(module, handle)
+        graph_def = freeze_function(function, input_format, size)
     # The suffix is that of the retrain script of TensorFlow Hub.
     suffix = '_' + to_file_name(re.sub(r'[:/]+', '~', handle.rstrip('/')))[-100:]
     return Backbone(
         source=handle,
         graph_def=graph_def,
-        checksum=get_folder_checksum(path),
+        checksum=checksum,
         bottleneck=FUNCTION_BOTTLENECK,
         bottleneck_size=size,
         input_format=input_format,
@@ -1895,7 +1910,7 @@ def freeze_function(function: Callable, input_format: InputFormat, size: int) ->
 
     @tf.function(input_signature=[tf.TensorSpec([None, *input_format.size, 3])])
     def extract_features(images: tf.Tensor) -> tf.Tensor:
-        features = tf.nest.flatten(function(images))[0]
+        features = tf.cast(tf.nest.flatten(function(images))[0], tf.float32)
         return tf.reshape(features, [-1, size], name=name)
 
     frozen = convert_variables_to_constants_v2(extract_features.get_concrete_function())
@@ -1905,14 +1920,15 @@ def freeze_function(function: Callable, input_format: InputFormat, size: int) ->
     return extract_sub_graph(graph_def, [FUNCTION_BOTTLENECK])
 
 
-def open_tfhub_module(handle: str) -> tuple[str, Any]:
-    """Returns the folder of a module, and the module; raises UserError if it cannot be loaded."""
+def open_tfhub_module(handle: str) -> tuple[int, Any]:
+    """Returns the checksum of a module, and the module; raises UserError if it cannot be loaded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # tensorflow_hub's use of pkg_resources
             import tensorflow_hub
         path = tensorflow_hub.resolve(handle)
-        return path, tf.saved_model.load(path)
+        checksum = get_folder_checksum(path)  # first: it opens only plain files
+        return checksum, tf.saved_model.load(path)
     except ImportError as error:
         raise UserError(
             f"--tfhub_module: {error}. Run pip install tensorflow-hub 'setuptools<81' first."
@@ -1936,14 +1952,16 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat
         functions = module.signatures.values()
     for function in functions:
         arguments = tf.nest.flatten(function.structured_input_signature)
-        inputs = [argument.shape for argument in arguments if isinstance(argument, tf.TensorSpec)]
+        inputs = [argument for argument in arguments if isinstance(argument, tf.TensorSpec)]
         outputs = [output.shape for output in tf.nest.flatten(function.structured_outputs)]
-        takes_images = [shape.rank for shape in inputs] == [4]
+        takes_images = [(spec.shape.rank, spec.dtype) for spec in inputs] == [(4, tf.float32)]
         gives_vectors = [shape.rank for shape in outputs] == [2] and outputs[0][1] is not None
         # A module of Keras has one function for training=True, and one for training=False.
         is_for_training = any(argument is True for argument in arguments)
         if takes_images and gives_vectors and not is_for_training:
-            sides = inputs[0][1:3]
+            *sides, channels = inputs[0].shape[1:]
+            if channels not in (3, None):
+                continue
             height, width = (side or 224 for side in sides)
             if None in sides:
                 print(
@@ -2468,7 +2486,7 @@ class BottleneckCache:
         # First, or a kill here would leave the old cache file beside the new record.
         if old and (old.outcome, old.model) != (outcome, model):
             with contextlib.suppress(tf.errors.NotFoundError):
-                gfile.remove(self.paths[row])
+                gfile.remove(follow_link(self.paths[row]))
         write_whole(self.record_paths[row], text.encode())
         return True
 
@@ -3635,7 +3653,7 @@ def create_record(
     record['folders'] = images.folders
     record['set_folders'] = images.set_folders
     is_remote = '://' in images.folder
-    record['image_dir'] = images.folder if is_remote else os.path.abspath(images.folder)
+    record['image_dir'] = images.folder if is_remote else os.path.realpath(images.folder)
     record['images'] = {
         name: dict(zip(images.labels, counts.tolist(), strict=True))
         for name, counts in images.counts.items()
@@ -3674,6 +3692,17 @@ def is_input(path: str, flags: argparse.Namespace) -> bool:
     return bool(module) and gfile.isdir(module) and is_inside(path, module)
 
 
+def check_images(images: Images, flags: argparse.Namespace) -> None:
+    """Raises UserError if an output is an image, to which a link in --image_dir may lead."""
+    outputs = {'--output_graph': flags.output_graph, '--output_labels': flags.output_labels}
+    outputs['--optimized_graph'] = flags.optimized_graph
+    for flag, output in outputs.items():
+        if output and is_image(os.path.basename(output)) and gfile.exists(output):
+            real_output = os.path.realpath(to_bytes(output))
+            if any(os.path.realpath(to_bytes(path)) == real_output for path in images.paths):
+                raise UserError(f'{flag}: {output} is what the training reads. Name another file.')
+
+
 def check_outputs(flags: argparse.Namespace) -> None:
     """Tries out what the end of the run needs, before anything is computed.
 
@@ -3690,7 +3719,9 @@ def check_outputs(flags: argparse.Namespace) -> None:
             'others.'
         )
     graph_names = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
-    models = [os.path.join(flags.model_dir, name) for name in graph_names]
+    urls = [DATA_URL, *map(MOBILENET_URL.format, MOBILENET_SIZES)]
+    archive_names = list(map(os.path.basename, urls))
+    models = [os.path.join(flags.model_dir, name) for name in graph_names + archive_names]
     taken = {os.path.realpath(to_bytes(path)) for path in models}
     for flag, path in outputs.items():
         if gfile.isdir(path) or not os.path.basename(path):
@@ -3723,7 +3754,7 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
         folder = os.path.join(summaries_dir, name)
         for file in list_dir(folder):
             path = os.path.join(folder, file)
-            if not file.startswith('events.out.tfevents.'):
+            if not file.startswith('events.out.tfevents.') or is_special(path):
                 continue
             modified = get_status(path).modified / 1e9
             # A time in the future is of a clock that was wrong.
@@ -4019,6 +4050,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     ensure_image_dir(flags.image_dir)
     check_outputs(flags)
     images = list_images(flags)
+    check_images(images, flags)
     backbone = load_backbone(flags)
     report_start(images, backbone)
     facts: dict[str, Any] = {'started': str(started)}
@@ -4027,7 +4059,8 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
         images = images.keep(readable)
         bottlenecks = bottlenecks[readable]
     check_sets(images, flags)
-    clear_events(flags.summaries_dir, started)
+    with extra('the removal of earlier logs'):
+        clear_events(flags.summaries_dir, started)
     facts['unreadable'] = int((~readable).sum())
     facts['duplicates'] = search_images(images, bottlenecks, flags)
     familiarity = None

@@ -1214,11 +1214,12 @@ def save_picture(picture: Image.Image, target: str) -> None:
     if is_special(target) or is_folder(target):
         raise UserError(f"--heatmap: '{target}' is not a plain file. Name another one.")
     real_target = resolve(target)
-    temporary = real_target.with_name(f'.{uuid.uuid4().hex[:8]}{real_target.suffix}')
+    suffix = pathlib.PurePath(target).suffix
+    temporary = real_target.with_name(f'.{uuid.uuid4().hex[:8]}{suffix}')
     try:
         picture.save(str(temporary))
         os.replace(temporary, real_target)
-    except (OSError, ValueError, KeyError) as error:  # the last for what Pillow can only read
+    except Exception as error:  # Pillow has many kinds
         with contextlib.suppress(OSError):
             os.remove(temporary)
         reason = getattr(error, 'strerror', '') or describe(error)  # without the temporary name
@@ -1317,7 +1318,7 @@ class Tally:
         self.counted.add(real_path)
         index = self.classes.find(path)
         if index is None:
-            self.other_folders.add(os.path.dirname(path))
+            self.other_folders.add(os.path.dirname(path) or '.')
         elif not self.is_new(path):
             self.not_new += 1
         elif label in self.classes.labels:
@@ -1326,26 +1327,25 @@ class Tally:
         else:
             self.refused += 1
 
+    @functools.cached_property
+    def trained_folders(self) -> dict[pathlib.PurePath, str]:
+        """The class folders of the training: {real path: path from --image_dir}."""
+        training = self.training
+        if training is None:
+            return {}
+        parents = training.set_folders or ['']
+        names = [os.path.join(parent, name) for parent in parents for name in training.folders]
+        return {resolve(os.path.join(training.absolute_image_dir, name)): name for name in names}
+
     def is_new(self, path: str) -> bool:
         """Tells whether the training did not use an image, or only for its test."""
         training = self.training
-        if training is None:
+        folder = self.trained_folders.get(resolve(os.path.dirname(path)))
+        if training is None or folder is None:
             return True
-        # The path may be in the folder of the training as it is, or lead there by links.
-        for convert in (get_absolute, resolve):
-            folder = convert(training.absolute_image_dir)
-            if convert(path).is_relative_to(folder):
-                file = convert(path).relative_to(folder)
-                is_split = bool(training.set_folders)
-                if is_split and file.parts[0] not in training.set_folders:
-                    return True
-                if len(file.parts) != 2 + is_split:  # the training passed over deeper folders
-                    return True
-                name = get_set_of_file(
-                    training.image_dir, str(file), training.set_folders, training.percentages
-                )
-                return name == 'testing'
-        return True
+        file = os.path.join(folder, os.path.basename(path))
+        name = get_set_of_file(training.image_dir, file, training.set_folders, training.percentages)
+        return name == 'testing'
 
 
 def get_stem(path: str) -> str:

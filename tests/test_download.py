@@ -126,6 +126,12 @@ def test_an_archive_that_unpacks_to_too_much(monkeypatch, more, expected):
     assert tf_retrain.extract(WHOLE, GRAPH) == expected
 
 
+def test_an_archive_with_an_odd_header():
+    info, contents = member(GRAPH, MODEL)
+    info.pax_headers = {'GNU.sparse.size': 'abc'}
+    assert tf_retrain.extract(pack((info, contents)), GRAPH) == b''
+
+
 def test_an_archive_that_is_compressed_twice():
     """There is a limit to what the outer one unpacks to, and there would be none to the inner."""
     assert tf_retrain.extract(gzip.compress(WHOLE), GRAPH) == b''

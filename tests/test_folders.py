@@ -394,11 +394,25 @@ def test_the_training_has_not_seen_what_is_deeper_than_its_images(trained, tmp_p
     tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), training)
     assert not tally.is_new(str(data / 'cat/1.jpg'))
     assert tally.is_new(str(data / 'cat/rejected/1.jpg'))
-    tally.training = training._replace(set_folders={'train': 'training', 'test': 'testing'})
+    training = training._replace(set_folders={'train': 'training', 'test': 'testing'})
+    tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), training)
     assert not tally.is_new(str(data / 'train/cat/1.jpg'))
     assert tally.is_new(str(data / 'train/cat/rejected/1.jpg'))
     assert tally.is_new(str(data / 'test/cat/1.jpg'))
     assert tally.is_new(str(data / 'cat/1.jpg'))  # beside the sets
+
+
+@pytest.mark.posix
+def test_the_training_has_seen_what_links_in_its_folder_lead_to(trained, tmp_path):
+    training = tf_test.load_graph(str(trained.folder / GRAPH)).training
+    for name in ('store/cat', 'data'):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / 'data/cat').symlink_to(tmp_path / 'store/cat')
+    training = training._replace(absolute_image_dir=str(tmp_path / 'data'), percentages=(0, 0))
+    tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), training)
+    assert not tally.is_new(str(tmp_path / 'data/cat/1.jpg'))
+    assert not tally.is_new(str(tmp_path / 'store/cat/1.jpg'))
+    assert tally.is_new(str(tmp_path / 'store/1.jpg'))
 
 
 def test_there_is_a_reason_if_no_image_counts(capsys):

@@ -225,6 +225,10 @@ def test_a_heatmap_replaces_only_plain_files(trained, label, tmp_path):
     assert (tmp_path / 'link.png').is_symlink()
     assert Image.open(tmp_path / 'there.png').size
     label.fails('^--heatmap: there is no folder for ', f'--heatmap={tmp_path}/nowhere/h.png', image)
+    (tmp_path / 'store').mkdir()
+    (tmp_path / 'linked.png').symlink_to(tmp_path / 'store/3f2a')  # of a store by checksums
+    label(f'--heatmap={tmp_path}/linked.png', image)
+    assert Image.open(tmp_path / 'store/3f2a').format == 'PNG'
     for name in ('h.psd', 'h.xyz', 'h'):  # the first is a format that Pillow can only read
         label.fails(
             '^--heatmap: .* cannot be written .*. Name another file, such as heatmap',

@@ -5,6 +5,7 @@ Hub.
 import hashlib
 import io
 import json
+import os
 import pathlib
 import re
 import runpy
@@ -273,6 +274,51 @@ def test_what_is_no_feature_vector(tmp_path):
     problem = "^--tfhub_module: '.*detector' does not compute feature vectors"
     with pytest.raises(tf_retrain.UserError, match=problem):
         tf_retrain.load_tfhub_module(str(tmp_path / 'detector'))
+
+
+def save_features(path, dtype=tf.float32, channels=3):
+    module = tf.Module()
+    spec = tf.TensorSpec([None, 8, 8, channels])
+    module.__call__ = tf.function(lambda x: tf.cast(x[:, 0, 0], dtype), input_signature=[spec])
+    signature = module.__call__.get_concrete_function()
+    tf.saved_model.save(module, str(path), signatures=signature)
+
+
+@pytest.mark.parametrize('dtype', [tf.float16, tf.bfloat16, tf.float64])
+def test_features_of_another_precision(job, dtype):
+    save_features(job.folder / 'module', dtype)
+    job.photographs(cat=20, dog=20).main('--tfhub_module=module', how_many_training_steps='2')
+    scores = get_scores(job.graph(), job.test_image().read_bytes())
+    assert np.isfinite(scores).all()
+
+
+def test_a_module_for_gray_images(tmp_path):
+    save_features(tmp_path / 'gray', channels=1)
+    with pytest.raises(tf_retrain.UserError, match='does not compute feature vectors of images'):
+        tf_retrain.load_tfhub_module(str(tmp_path / 'gray'))
+
+
+@pytest.mark.posix
+def test_a_damaged_module_is_one_line(tmp_path):
+    write_module(tmp_path / 'module')
+    (values,) = (tmp_path / 'module/variables').glob('*.data-*')
+    os.truncate(values, 10)
+    with pytest.raises(tf_retrain.UserError, match="^--tfhub_module: '.*module' "):
+        tf_retrain.load_tfhub_module(str(tmp_path / 'module'))
+    values.unlink()
+    os.mkfifo(values)
+    with pytest.raises(tf_retrain.UserError, match='is not a plain file'):
+        tf_retrain.load_tfhub_module(str(tmp_path / 'module'))
+
+
+def test_a_damaged_mobilenet_is_one_line(tmp_path):
+    path = write_mobilenet(tmp_path, '0.25_128')
+    contents = path.read_bytes()
+    assert contents.count(b'strides') > 0
+    for changed in (contents.replace(b'strides', b'stridez'), contents.replace(b'Relu6', b'Relu7')):
+        path.write_bytes(changed)
+        with pytest.raises(tf_retrain.UserError, match=f'{path} is damaged, or another kind'):
+            load_backbone(tmp_path, '--architecture=mobilenet_0.25_128')
 
 
 @pytest.mark.parametrize('handle', ['no/such', 'http://127.0.0.1:1/module', ''])

@@ -231,3 +231,21 @@ def test_a_link_that_leads_to_a_folder_that_cannot_be_made_is_found_first(job, o
     (job.folder / output).symlink_to(job.folder / 'file/missing/output')
     job.photographs(cat=20, dog=20).fails('^--output_(graph|labels): nothing can be written in ')
     assert not (job.folder / 'bottlenecks').exists()
+
+
+@pytest.mark.posix
+def test_an_image_outside_of_the_folder_is_no_output(job):
+    """A link leads to its class folder."""
+    job.photographs(cat=20, dog=20)
+    (job.data / 'cat').rename(job.folder / 'elsewhere')
+    (job.data / 'cat').symlink_to(job.folder / 'elsewhere')
+    image = job.folder / 'elsewhere/cat 1.jpg'
+    before = image.read_bytes()
+    job.fails('^--output_labels: .* is what the training reads', output_labels=str(image))
+    assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize('name', ['inception-2015-12-05.tgz', 'mobilenet_v1_0.25_128_frozen.tgz'])
+def test_the_archive_of_a_model_is_no_output(job, name):
+    job.photographs(cat=20, dog=20)
+    job.fails('^--output_graph: .* is the pretrained model', output_graph=f'inception/{name}')

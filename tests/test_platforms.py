@@ -120,7 +120,7 @@ def test_labels_that_windows_forbids_as_names(tmp_path, windows, monkeypatch, la
 )
 def test_cache_files_of_a_module(monkeypatch, handle, linux, other):
     """The handle is part of their names."""
-    monkeypatch.setattr(tf_retrain, 'open_tfhub_module', lambda handle: ('', None))
+    monkeypatch.setattr(tf_retrain, 'open_tfhub_module', lambda handle: (0, None))
     function = tf.function(lambda images: images[:, 0, 0])
     monkeypatch.setattr(
         tf_retrain,

@@ -351,3 +351,18 @@ def test_tensorboard_serves_the_pictures(confused):
     (image,) = json.loads(get(f'images?{query}'))
     served = Image.open(io.BytesIO(get(f'individualImage?{image["query"]}')))
     np.testing.assert_array_equal(served, written['confusion_matrix'])
+
+
+@pytest.mark.posix
+def test_a_log_folder_that_cannot_be_cleared_is_a_warning(job, monkeypatch):
+    """The graph is written all the same, and a FIFO that looks like a log stays."""
+    logs = job.folder / 'logs/train'
+    logs.mkdir(parents=True)
+    os.mkfifo(logs / 'events.out.tfevents.1')
+    job.photographs(cat=20, dog=20).main(how_many_training_steps='2')
+    assert (logs / 'events.out.tfevents.1').is_fifo()
+    with open(os.fsencode(logs) + b'/\xff', 'w'):
+        pass
+    out = job.main(how_many_training_steps='2')
+    assert 'WARNING: the removal of earlier logs left out (UserError: ' in out
+    assert 'Wrote the graph' in out
