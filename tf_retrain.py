@@ -572,9 +572,10 @@ class OptionalOutput:
             return len(text)
 
 
-# What these do changes during a run: at first stop_run() stops it, or ends the training early, and
-# leaves the next one to the system, which quits. After a training that was not ended early, the
-# first one is answered by finish_run(). After the run, they do what they did before.
+# What the first of these does, and its handler. The second one quits at once.
+#   before the training: it ends the run, with exit code 130    stop_run
+#   in the training: it ends it early; test and outputs follow   stop_run
+#   after the training: test and outputs go on, with a message   finish_run
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 stop_requested = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
 
@@ -623,7 +624,8 @@ def until_stopped(items: Iterable) -> Iterator:
 def protect_outputs() -> None:
     """Has a first Ctrl-C stop the run no longer: what was learned would be lost.
 
-    If a program calls main() without run(), which puts its handlers back, they stay as they are.
+    Does nothing unless run() has set stop_run(): the handlers of a program that calls main() itself
+    are its own.
     """
     if signal.getsignal(signal.SIGINT) is stop_run:
         on_stop_signals(finish_run)
@@ -1094,9 +1096,10 @@ def warn_of_labels(paths: dict[str, str]) -> None:
     """Warns of {label: class folder} where users may not get what they mean."""
     for label, path in paths.items():
         name = os.path.basename(path)
-        # Nobody misses a separator between words. A hyphen at the start may be a minus sign.
-        has_lost = re.search(r'[^A-Za-z0-9 _.,-]|^-', name) and label != name
-        if has_lost:
+        # Labels lose all but a-z and 0-9. Nobody misses a separator between words, but a hyphen at
+        # the start may be a minus sign.
+        loses_meaning = re.search(r'[^A-Za-z0-9 _.,-]|^-', name) and label != name
+        if loses_meaning:
             print(
                 f"WARNING: the label of {escape(path)} is '{label}', as only a-z and 0-9 stay. "
                 'Rename the folder if you want another one.'
@@ -1152,9 +1155,10 @@ def find_set_folders(image_dir: str) -> dict[str, str]:
         if has_class_folders(os.path.join(image_dir, name))
     }
     others = [name for name in visible if name not in candidates]
+    # Without class folders, train/ is a class itself if there are folders of other classes.
     if 'training' not in set_folders.values():
         if any(gfile.isdir(os.path.join(image_dir, name)) for name in others):
-            return {}  # train/ is a class like them
+            return {}
         raise UserError(
             f"--image_dir: '{image_dir}' has {', '.join(candidates)}, without class folders. Make "
             f'one folder per class in each of them, or in {image_dir} itself.'
@@ -1518,11 +1522,13 @@ def read_header(file: Any) -> Header:
     """
     # Pillow has many kinds of errors.
     with contextlib.suppress(Exception), open_by_pillow(file) as image:
-        # Then the mode is 'I' or one like 'I;16', or the decoder has a raw mode such as 'RGB;16B'.
-        has_16_bits = image.mode.startswith('I') or ';16' in str(image.tile)
+        # Pillow tells 16 bits per sample by a mode such as 'I;16', or, if it reduces them, by the
+        # raw mode of its decoder, such as 'RGB;16B'. Of BMP, that means 16 bits per pixel.
+        is_reduced = ';16' in str(image.tile) and image.format not in ('BMP', 'DIB')
+        has_16_bits = image.mode.startswith('I') or is_reduced
         orientation = None
         if image.format not in ('HEIF', 'TIFF'):
-            exif = Image.Image.getexif(image)  # that of PNG would decode the image
+            exif = Image.Image.getexif(image)  # image.getexif() of PNG would decode the image
             stored: Any = exif.get(ExifTags.Base.Orientation)
             if stored in range(1, 9):
                 orientation = int(stored)  # some programs write 6.0 or 6/1
@@ -1801,8 +1807,9 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
         MOBILENET_GRAPH_NAME.format(size),
         ['input', MOBILENET_BOTTLENECK_NODE],
     )
-    # Clients of the retrain script of 2017 feed this node with pixels of -1..1. Without them, it
-    # takes those of a node that is not there yet: prepend_decoding() adds it.
+    # Clients of the retrain script of 2017 feed this node with pixels of -1..1. For all others, its
+    # default is 'Mul:0'. This graph has no node Mul: prepend_decoding() makes one, and connects
+    # every input of that name to it.
     (fed,) = (node for node in graph_def.node if node.name == 'input')
     fed.op = 'PlaceholderWithDefault'
     fed.input.append(SCALED_INPUT_NODE)
@@ -2055,8 +2062,8 @@ def prepend_decoding(
 ) -> GraphDef:
     """Returns the decoding nodes of 2015, and behind them the nodes of a graph, as prefix/....
 
-    What the decoding nodes make takes the place of `tensor` wherever it is an input: the output of
-    a placeholder, or of a node that is missing.
+    `tensor` is what the nodes of the graph have for their image: the output of a placeholder, or a
+    name that no node there has. Every such input is connected to the decoded image.
     """
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
@@ -2287,7 +2294,8 @@ def compute_bottlenecks(
 ) -> Iterator:
     """Yields (rows, digests, bottlenecks) in batches, without images that cannot be decoded.
 
-    paths[i] is the image of rows[i], int [N]. Digests, int64 [N], are those of the files' contents.
+    paths[i] is the image of rows[i], int [N], which rise: they are rows of Images, or other numbers
+    that tell the images apart. Digests, int64 [N], are those of the files' contents.
     Images are resized, or are what distort(image, row) makes of them. With the address of a tf.data
     service, its workers do all this.
     """
@@ -2483,7 +2491,7 @@ class BottleneckCache:
         old = self.records[row]
         self.records[row] = record  # this run goes by it, even if it cannot be written
         text = json.dumps(vars(record))
-        # First, or a kill here would leave the old cache file beside the new record.
+        # Before the record, or a kill between the two would leave the old file beside a new record.
         if old and (old.outcome, old.model) != (outcome, model):
             with contextlib.suppress(tf.errors.NotFoundError):
                 gfile.remove(follow_link(self.paths[row]))
@@ -2606,7 +2614,7 @@ class BottleneckCache:
     ) -> np.ndarray:
         """Computes and writes the bottlenecks of some rows; returns those that have failed.
 
-        With `is_strict`, it stops at the first of them, and returns only that. This is not for a
+        With `is_strict`, it stops soon after the first one, and returns that. This is not for a
         service, whose batches come in any order.
         """
         left = set(rows.tolist())
@@ -2622,11 +2630,10 @@ class BottleneckCache:
             self.write_batch(found_rows, image_digests, bottlenecks)
             left.difference_update(found_rows.tolist())
             bar.update(len(found_rows))
-            # Rows come in order: one that was passed over has failed.
+            # Rows come in order: one that was passed over has failed. Others are yet to come.
             if is_strict and left and min(left) < found_rows.max():
-                break
-        failed = np.array(sorted(left), int)
-        return failed[:1] if is_strict else failed
+                return np.array([min(left)])
+        return np.array(sorted(left), int)
 
     def fill(self, rows: np.ndarray, flags: argparse.Namespace) -> dict[int, str]:
         """Computes and writes the bottlenecks of some rows; returns {row: reason} of failures."""
@@ -2639,7 +2646,7 @@ class BottleneckCache:
                 report_left_out(paths, len(rows), flags.data_service)
             failed = self.compute(failed, None, flags.strict, bar)
         reasons = {}
-        for row in until_stopped(failed):
+        for row in until_stopped(failed[:1] if flags.strict else failed):
             reasons[row], image_digest = explain_unreadable(self.images.paths[row])
             if image_digest is not None:
                 self.try_to_record(row, image_digest, reasons[row], Header())

@@ -862,11 +862,13 @@ def read_header(file: Any) -> Header:
     """
     # Pillow has many kinds of errors.
     with contextlib.suppress(Exception), open_by_pillow(file) as image:
-        # Then the mode is 'I' or one like 'I;16', or the decoder has a raw mode such as 'RGB;16B'.
-        has_16_bits = image.mode.startswith('I') or ';16' in str(image.tile)
+        # Pillow tells 16 bits per sample by a mode such as 'I;16', or, if it reduces them, by the
+        # raw mode of its decoder, such as 'RGB;16B'. Of BMP, that means 16 bits per pixel.
+        is_reduced = ';16' in str(image.tile) and image.format not in ('BMP', 'DIB')
+        has_16_bits = image.mode.startswith('I') or is_reduced
         orientation = None
         if image.format not in ('HEIF', 'TIFF'):
-            exif = Image.Image.getexif(image)  # that of PNG would decode the image
+            exif = Image.Image.getexif(image)  # image.getexif() of PNG would decode the image
             stored: Any = exif.get(ExifTags.Base.Orientation)
             if stored in range(1, 9):
                 orientation = int(stored)  # some programs write 6.0 or 6/1
@@ -1329,23 +1331,31 @@ class Tally:
 
     @functools.cached_property
     def trained_folders(self) -> dict[pathlib.PurePath, str]:
-        """The class folders of the training: {real path: path from --image_dir}."""
+        """The class folders of the training: {real path: path from --image_dir}.
+
+        The real path finds the folder, and the hash takes the other one.
+        """
         training = self.training
         if training is None:
             return {}
-        parents = training.set_folders or ['']
+        parents = list(training.set_folders) or ['']  # the latter if they are not split
         names = [os.path.join(parent, name) for parent in parents for name in training.folders]
         return {resolve(os.path.join(training.absolute_image_dir, name)): name for name in names}
 
     def is_new(self, path: str) -> bool:
         """Tells whether the training did not use an image, or only for its test."""
         training = self.training
-        folder = self.trained_folders.get(resolve(os.path.dirname(path)))
-        if training is None or folder is None:
+        if training is None:
             return True
-        file = os.path.join(folder, os.path.basename(path))
-        name = get_set_of_file(training.image_dir, file, training.set_folders, training.percentages)
-        return name == 'testing'
+        # The training listed the path as it is, or the one to which a link leads.
+        for listed in (path, str(resolve(path))):
+            folder = self.trained_folders.get(resolve(os.path.dirname(listed)))
+            if folder is not None:
+                file = os.path.join(folder, os.path.basename(listed))
+                set_folders, percentages = training.set_folders, training.percentages
+                name = get_set_of_file(training.image_dir, file, set_folders, percentages)
+                return name == 'testing'
+        return True
 
 
 def get_stem(path: str) -> str:

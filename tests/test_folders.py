@@ -412,6 +412,8 @@ def test_the_training_has_seen_what_links_in_its_folder_lead_to(trained, tmp_pat
     tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), training)
     assert not tally.is_new(str(tmp_path / 'data/cat/1.jpg'))
     assert not tally.is_new(str(tmp_path / 'store/cat/1.jpg'))
+    (tmp_path / 'link.jpg').symlink_to(tmp_path / 'data/cat/1.jpg')
+    assert not tally.is_new(str(tmp_path / 'link.jpg'))
     assert tally.is_new(str(tmp_path / 'store/1.jpg'))
 
 

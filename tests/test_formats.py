@@ -274,6 +274,16 @@ def test_an_orientation_of_an_odd_type(kind, value):
     assert json.dumps(header) == '[6, 8]'
 
 
+def test_16_bits_per_pixel_are_not_16_bits_per_sample():
+    masks = struct.pack('<III', 0xF800, 0x07E0, 0x001F)
+    info = struct.pack('<IiiHHIIiiII', 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0) + masks
+    start = 14 + len(info)
+    pixels = struct.pack('<HHHH', 0xF800, 0x07E0, 0x001F, 0)
+    contents = b'BM' + struct.pack('<IHHI', start + len(pixels), 0, 0, start) + info + pixels
+    assert tf_retrain.decode(contents, is_upright=False)[1, 0].tolist() == [255, 0, 0]
+    assert tf_retrain.read_header(io.BytesIO(contents)).bits == 8
+
+
 @pytest.fixture
 def phone(job):
     """Photographs that are stored turned by 90 degrees, and a copy of them that is not."""
