@@ -1165,7 +1165,9 @@ def find_set_folders(image_dir: str) -> dict[str, str]:
         )
     for name in others:
         path = os.path.join(image_dir, name)
-        if is_image(name) or count_images(follow_link(path)):
+        target = follow_link(path)
+        leads_back = target != path and is_inside(target, image_dir)
+        if is_image(name) or (count_images(target) and not leads_back):
             raise UserError(
                 f"--image_dir: '{image_dir}' has the sets {', '.join(candidates)}, and so '{path}' "
                 'is in none of them. Move it elsewhere.'
@@ -1573,10 +1575,11 @@ def extract(archive: bytes, name: str) -> bytes:
         # 'r:' is for archives that are not compressed once more.
         with tarfile.open(fileobj=io.BytesIO(unpacked), mode='r:') as tar:
             for member in tar:
-                if member.isfile() and posixpath.normpath(member.name) == name:
+                is_small = member.size <= MAX_ARCHIVE_SIZE  # a sparse file says what it likes
+                if member.isfile() and is_small and posixpath.normpath(member.name) == name:
                     file = tar.extractfile(member)
                     return file.read() if file else b''
-    except (EOFError, OSError, ValueError, zlib.error, tarfile.TarError):
+    except (EOFError, OSError, OverflowError, ValueError, zlib.error, tarfile.TarError):
         pass
     return b''
 
@@ -1962,7 +1965,7 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat
         inputs = [argument for argument in arguments if isinstance(argument, tf.TensorSpec)]
         outputs = [output.shape for output in tf.nest.flatten(function.structured_outputs)]
         takes_images = [(spec.shape.rank, spec.dtype) for spec in inputs] == [(4, tf.float32)]
-        gives_vectors = [shape.rank for shape in outputs] == [2] and outputs[0][1] is not None
+        gives_vectors = [shape.rank for shape in outputs] == [2] and bool(outputs[0][1])  # the size
         # A module of Keras has one function for training=True, and one for training=False.
         is_for_training = any(argument is True for argument in arguments)
         if takes_images and gives_vectors and not is_for_training:
@@ -3660,7 +3663,7 @@ def create_record(
     record['folders'] = images.folders
     record['set_folders'] = images.set_folders
     is_remote = '://' in images.folder
-    record['image_dir'] = images.folder if is_remote else os.path.realpath(images.folder)
+    record['image_dir'] = images.folder if is_remote else os.path.abspath(images.folder)
     record['images'] = {
         name: dict(zip(images.labels, counts.tolist(), strict=True))
         for name, counts in images.counts.items()
@@ -3701,10 +3704,14 @@ def is_input(path: str, flags: argparse.Namespace) -> bool:
 
 def check_images(images: Images, flags: argparse.Namespace) -> None:
     """Raises UserError if an output is an image, to which a link in --image_dir may lead."""
-    outputs = {'--output_graph': flags.output_graph, '--output_labels': flags.output_labels}
-    outputs['--optimized_graph'] = flags.optimized_graph
-    for flag, output in outputs.items():
-        if output and is_image(os.path.basename(output)) and gfile.exists(output):
+    outputs = [
+        ('--output_graph', flags.output_graph),
+        ('--output_graph', f'{flags.output_graph}.json'),
+        ('--output_labels', flags.output_labels),
+        ('--optimized_graph', flags.optimized_graph or ''),
+    ]
+    for flag, output in outputs:
+        if is_image(os.path.basename(follow_link(output))) and gfile.exists(output):
             real_output = os.path.realpath(to_bytes(output))
             if any(os.path.realpath(to_bytes(path)) == real_output for path in images.paths):
                 raise UserError(f'{flag}: {output} is what the training reads. Name another file.')

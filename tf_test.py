@@ -366,7 +366,7 @@ def load_training(path: str, contents: bytes) -> Training | None:
             folders=[check_name(folder) for folder in record['folders']],
             image_dir=check_name(flags['image_dir']),
             absolute_image_dir=check_name(record['image_dir']),
-            set_folders=dict(record['set_folders']),
+            set_folders={check_name(name): set_ for name, set_ in record['set_folders'].items()},
             percentages=(int(flags['testing_percentage']), int(flags['validation_percentage'])),
             is_upright=bool(flags['upright']),
         )
@@ -471,6 +471,11 @@ def is_folder(path: str) -> bool:
     return os.path.isdir(to_bytes(path)) or ('://' in path and gfile.isdir(path))
 
 
+def is_linked_folder(path: str) -> bool:
+    """Tells whether a path is a symbolic link to a folder."""
+    return os.path.islink(to_bytes(path)) and is_folder(path)
+
+
 def list_names(folder: str) -> list[str]:
     """Returns the names in a folder, sorted."""
     try:
@@ -501,8 +506,8 @@ def find_images(folder: str, left_out: str | None) -> Iterator[str]:
         except (tf.errors.OpError, OSError):
             yield path  # fails as an image that cannot be read
             continue
-        # Links come last: of two paths to a folder, the one without a link names its class.
-        names.sort(key=lambda name: os.path.islink(to_bytes(os.path.join(path, name))))
+        # Linked folders come last: of two paths to a folder, that without a link names its class.
+        names.sort(key=lambda name: is_linked_folder(os.path.join(path, name)))
         for name in reversed(names):
             inner = os.path.join(path, name)
             is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
@@ -540,8 +545,10 @@ def read_paths() -> Iterator[str]:
     """Yields the paths on standard input; raises UserError if it cannot be read."""
     try:
         for path in split_paths(sys.stdin.buffer):
-            if path:
-                yield path.decode(errors='surrogateescape')
+            # Some editors write this mark first, and `cat` leaves it in the middle.
+            name = path.removeprefix(b'\xef\xbb\xbf')
+            if name:
+                yield name.decode(errors='surrogateescape')
     except OSError as error:
         raise UserError(f'-: standard input cannot be read: {error.strerror}.')
 
@@ -551,7 +558,9 @@ def split_paths(stream: Any) -> Iterator[bytes]:
     # Each test alone can miss the first NUL: peek() may return less than a path, and readline()
     # ends at a newline in a name.
     has_nul = b'\0' in stream.peek()
-    first = stream.readline().removeprefix(b'\xef\xbb\xbf')  # a mark that some editors write
+    first = stream.readline()
+    if first.startswith((b'\xff\xfe', b'\xfe\xff')):
+        raise UserError('-: standard input is UTF-16. Write the list of paths in UTF-8.')
     if has_nul or b'\0' in first:
         yield from (first + stream.read()).split(b'\0')
         return
@@ -1216,13 +1225,13 @@ def save_picture(picture: Image.Image, target: str) -> None:
     if is_special(target) or is_folder(target):
         raise UserError(f"--heatmap: '{target}' is not a plain file. Name another one.")
     real_target = resolve(target)
-    suffix = pathlib.PurePath(target).suffix
+    suffix = real_target.suffix or pathlib.PurePath(target).suffix
     temporary = real_target.with_name(f'.{uuid.uuid4().hex[:8]}{suffix}')
     try:
         picture.save(str(temporary))
         os.replace(temporary, real_target)
     except Exception as error:  # Pillow has many kinds
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             os.remove(temporary)
         reason = getattr(error, 'strerror', '') or describe(error)  # without the temporary name
         raise UserError(
@@ -1570,7 +1579,7 @@ def check_flags(flags: argparse.Namespace, is_single: bool) -> None:
         raise UserError('--heatmap: name one image.')
     if flags.heatmap and not is_folder(os.path.dirname(flags.heatmap) or '.'):
         raise UserError(f"--heatmap: there is no folder for '{flags.heatmap}'. Make it first.")
-    for path in (*flags.images, flags.graph, flags.labels):
+    for path in (*flags.images, flags.graph, flags.labels, f'{flags.graph}.json'):
         if flags.heatmap and is_same_path(flags.heatmap, path):
             raise UserError(f"--heatmap: '{path}' is read. Name another file.")
         if flags.sort_into and is_same_path(flags.sort_into, path):

@@ -126,9 +126,10 @@ def test_an_archive_that_unpacks_to_too_much(monkeypatch, more, expected):
     assert tf_retrain.extract(WHOLE, GRAPH) == expected
 
 
-def test_an_archive_with_an_odd_header():
+@pytest.mark.parametrize('size', ['abc', 3 * 10**9, 10**30])
+def test_an_archive_with_an_odd_header(size):
     info, contents = member(GRAPH, MODEL)
-    info.pax_headers = {'GNU.sparse.size': 'abc'}
+    info.pax_headers = {'GNU.sparse.size': str(size)}
     assert tf_retrain.extract(pack((info, contents)), GRAPH) == b''
 
 

@@ -105,6 +105,8 @@ def test_the_advice_for_an_empty_test_folder(touch, capsys):
 def test_a_linked_folder_beside_the_sets_is_not_missed(touch, tmp_path):
     create_split(touch, 'train', 'val')
     touch('elsewhere/1.jpg')
+    os.symlink('train', 'd/latest')  # leads to what is used already
+    assert len(list_images().files) == 36
     os.symlink(tmp_path / 'elsewhere', 'd/more')
     with pytest.raises(UserError, match="'d/more' is in none of them. Move it elsewhere."):
         list_images()
@@ -313,8 +315,11 @@ def test_folders_twelve_hundred_deep(monkeypatch):
 def test_of_two_paths_to_a_folder_the_one_without_a_link_counts(tmp_path):
     write_photographs(tmp_path / 'in', 'rose', 2, RED)
     (tmp_path / 'in/all').symlink_to(tmp_path / 'in/rose')
+    (tmp_path / 'a.jpg').touch()
+    (tmp_path / 'in/rose/a.jpg').symlink_to(tmp_path / 'a.jpg')
     found = list(tf_test.find_images(str(tmp_path / 'in'), None))
-    assert found == [str(tmp_path / f'in/rose/rose {i}.jpg') for i in range(2)]
+    names = ['a.jpg', 'rose 0.jpg', 'rose 1.jpg']
+    assert found == [str(tmp_path / f'in/rose/{name}') for name in names]
 
 
 @pytest.fixture
@@ -506,6 +511,8 @@ def test_a_record_of_another_training_is_a_warning(trained, tmp_path):
     image = trained.test_image()
     cases = [({}, False), ({'graph_checksum': 1}, True), ({'flags': []}, False)]
     cases += [({'folders': [name] * 3}, False) for name in ('a\0', '\ud800', 1)]
+    cases += [({'set_folders': {name: 'training'}}, False) for name in ('a\0', '\ud800')]
+    cases += [({'set_folders': [[5, 5]]}, False)]
     endless = record['flags'] | {'testing_percentage': float('inf')}
     cases.append(({'flags': endless}, False))
     for changes, warns in cases:

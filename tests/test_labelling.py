@@ -225,6 +225,11 @@ def test_a_heatmap_replaces_only_plain_files(trained, label, tmp_path):
     assert (tmp_path / 'link.png').is_symlink()
     assert Image.open(tmp_path / 'there.png').size
     label.fails('^--heatmap: there is no folder for ', f'--heatmap={tmp_path}/nowhere/h.png', image)
+    record = trained.folder / f'{GRAPH}.json'
+    (tmp_path / 'record.png').symlink_to(record)
+    before = record.read_bytes()
+    label.fails('^--heatmap: .* is read. Name', f'--heatmap={tmp_path}/record.png', image)
+    assert record.read_bytes() == before
     (tmp_path / 'store').mkdir()
     (tmp_path / 'linked.png').symlink_to(tmp_path / 'store/3f2a')  # of a store by checksums
     label(f'--heatmap={tmp_path}/linked.png', image)
@@ -313,6 +318,7 @@ class Slow(io.RawIOBase):
     [
         ((b'a\nb\n',), ['a', 'b']),
         ((b'\xef\xbb\xbfa', b'\r\nb'), ['a', 'b']),
+        ((b'a\n\xef\xbb\xbfb\n',), ['a', 'b']),
         ((b'a', b'\0b\r\0'), ['a', 'b\r']),
         ((b'a\nb\0c\0',), ['a\nb', 'c']),
         ((), []),
@@ -322,6 +328,14 @@ def test_paths_on_standard_input_come_in_parts(monkeypatch, parts, paths):
     stream = io.BufferedReader(Slow(*parts))
     monkeypatch.setattr(sys, 'stdin', mock.Mock(buffer=stream))
     assert list(tf_test.read_paths()) == paths
+
+
+def test_a_list_in_utf_16_is_refused(monkeypatch):
+    """Its NUL bytes would end paths, one of which would be /."""
+    stream = io.BufferedReader(io.BytesIO('/home\n'.encode('utf-16')))
+    monkeypatch.setattr(sys, 'stdin', mock.Mock(buffer=stream))
+    with pytest.raises(tf_test.UserError, match='^-: standard input is UTF-16'):
+        list(tf_test.read_paths())
 
 
 def test_standard_input_that_cannot_be_read(tmp_path, monkeypatch):

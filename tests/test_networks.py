@@ -292,6 +292,16 @@ def test_features_of_another_precision(job, dtype):
     assert np.isfinite(scores).all()
 
 
+def test_a_module_without_features(tmp_path):
+    module = tf.Module()
+    spec = tf.TensorSpec([None, 8, 8, 3])
+    module.__call__ = tf.function(lambda x: x[:, 0, 0, :0], input_signature=[spec])
+    module.__call__.get_concrete_function()
+    tf.saved_model.save(module, str(tmp_path / 'empty'))
+    with pytest.raises(tf_retrain.UserError, match='does not compute feature vectors of images'):
+        tf_retrain.load_tfhub_module(str(tmp_path / 'empty'))
+
+
 def test_a_module_for_gray_images(tmp_path):
     save_features(tmp_path / 'gray', channels=1)
     with pytest.raises(tf_retrain.UserError, match='does not compute feature vectors of images'):

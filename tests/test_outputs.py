@@ -242,6 +242,10 @@ def test_an_image_outside_of_the_folder_is_no_output(job):
     image = job.folder / 'elsewhere/cat 1.jpg'
     before = image.read_bytes()
     job.fails('^--output_labels: .* is what the training reads', output_labels=str(image))
+    for name in ('h.pb', 'k.pb.json'):
+        (job.folder / name).symlink_to(image)
+    for name in ('h.pb', 'k.pb'):
+        job.fails('^--output_graph: .* is what the training reads', output_graph=name)
     assert image.read_bytes() == before
 
 
