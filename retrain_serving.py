@@ -579,7 +579,7 @@ class OptionalOutput:
 
 
 # What the first of these does, and its handler. The second one quits at once.
-#   before the training: it ends the run, with exit code 130    stop_run
+#   before the training: it ends the run, with exit code 130     stop_run
 #   in the training: it ends it early; test and outputs follow   stop_run
 #   after the training: test and outputs go on, with a message   finish_run
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -1956,6 +1956,12 @@ def open_tfhub_module(handle: str) -> tuple[int, Any]:
         )
 
 
+def is_image_batch(spec: tf.TensorSpec) -> bool:
+    """Tells whether a tensor is one of images, float32 [N, height, width, 3]."""
+    is_batch = spec.shape.rank == 4 and spec.shape.is_compatible_with([None, None, None, 3])
+    return is_batch and spec.dtype == tf.float32
+
+
 def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat, int]:
     """Returns the function of a module from images to features, how it wants images, and its size.
 
@@ -1970,14 +1976,12 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat
         arguments = tf.nest.flatten(function.structured_input_signature)
         inputs = [argument for argument in arguments if isinstance(argument, tf.TensorSpec)]
         outputs = [output.shape for output in tf.nest.flatten(function.structured_outputs)]
-        takes_images = [(spec.shape.rank, spec.dtype) for spec in inputs] == [(4, tf.float32)]
+        takes_images = len(inputs) == 1 and is_image_batch(inputs[0])
         gives_vectors = [shape.rank for shape in outputs] == [2] and bool(outputs[0][1])  # the size
         # A module of Keras has one function for training=True, and one for training=False.
         is_for_training = any(argument is True for argument in arguments)
         if takes_images and gives_vectors and not is_for_training:
-            *sides, channels = inputs[0].shape[1:]
-            if channels not in (3, None):
-                continue
+            sides = inputs[0].shape[1:3]
             height, width = (side or 224 for side in sides)
             if None in sides:
                 print(
@@ -3708,15 +3712,21 @@ def is_input(path: str, flags: argparse.Namespace) -> bool:
     return bool(module) and gfile.isdir(module) and is_inside(path, module)
 
 
-def check_images(images: Images, flags: argparse.Namespace) -> None:
-    """Raises UserError if an output is an image, to which a link in --image_dir may lead."""
+def list_outputs(flags: argparse.Namespace) -> list[tuple[str, str]]:
+    """Returns (flag, path) of each file that the end of the run writes."""
     outputs = [
         ('--output_graph', flags.output_graph),
         ('--output_graph', f'{flags.output_graph}.json'),
         ('--output_labels', flags.output_labels),
-        ('--optimized_graph', flags.optimized_graph or ''),
     ]
-    for flag, output in outputs:
+    if flags.optimized_graph:
+        outputs.append(('--optimized_graph', flags.optimized_graph))
+    return outputs
+
+
+def check_images(images: Images, flags: argparse.Namespace) -> None:
+    """Raises UserError if an output is an image, to which a link in --image_dir may lead."""
+    for flag, output in list_outputs(flags):
         if is_image(os.path.basename(follow_link(output))) and gfile.exists(output):
             real_output = os.path.realpath(to_bytes(output))
             if any(os.path.realpath(to_bytes(path)) == real_output for path in images.paths):
@@ -3728,22 +3738,19 @@ def check_outputs(flags: argparse.Namespace) -> None:
 
     Raises UserError if something is wrong.
     """
-    outputs = {'--output_graph': flags.output_graph, '--output_labels': flags.output_labels}
-    if flags.optimized_graph:
-        outputs['--optimized_graph'] = flags.optimized_graph
-    record = f'{flags.output_graph}.json'
-    paths = [os.path.realpath(to_bytes(path)) for path in (*outputs.values(), record)]
+    outputs = list_outputs(flags)
+    paths = [os.path.realpath(to_bytes(path)) for _, path in outputs]
     if len(set(paths)) < len(paths):
+        names = ', '.join(dict.fromkeys(flag for flag, _ in outputs))
         raise UserError(
-            f'{", ".join(outputs)} and FILE.json of --output_graph must be different files. Name '
-            'others.'
+            f'{names} and FILE.json of --output_graph must be different files. Name others.'
         )
     graph_names = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
     urls = [DATA_URL, *map(MOBILENET_URL.format, MOBILENET_SIZES)]
     archive_names = list(map(os.path.basename, urls))
     models = [os.path.join(flags.model_dir, name) for name in graph_names + archive_names]
     taken = {os.path.realpath(to_bytes(path)) for path in models}
-    for flag, path in outputs.items():
+    for flag, path in outputs:
         if gfile.isdir(path) or not os.path.basename(path):
             raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
         if os.path.realpath(to_bytes(path)) in taken:
@@ -3752,8 +3759,6 @@ def check_outputs(flags: argparse.Namespace) -> None:
             raise UserError(f'{flag}: {path} is what the training reads. Name another file.')
         ensure_writable_dir(os.path.dirname(follow_link(path)), flag)
         ensure_replaceable(path, flag)
-    ensure_writable_dir(os.path.dirname(follow_link(record)), '--output_graph')
-    ensure_replaceable(record, '--output_graph')
     for name in SUMMARY_FOLDERS:
         ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
 
