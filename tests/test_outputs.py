@@ -249,6 +249,16 @@ def test_an_image_outside_of_the_folder_is_no_output(job):
     assert image.read_bytes() == before
 
 
+@pytest.mark.parametrize('folder', ['module', 'module/cache'])
+@pytest.mark.parametrize('flag', ['bottleneck_dir', 'summaries_dir'])
+def test_nothing_is_written_into_the_module(job, flag, folder):
+    """Its checksum would change, and the next run would compute all bottlenecks again."""
+    (job.folder / 'module').mkdir()
+    message = f'^--{flag}: {folder} is in the folder of the module'
+    job.photographs(cat=20, dog=20).fails(message, '--tfhub_module=module', **{flag: folder})
+    assert os.listdir(job.folder / 'module') == []
+
+
 @pytest.mark.parametrize('name', ['inception-2015-12-05.tgz', 'mobilenet_v1_0.25_128_frozen.tgz'])
 def test_the_archive_of_a_model_is_no_output(job, name):
     job.photographs(cat=20, dog=20)
