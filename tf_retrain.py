@@ -572,11 +572,11 @@ class OptionalOutput:
             return len(text)
 
 
-# What the first of these does, and its handler. The second one quits at once.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What a first signal does, and its handler. A second one quits at once.
 #   before the training: it ends the run, with exit code 130     stop_run
 #   in the training: it ends it early; test and outputs follow   stop_run
 #   after the training: test and outputs go on, with a message   finish_run
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 stop_requested = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
 
 
@@ -691,6 +691,8 @@ def is_special(path: str) -> bool:
         mode = os.stat(to_bytes(path)).st_mode
     except OSError:  # what is missing, or on gs:// and its like
         return False
+    except ValueError:  # a NUL in the path
+        return True
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
@@ -1132,6 +1134,11 @@ def ensure_image_dir(image_dir: str) -> None:
         raise UserError(
             f"--image_dir: there is no folder '{image_dir}'. Name the one with your class folders."
         )
+    if '_nohash_' in image_dir:  # get_stem() would cut it off there
+        raise UserError(
+            f"--image_dir: '_nohash_' in '{image_dir}' would put all images into one set. Rename "
+            'the folder.'
+        )
 
 
 def has_class_folders(path: str) -> bool:
@@ -1173,19 +1180,26 @@ def find_set_folders(image_dir: str) -> dict[str, str]:
             f'one folder per class in each of them, or in {image_dir} itself.'
         )
     for name in others:
-        path = os.path.join(image_dir, name)
-        target = follow_link(path)
-        leads_back = target != path and is_inside(target, image_dir)
-        if is_image(name) or (count_images(target) and not leads_back):
+        if has_images(os.path.join(image_dir, name), image_dir):
             raise UserError(
-                f"--image_dir: '{image_dir}' has the sets {', '.join(candidates)}, and so '{path}' "
-                'is in none of them. Move it elsewhere.'
+                f"--image_dir: '{image_dir}' has the sets {', '.join(candidates)}, and so "
+                f"'{os.path.join(image_dir, name)}' is in none of them. Move it elsewhere."
             )
     for name in candidates:
         if name not in set_folders:
             path = escape(os.path.join(image_dir, name))
             print(f'WARNING: {path} has no class folders. It is left alone.')
     return set_folders
+
+
+def has_images(path: str, image_dir: str) -> bool:
+    """Tells whether a path in image_dir is an image, or a folder with images somewhere below it.
+
+    A link back into image_dir has none of its own.
+    """
+    target = follow_link(path)
+    leads_back = target != path and is_inside(target, image_dir)
+    return is_image(os.path.basename(path)) or (count_images(target) > 0 and not leads_back)
 
 
 def list_split_folders(image_dir: str, set_folders: dict[str, str]) -> dict[str, list[str]]:
@@ -1309,7 +1323,7 @@ JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
 SIGNATURES = {
     'JPEG': JPEG,
     'PNG': PNG,
-    'GIF': GIF,
+    'GIF': rb'GIF8',
     'WebP': rb'RIFF....WEBP',
     'AVIF': rb'....ftyp(avi[fs]|mif1.{0,24}avif)',
     'HEIC': rb'....ftyp(he|mif1|msf1)',
@@ -1367,33 +1381,22 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
     """
     start = tf.strings.substr(contents, 0, 2)
     header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'  # a short file has sides of 0
-
-    def read_jpeg() -> tf.Tensor:
-        return tf.image.extract_jpeg_shape(contents)[:2]
-
-    def read_png() -> tf.Tensor:
-        sides = tf.strings.substr(header, 16, 8)
-        return tf.io.decode_raw(sides, tf.int32, little_endian=False)
-
-    def read_gif() -> tf.Tensor:
-        sides = tf.strings.substr(header, 6, 4)
-        return tf.cast(tf.io.decode_raw(sides, tf.uint16), tf.int32)
-
-    def fail() -> tf.Tensor:
-        # Clients show errors as UTF-8: other bytes become dots.
-        text = tf.strings.unicode_transcode(
-            header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
+    # Clients show errors as UTF-8: other bytes become dots.
+    text = tf.strings.unicode_transcode(
+        header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
+    )
+    message = ['The image is not JPEG, PNG or GIF. It starts with', text]
+    is_known = tf.reduce_any(start == [JPEG, PNG, GIF])
+    png_sides = tf.io.decode_raw(tf.strings.substr(header, 16, 8), tf.int32, little_endian=False)
+    gif_sides = tf.io.decode_raw(tf.strings.substr(header, 6, 4), tf.uint16)
+    # The op itself, as tf.debugging.Assert() takes several times as long to build.
+    with tf.control_dependencies([tf.raw_ops.Assert(condition=is_known, data=message)]):
+        sides = tf.cond(
+            start == JPEG,
+            lambda: tf.image.extract_jpeg_shape(contents)[:2],
+            lambda: tf.where(start == PNG, png_sides, tf.cast(gif_sides, tf.int32)),
         )
-        message = ['The image is not JPEG, PNG or GIF. It starts with', text]
-        with tf.control_dependencies([tf.debugging.Assert(False, message)]):
-            return tf.zeros([2], tf.int32)
-
-    readers = [
-        (start == JPEG, read_jpeg),
-        (start == PNG, read_png),
-        (start == GIF, read_gif),
-    ]
-    return tf.reduce_prod(tf.cast(tf.case(readers, fail), tf.int64))
+    return tf.reduce_prod(tf.cast(sides, tf.int64))
 
 
 def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
@@ -1402,10 +1405,9 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     Of an animated GIF, that is the first frame. Fails before decoding if the header names more than
     MAX_PIXELS pixels.
     """
-    pixels = count_pixels(contents)
-    message = f'The image has more than {MAX_PIXELS:,} pixels.'
-    limit = tf.constant(MAX_PIXELS, tf.int64)
-    with tf.control_dependencies([tf.debugging.assert_less_equal(pixels, limit, message)]):
+    is_small = count_pixels(contents) <= MAX_PIXELS
+    message = [f'The image has more than {MAX_PIXELS:,} pixels.']
+    with tf.control_dependencies([tf.raw_ops.Assert(condition=is_small, data=message)]):
         contents = tf.identity(contents)
     image = tf.cond(
         tf.strings.substr(contents, 0, 2) == GIF,
@@ -1819,12 +1821,7 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
         MOBILENET_GRAPH_NAME.format(size),
         ['input', MOBILENET_BOTTLENECK_NODE],
     )
-    # Clients of the retrain script of 2017 feed this node with pixels of -1..1. For all others, its
-    # default is 'Mul:0'. This graph has no node Mul: prepend_decoding() makes one, and connects
-    # every input of that name to it.
-    (fed,) = (node for node in graph_def.node if node.name == 'input')
-    fed.op = 'PlaceholderWithDefault'
-    fed.input.append(SCALED_INPUT_NODE)
+    add_default_input(graph_def)
     with damage_explained(path, 'Delete it and run again to download it.'):
         graph_def = prepend_decoding(graph_def, f'{SCALED_INPUT_NODE}:0', input_format)
     return Backbone(
@@ -1836,6 +1833,17 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
         input_format=input_format,
         cache_suffix=f'_{architecture}',
     )
+
+
+def add_default_input(graph_def: GraphDef) -> None:
+    """Gives the placeholder of a MobileNet a default: the node Mul, which its graph does not have.
+
+    prepend_decoding() makes that node, and connects every input of its name to it. Clients of the
+    retrain script of 2017 still feed the placeholder with pixels of -1..1.
+    """
+    (placeholder,) = (node for node in graph_def.node if node.name == 'input')
+    placeholder.op = 'PlaceholderWithDefault'
+    placeholder.input.append(SCALED_INPUT_NODE)
 
 
 def load_keras_network(model_dir: str, architecture: str) -> Backbone:
@@ -2074,12 +2082,12 @@ def export_graph(graph: tf.Graph) -> GraphDef:
 
 
 def prepend_decoding(
-    graph_def: GraphDef, tensor: str, input_format: InputFormat, prefix: str = ''
+    graph_def: GraphDef, image_name: str, input_format: InputFormat, prefix: str = ''
 ) -> GraphDef:
     """Returns the decoding nodes of 2015, and behind them the nodes of a graph, as prefix/....
 
-    `tensor` is what the nodes of the graph have for their image: the output of a placeholder, or a
-    name that no node there has. Every such input is connected to the decoded image.
+    `image_name` is what the nodes of the graph have for their image: the output of a placeholder,
+    or a name that no node there has. Every such input is connected to the decoded image.
     """
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
@@ -2088,7 +2096,7 @@ def prepend_decoding(
         image = resize_bilinear(image, input_format.size, name=RESIZED_INPUT_NODE)
         image = tf.subtract(image, input_format.mean, name='Sub')
         image = tf.multiply(image, 1 / input_format.deviation, name=SCALED_INPUT_NODE)
-        tf.graph_util.import_graph_def(graph_def, {tensor: image}, name=prefix)
+        tf.graph_util.import_graph_def(graph_def, {image_name: image}, name=prefix)
     return export_graph(graph)
 
 
@@ -2302,33 +2310,33 @@ def run_ahead(batches: Iterator) -> Iterator:
 
 
 def compute_bottlenecks(
-    rows: np.ndarray,
+    keys: np.ndarray,
     paths: list[str],
     backbone: Backbone,
     distort: Callable | None = None,
     service: str | None = None,
 ) -> Iterator:
-    """Yields (rows, digests, bottlenecks) in batches, without images that cannot be decoded.
+    """Yields (keys, digests, bottlenecks) in batches, without images that cannot be decoded.
 
-    paths[i] is the image of rows[i], int [N], which rise: they are rows of Images, or other numbers
+    paths[i] is the image of keys[i], int [N], which rise: they are rows of Images, or other numbers
     that tell the images apart. Digests, int64 [N], are those of the files' contents.
-    Images are resized, or are what distort(image, row) makes of them. With the address of a tf.data
+    Images are resized, or are what distort(image, key) makes of them. With the address of a tf.data
     service, its workers do all this.
     """
 
-    def load(row: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    def load(key: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, ...]:
         # The workers of a service have no Python of this program.
         if service:
             image = decode_by_tensorflow(contents)
         else:
             image = decode_image(contents, backbone.is_upright)
         if distort:
-            image = distort(image, row)
+            image = distort(image, key)
         else:
             image = resize_bilinear(image[tf.newaxis], backbone.input_format.size)[0]
-        return row, compute_digest(contents), image
+        return key, compute_digest(contents), image
 
-    batches = load_files(rows, paths, load).batch(NETWORK_BATCH_SIZE)
+    batches = load_files(keys, paths, load).batch(NETWORK_BATCH_SIZE)
     if service:
         return run_service(service, backbone.networks[0], batches)
     return run_networks(backbone.patient_networks, batches)
@@ -2530,7 +2538,7 @@ class BottleneckCache:
         """Tells whether a record holds, if the contents of its image are what they were."""
         if record.size != self.statuses[row].size:
             return False
-        if isinstance(record.outcome, str):
+        if isinstance(record.outcome, str):  # why it cannot be decoded, whatever the network is
             return record.decoder == DECODER
         is_written = record.outcome == self.cache_digests[row]
         return is_written and record.model == self.backbone.checksum
@@ -2545,6 +2553,22 @@ class BottleneckCache:
             header = load_header(self.images.paths[row])
             self.try_to_record(row, None, int(self.cache_digests[row]), header)
 
+    def find_unchanged(self, records: dict[int, CacheRecord]) -> Iterator[int]:
+        """Yields the rows of images whose contents are those of their records, {row: record}.
+
+        Records their new modification times.
+        """
+        rows = np.array(list(records), int)
+        paths = [self.images.paths[row] for row in rows]
+        files = load_files(rows, paths, lambda row, image: (row, compute_digest(image)))
+        for row, image_digest in until_stopped(files.as_numpy_iterator()):
+            record = records[row]
+            # No digest is known for a trusted file: an image of the same size counts as the same.
+            if record.digest in (image_digest, None):
+                header = Header(record.orientation, record.bits)
+                self.try_to_record(row, int(image_digest), record.outcome, header)
+                yield int(row)
+
     def compare(self) -> tuple[np.ndarray, dict[int, str]]:
         """Returns the rows to compute, and {row: reason} of images that cannot be decoded.
 
@@ -2556,21 +2580,12 @@ class BottleneckCache:
             for row, record in enumerate(self.records)
             if record and self.fits(row, record)
         }
-        is_current = {
-            row: record.time == self.statuses[row].modified for row, record in fitting.items()
+        current = {
+            row for row, record in fitting.items() if record.time == self.statuses[row].modified
         }
-        # The contents of the others decide.
-        to_read = np.array([row for row in fitting if not is_current[row]], int)
-        paths = [self.images.paths[row] for row in to_read]
-        files = load_files(to_read, paths, lambda row, image: (row, compute_digest(image)))
-        for row, image_digest in until_stopped(files.as_numpy_iterator()):
-            record = fitting[row]
-            # No digest is known for a trusted file: an image of the same size counts as the same.
-            is_current[row] = record.digest in (image_digest, None)
-            if is_current[row]:
-                header = Header(record.orientation, record.bits)
-                self.try_to_record(row, int(image_digest), record.outcome, header)
-        outcomes = {row: record.outcome for row, record in fitting.items() if is_current[row]}
+        retimed = {row: record for row, record in fitting.items() if row not in current}
+        current.update(self.find_unchanged(retimed))
+        outcomes = {row: fitting[row].outcome for row in current}
         reasons = {row: reason for row, reason in outcomes.items() if isinstance(reason, str)}
         return np.setdiff1d(np.arange(len(self.paths)), list(outcomes)), reasons
 
@@ -2660,12 +2675,12 @@ class BottleneckCache:
         """Computes and writes the bottlenecks of some rows; returns {row: reason} of failures."""
         self.report_recomputed(rows)
         with tqdm(total=len(rows), desc='Bottlenecks', unit='image', disable=None) as bar:
-            failed = rows
+            left = rows
             if flags.data_service:
-                failed = self.compute(rows, flags.data_service, False, bar)
-                paths = [self.images.paths[row] for row in failed]
+                left = self.compute(rows, flags.data_service, False, bar)
+                paths = [self.images.paths[row] for row in left]
                 report_left_out(paths, len(rows), flags.data_service)
-            failed = self.compute(failed, None, flags.strict, bar)
+            failed = self.compute(left, None, flags.strict, bar)
         reasons = {}
         for row in until_stopped(failed[:1] if flags.strict else failed):
             reasons[row], image_digest = explain_unreadable(self.images.paths[row])
@@ -2851,20 +2866,20 @@ def choose_worst(
     image for validation or test, and the most similar ones. Variants by `_nohash_` with one label,
     in one set, are meant to be alike, and do not count.
     """
-    has_other_label = images.classes[rows, None] != images.classes[others]
+    is_other_label = images.classes[rows, None] != images.classes[others]
     is_training = images.sets == 'training'
     is_leak = is_training[others] & ~is_training[rows, None]
     is_variant = images.stems[rows, None] == images.stems[others]
-    is_meant = is_variant & ~has_other_label & ~is_leak
+    is_meant = is_variant & ~is_other_label & ~is_leak
     is_near = (similarity >= DUPLICATE_SIMILARITY) & ~is_meant
     has_leaked = (is_near & is_leak).any(axis=1)  # by any of them, not only by the worst
-    preferred = prefer(is_near, has_other_label)
+    preferred = prefer(is_near, is_other_label)
     preferred = prefer(preferred, is_leak)
     columns = np.where(preferred, similarity, -1).argmax(axis=1)
     for index in np.flatnonzero(is_near.any(axis=1)):
         column = columns[index]
         yield NearCopy(
-            has_other_label=has_other_label[index, column],
+            has_other_label=is_other_label[index, column],
             has_leaked=has_leaked[index],
             similarity=similarity[index, column],
             row=rows[index],
@@ -3266,43 +3281,43 @@ def compute_distorted(
     Images that can no longer be read are left out.
     """
     vanished: set[str] = set()
-    first = 0
+    first_key = 0
     try:
-        while steps := list(itertools.islice(draws, DISTORTED_STEPS)):
-            rows = np.stack(steps)
-            # An image may be drawn twice. So its place among all that are drawn stands for its row,
-            # and is the seed of its distortion.
-            places = first + np.arange(rows.size).reshape(rows.shape)
+        while drawn := list(itertools.islice(draws, DISTORTED_STEPS)):
+            rows = np.stack(drawn)
+            # An image may be drawn twice. So an image of a step has a key of its own, which is also
+            # the seed of its distortion.
+            keys = first_key + np.arange(rows.size).reshape(rows.shape)
             paths = [images.paths[row] for row in rows.flat]
-            computed = compute_bottlenecks(places.ravel(), paths, backbone, distort)
-            found = regroup(computed, places)
-            for drawn, (is_found, bottlenecks) in zip(steps, found, strict=True):
-                vanished.update(images.paths[row] for row in drawn[~is_found])
-                yield drawn[is_found], bottlenecks
-            first += rows.size
+            computed = compute_bottlenecks(keys.ravel(), paths, backbone, distort)
+            steps = zip(rows, regroup(computed, keys), strict=True)
+            for step_rows, (is_found, bottlenecks) in steps:
+                vanished.update(images.paths[row] for row in step_rows[~is_found])
+                yield step_rows[is_found], bottlenecks
+            first_key += rows.size
     finally:
         report_vanished(vanished)
 
 
-def regroup(computed: Iterator, places: np.ndarray) -> Iterator:
-    """Yields (is_found, bottlenecks) of the images of each step, whose places are int [steps, N].
+def regroup(computed: Iterator, keys: np.ndarray) -> Iterator:
+    """Yields (is_found, bottlenecks) of the images of each step, whose keys are int [steps, N].
 
     is_found, bool [N], tells which of them have a bottleneck. These come as compute_bottlenecks()
-    yields them: in the order of the places, and in batches of another size.
+    yields them: in the order of the keys, and in batches of another size.
     """
     remaining = (
-        (place, bottleneck)
-        for some_places, _, bottlenecks in computed
-        for place, bottleneck in zip(some_places, bottlenecks, strict=True)
+        (key, bottleneck)
+        for some_keys, _, bottlenecks in computed
+        for key, bottleneck in zip(some_keys, bottlenecks, strict=True)
     )
     item = next(remaining, None)
-    for own_places in places:
+    for own_keys in keys:
         found, own_bottlenecks = [], []
-        while item and item[0] <= own_places[-1]:
+        while item and item[0] <= own_keys[-1]:
             found.append(item[0])
             own_bottlenecks.append(item[1])
             item = next(remaining, None)
-        yield np.isin(own_places, found), np.array(own_bottlenecks)
+        yield np.isin(own_keys, found), np.array(own_bottlenecks)
 
 
 def report_vanished(paths: set[str]) -> None:
@@ -3613,34 +3628,33 @@ def warn_of_other_labels(path: str, contents: bytes) -> None:
 
 
 def create_writers(
-    backbone: Backbone, head: Head, facts: dict[str, Any], flags: argparse.Namespace
-) -> dict[str, Callable]:
+    backbone: Backbone, head: Head, flags: argparse.Namespace
+) -> tuple[dict[str, Callable], int]:
     """Returns {output: function that writes it} of graph, labels and optimized graph.
 
-    The function of the graph also adds its CRC-32 to the facts about the run, for the record.
+    The second value is the CRC-32 of the graph's file.
     """
     graph = create_frozen_graph(backbone, head, flags.final_tensor_name)
-
-    def write_graph() -> None:
-        contents = graph.SerializeToString(deterministic=True)
-        facts['graph_checksum'] = zlib.crc32(contents)
-        write_whole(flags.output_graph, contents)
+    contents = graph.SerializeToString(deterministic=True)
 
     def write_labels() -> None:
-        contents = ''.join(f'{label}\n' for label in head.labels).encode()
+        lines = ''.join(f'{label}\n' for label in head.labels).encode()
         with extra('the comparison with the earlier labels'):
-            warn_of_other_labels(flags.output_labels, contents)
-        write_whole(flags.output_labels, contents)
+            warn_of_other_labels(flags.output_labels, lines)
+        write_whole(flags.output_labels, lines)
 
     def write_optimized_graph() -> None:
         shape = [None, *backbone.input_format.size, 3]
         folded = fold(graph, SCALED_INPUT_NODE, shape, flags.final_tensor_name)
         write_whole(flags.optimized_graph, folded.SerializeToString(deterministic=True))
 
-    writers = {flags.output_graph: write_graph, flags.output_labels: write_labels}
+    writers: dict[str, Callable] = {
+        flags.output_graph: functools.partial(write_whole, flags.output_graph, contents),
+        flags.output_labels: write_labels,
+    }
     if flags.optimized_graph:
         writers[flags.optimized_graph] = write_optimized_graph
-    return writers
+    return writers, zlib.crc32(contents)
 
 
 def write_outputs(writers: dict[str, Callable]) -> dict[str, str]:
@@ -3730,21 +3744,22 @@ def list_outputs(flags: argparse.Namespace) -> list[tuple[str, str]]:
     return outputs
 
 
-def check_images(images: Images, flags: argparse.Namespace) -> None:
-    """Raises UserError if an output is an image, to which a link in --image_dir may lead."""
-    for flag, output in list_outputs(flags):
-        if is_image(os.path.basename(follow_link(output))) and gfile.exists(output):
-            real_output = os.path.realpath(to_bytes(output))
-            if any(os.path.realpath(to_bytes(path)) == real_output for path in images.paths):
-                raise UserError(f'{flag}: {output} is what the training reads. Name another file.')
-
-
 def check_module_folder(flags: argparse.Namespace) -> None:
     """Raises UserError if a run would write into the module, and so make it another one."""
     folders = {'--bottleneck_dir': flags.bottleneck_dir, '--summaries_dir': flags.summaries_dir}
     for flag, folder in folders.items():
         if is_in_module(os.path.join(folder, 'file'), flags):
             raise UserError(f'{flag}: {folder} is in the folder of the module. Name another one.')
+
+
+def check_folders(flags: argparse.Namespace) -> None:
+    """Raises UserError if an output has the name of a folder of the run, made or not yet."""
+    outputs = list_outputs(flags)
+    folders = [os.path.dirname(path) for _, path in outputs]
+    folders += [flags.bottleneck_dir, flags.summaries_dir, flags.model_dir]
+    for flag, path in outputs:
+        if any(is_inside(os.path.join(folder, 'file'), path) for folder in folders):
+            raise UserError(f"{flag}: '{path}' is a folder by another flag. Name another file.")
 
 
 def check_outputs(flags: argparse.Namespace) -> None:
@@ -3774,9 +3789,19 @@ def check_outputs(flags: argparse.Namespace) -> None:
             raise UserError(f'{flag}: {path} is what the training reads. Name another file.')
         ensure_writable_dir(os.path.dirname(follow_link(path)), flag)
         ensure_replaceable(path, flag)
+    check_folders(flags)
     check_module_folder(flags)
     for name in SUMMARY_FOLDERS:
         ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
+
+
+def ensure_outputs_are_no_images(images: Images, flags: argparse.Namespace) -> None:
+    """Raises UserError if an output is an image, to which a link in --image_dir may lead."""
+    for flag, output in list_outputs(flags):
+        if is_image(os.path.basename(follow_link(output))) and gfile.exists(output):
+            real_output = os.path.realpath(to_bytes(output))
+            if any(os.path.realpath(to_bytes(path)) == real_output for path in images.paths):
+                raise UserError(f'{flag}: {output} is what the training reads. Name another file.')
 
 
 # TensorBoard
@@ -4091,7 +4116,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     ensure_image_dir(flags.image_dir)
     check_outputs(flags)
     images = list_images(flags)
-    check_images(images, flags)
+    ensure_outputs_are_no_images(images, flags)
     backbone = load_backbone(flags)
     report_start(images, backbone)
     facts: dict[str, Any] = {'started': str(started)}
@@ -4113,7 +4138,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
         tested = test(images, bottlenecks, layer, flags)
         report_test(images, tested, flags)
     head = Head(layer, images.labels, familiarity)
-    writers = create_writers(backbone, head, facts, flags)
+    writers, facts['graph_checksum'] = create_writers(backbone, head, flags)
     if export:
         writers['the SavedModel'] = functools.partial(export, backbone, head)
     failures = write_outputs(writers)

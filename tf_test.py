@@ -278,6 +278,8 @@ def is_special(path: str) -> bool:
         mode = os.stat(to_bytes(path)).st_mode
     except OSError:  # what is missing, or on gs:// and its like
         return False
+    except ValueError:  # a NUL in the path
+        return True
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
@@ -492,8 +494,10 @@ def find_images(folder: str, left_out: str | None) -> Iterator[str]:
     """
     found = set()
     remaining = [folder]
-    while remaining:
-        path = remaining.pop()
+    linked: list[str] = []
+    while remaining or linked:
+        # Linked folders come last: of two paths to a folder, that without a link names its class.
+        path = remaining.pop() if remaining else linked.pop()
         if not is_folder(path):
             yield path
             continue
@@ -506,14 +510,12 @@ def find_images(folder: str, left_out: str | None) -> Iterator[str]:
         except (tf.errors.OpError, OSError):
             yield path  # fails as an image that cannot be read
             continue
-        # Linked folders come last: of two paths to a folder, that without a link names its class.
-        names.sort(key=lambda name: is_linked_folder(os.path.join(path, name)))
         for name in reversed(names):
             inner = os.path.join(path, name)
             is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
             is_left_out = left_out and is_same_path(inner, left_out)
             if is_wanted and not name.startswith('.') and not is_left_out:
-                remaining.append(inner)
+                (linked if is_linked_folder(inner) else remaining).append(inner)
 
 
 def to_file_name(text: str) -> str:
@@ -647,7 +649,7 @@ JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
 SIGNATURES = {
     'JPEG': JPEG,
     'PNG': PNG,
-    'GIF': GIF,
+    'GIF': rb'GIF8',
     'WebP': rb'RIFF....WEBP',
     'AVIF': rb'....ftyp(avi[fs]|mif1.{0,24}avif)',
     'HEIC': rb'....ftyp(he|mif1|msf1)',
@@ -705,33 +707,22 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
     """
     start = tf.strings.substr(contents, 0, 2)
     header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'  # a short file has sides of 0
-
-    def read_jpeg() -> tf.Tensor:
-        return tf.image.extract_jpeg_shape(contents)[:2]
-
-    def read_png() -> tf.Tensor:
-        sides = tf.strings.substr(header, 16, 8)
-        return tf.io.decode_raw(sides, tf.int32, little_endian=False)
-
-    def read_gif() -> tf.Tensor:
-        sides = tf.strings.substr(header, 6, 4)
-        return tf.cast(tf.io.decode_raw(sides, tf.uint16), tf.int32)
-
-    def fail() -> tf.Tensor:
-        # Clients show errors as UTF-8: other bytes become dots.
-        text = tf.strings.unicode_transcode(
-            header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
+    # Clients show errors as UTF-8: other bytes become dots.
+    text = tf.strings.unicode_transcode(
+        header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
+    )
+    message = ['The image is not JPEG, PNG or GIF. It starts with', text]
+    is_known = tf.reduce_any(start == [JPEG, PNG, GIF])
+    png_sides = tf.io.decode_raw(tf.strings.substr(header, 16, 8), tf.int32, little_endian=False)
+    gif_sides = tf.io.decode_raw(tf.strings.substr(header, 6, 4), tf.uint16)
+    # The op itself, as tf.debugging.Assert() takes several times as long to build.
+    with tf.control_dependencies([tf.raw_ops.Assert(condition=is_known, data=message)]):
+        sides = tf.cond(
+            start == JPEG,
+            lambda: tf.image.extract_jpeg_shape(contents)[:2],
+            lambda: tf.where(start == PNG, png_sides, tf.cast(gif_sides, tf.int32)),
         )
-        message = ['The image is not JPEG, PNG or GIF. It starts with', text]
-        with tf.control_dependencies([tf.debugging.Assert(False, message)]):
-            return tf.zeros([2], tf.int32)
-
-    readers = [
-        (start == JPEG, read_jpeg),
-        (start == PNG, read_png),
-        (start == GIF, read_gif),
-    ]
-    return tf.reduce_prod(tf.cast(tf.case(readers, fail), tf.int64))
+    return tf.reduce_prod(tf.cast(sides, tf.int64))
 
 
 def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
@@ -740,10 +731,9 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     Of an animated GIF, that is the first frame. Fails before decoding if the header names more than
     MAX_PIXELS pixels.
     """
-    pixels = count_pixels(contents)
-    message = f'The image has more than {MAX_PIXELS:,} pixels.'
-    limit = tf.constant(MAX_PIXELS, tf.int64)
-    with tf.control_dependencies([tf.debugging.assert_less_equal(pixels, limit, message)]):
+    is_small = count_pixels(contents) <= MAX_PIXELS
+    message = [f'The image has more than {MAX_PIXELS:,} pixels.']
+    with tf.control_dependencies([tf.raw_ops.Assert(condition=is_small, data=message)]):
         contents = tf.identity(contents)
     image = tf.cond(
         tf.strings.substr(contents, 0, 2) == GIF,
@@ -1339,11 +1329,8 @@ class Tally:
             self.refused += 1
 
     @functools.cached_property
-    def trained_folders(self) -> dict[pathlib.PurePath, str]:
-        """The class folders of the training: {real path: path from --image_dir}.
-
-        The real path finds the folder, and the hash takes the other one.
-        """
+    def listed_folders(self) -> dict[pathlib.PurePath, str]:
+        """The class folders of the training: {real path: path from --image_dir}."""
         training = self.training
         if training is None:
             return {}
@@ -1351,20 +1338,26 @@ class Tally:
         names = [os.path.join(parent, name) for parent in parents for name in training.folders]
         return {resolve(os.path.join(training.absolute_image_dir, name)): name for name in names}
 
+    def find_listed(self, path: str) -> str | None:
+        """Returns an image as the training listed it, 'class folder/file', or None if it did not.
+
+        It listed the path as it is or, if that is a link to an image, where the link leads.
+        """
+        for listed in (path, str(resolve(path))):
+            folder = self.listed_folders.get(resolve(os.path.dirname(listed)))
+            if folder is not None:
+                return os.path.join(folder, os.path.basename(listed))
+        return None
+
     def is_new(self, path: str) -> bool:
         """Tells whether the training did not use an image, or only for its test."""
         training = self.training
-        if training is None:
+        file = self.find_listed(path)
+        if training is None or file is None:
             return True
-        # The training listed the path as it is, or the one to which a link leads.
-        for listed in (path, str(resolve(path))):
-            folder = self.trained_folders.get(resolve(os.path.dirname(listed)))
-            if folder is not None:
-                file = os.path.join(folder, os.path.basename(listed))
-                set_folders, percentages = training.set_folders, training.percentages
-                name = get_set_of_file(training.image_dir, file, set_folders, percentages)
-                return name == 'testing'
-        return True
+        set_folders, percentages = training.set_folders, training.percentages
+        name = get_set_of_file(training.image_dir, file, set_folders, percentages)
+        return name == 'testing'
 
 
 def get_stem(path: str) -> str:
@@ -1479,7 +1472,7 @@ def report_accuracy(tally: Tally) -> None:
     if not tally.training:
         print('Without the record of the training, its own images count as new ones.')
     if tally.not_new:
-        print(f'Used for the training, and not counted: {tally.not_new} more.')
+        print(f'In the training or validation set, and not counted: {tally.not_new} more.')
     if tally.other_folders:
         names = name_some(sorted(tally.other_folders))
         print(f'Folders that are no class, and do not count: {names}')

@@ -184,7 +184,7 @@ def test_a_run_on_sets(job):
     assert record['set_folders'] == {'test': 'testing', 'train': 'training', 'val': 'validation'}
     process = run('tf_test.py', 'data', GRAPH, LABELS, cwd=job.folder)
     assert process.stdout.count('\n') == 120
-    assert 'Used for the training, and not counted: 100 more.\n' in process.stderr
+    assert 'In the training or validation set, and not counted: 100 more.\n' in process.stderr
     assert 'Accuracy on the 20 images whose folder is a class: 100.0%' in process.stderr
 
 
@@ -319,6 +319,9 @@ def test_of_two_paths_to_a_folder_the_one_without_a_link_counts(tmp_path):
     found = list(tf_test.find_images(str(tmp_path / 'in'), None))
     names = ['a.jpg', 'rose 0.jpg', 'rose 1.jpg']
     assert found == [str(tmp_path / f'in/rose/{name}') for name in names]
+    (tmp_path / 'in/cat').mkdir()
+    (tmp_path / 'in/cat/more').symlink_to(tmp_path / 'in/rose')  # deeper, and earlier
+    assert list(tf_test.find_images(str(tmp_path / 'in'), None)) == found
 
 
 @pytest.fixture
@@ -384,11 +387,17 @@ def test_of_the_trained_images_only_the_test_images_count(trained):
     for images in (['data'], ['data/'], folders):
         process = label(trained, *images, check=True)
         assert f'Accuracy on the {count} images whose folder is a class: ' in process.stderr
-        assert f'Used for the training, and not counted: {145 - count} more.\n' in process.stderr
+        assert (
+            f'In the training or validation set, and not counted: {145 - count} more.\n'
+            in process.stderr
+        )
     for folder, images in (('/', trained.data), (trained.data, '.'), (trained.data / 'cat', '..')):
         process = run('tf_test.py', images, *files, cwd=folder)
         assert f'Accuracy on the {count} images whose folder is a class: ' in process.stderr
-        assert f'Used for the training, and not counted: {145 - count} more.\n' in process.stderr
+        assert (
+            f'In the training or validation set, and not counted: {145 - count} more.\n'
+            in process.stderr
+        )
 
 
 def test_the_training_has_not_seen_what_is_deeper_than_its_images(trained, tmp_path):
@@ -424,7 +433,9 @@ def test_the_training_has_seen_what_links_in_its_folder_lead_to(trained, tmp_pat
 def test_there_is_a_reason_if_no_image_counts(capsys):
     tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), None, images=2, not_new=2)
     tf_test.report_tally(tally, mock.Mock(upright=False))
-    assert 'Used for the training, and not counted: 2 more.\n' in capsys.readouterr().err
+    assert (
+        'In the training or validation set, and not counted: 2 more.\n' in capsys.readouterr().err
+    )
 
 
 def test_folders_above_the_image_argument_do_not_count(trained, tmp_path):

@@ -75,6 +75,12 @@ def test_split_follows_the_formula_and_ignores_nohash():
         }
 
 
+def test_all_images_in_one_set_by_the_name_of_their_folder(tmp_path):
+    (tmp_path / 'my_nohash_data').mkdir()
+    with pytest.raises(tf_retrain.UserError, match="^--image_dir: '_nohash_' in '.*' would put"):
+        tf_retrain.ensure_image_dir(f'{tmp_path}/my_nohash_data')
+
+
 def test_the_border_of_two_sets_belongs_to_the_upper_one(monkeypatch):
     """With hashes of 0 to 100, a percentage can be whole."""
     monkeypatch.setattr(tf_retrain, 'MAX_NUM_IMAGES_PER_CLASS', 100)
@@ -289,6 +295,7 @@ BAD = {
     ),
     'resource.jpg': (lambda p: p.write_bytes(b'\0\5\x16\7' + b'\0' * 50), NO_FORMAT),
     'text.png': (lambda p: p.write_text('hello'), NO_FORMAT + "b'hello'"),
+    'giant.jpg': (lambda p: p.write_text('GIant'), NO_FORMAT + "b'GIant'"),  # as a GIF: GIF8
     'folder.jpg': (lambda p: p.mkdir(), 'Is a directory'),
     'dangling.jpg': (lambda p: p.symlink_to('nowhere'), 'No such file'),
 }

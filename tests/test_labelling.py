@@ -330,6 +330,15 @@ def test_paths_on_standard_input_come_in_parts(monkeypatch, parts, paths):
     assert list(tf_test.read_paths()) == paths
 
 
+def test_a_nul_in_a_path_that_comes_late_fails_alone(label, trained, monkeypatch):
+    image = trained.test_image()
+    parts = f'{image}\n'.encode(), b'b\0c\n', f'{image}\n'.encode()
+    monkeypatch.setattr(sys, 'stdin', mock.Mock(buffer=io.BufferedReader(Slow(*parts))))
+    out, err = label.fails('^1 of 3 images could not be labeled', '-')
+    assert [line.split('\t')[0] for line in out.splitlines()] == [str(image), str(image)]
+    assert "ERROR: The image 'b\\x00c' cannot be read: it is not a plain file." in err
+
+
 def test_a_list_in_utf_16_is_refused(monkeypatch):
     """Its NUL bytes would end paths, one of which would be /."""
     stream = io.BufferedReader(io.BytesIO('/home\n'.encode('utf-16')))

@@ -113,7 +113,8 @@ def write_training(folder, labels, renames=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf_retrain.gfile, 'rename', rename)
-        tf_retrain.write_outputs(tf_retrain.create_writers(backbone, head, {}, flags))
+        writers, _ = tf_retrain.create_writers(backbone, head, flags)
+        tf_retrain.write_outputs(writers)
 
 
 def check(folder):
@@ -247,6 +248,17 @@ def test_an_image_outside_of_the_folder_is_no_output(job):
     for name in ('h.pb', 'k.pb'):
         job.fails('^--output_graph: .* is what the training reads', output_graph=name)
     assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize('flag', ['output_labels', 'bottleneck_dir', 'summaries_dir', 'model_dir'])
+@pytest.mark.parametrize('path', ['new', 'new/deep/file'])
+def test_an_output_is_no_folder_of_the_run(job, flag, path):
+    """The folder is made only after the outputs were looked at, and before they are written."""
+    inner = f'{path}/labels.txt' if flag == 'output_labels' else path
+    outer = 'new' if flag == 'output_labels' or '/' in path else path
+    job.photographs(cat=20, dog=20)
+    job.fails(f"^--output_graph: '{outer}' is a folder", **{'output_graph': outer, flag: inner})
+    assert not (job.folder / 'bottlenecks').exists()
 
 
 @pytest.mark.parametrize('folder', ['module', 'module/cache'])
