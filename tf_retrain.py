@@ -106,6 +106,11 @@ def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
     return parse
 
 
+def to_path(text: str) -> str:
+    """Returns a path as users write it, '~/data' or 'file:///data', as the system takes it."""
+    return os.path.expanduser(text.removeprefix('file://'))
+
+
 PERCENTAGE = checked(int, lambda value: 0 <= value <= 100, 'a whole number from 0 to 100')
 COUNT = checked(int, lambda value: value >= 0, 'a whole number, 0 or more')
 COUNT_FROM_1 = checked(int, lambda value: value >= 1, 'a whole number, 1 or more')
@@ -117,7 +122,7 @@ BATCH_OR_ALL = checked(
 # Smaller numbers are 0 in float32, and larger ones are not finite.
 RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a number above 0, such as 0.05')
 # Raises UnicodeEncodeError, a ValueError, for names that are not UTF-8.
-PATH = checked(lambda text: os.path.expanduser(text).encode().decode(), bool, 'a name in UTF-8')
+PATH = checked(lambda text: to_path(text).encode().decode(), bool, 'a name in UTF-8')
 ADDRESS = checked(str, re.compile(r'grpc://.+:\d{1,5}').fullmatch, 'grpc://HOST:PORT')
 HANDLE = checked(os.path.expanduser, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
@@ -380,13 +385,14 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 def create_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
+    description, command = (__doc__ or '\n\n').split('\n\n')[:2]  # there is none with -OO
     parser = argparse.ArgumentParser(
         usage='python3 %(prog)s --image_dir=DIR [flags]',
-        description=__doc__.splitlines()[0],
+        description=description,
         formatter_class=functools.partial(
             argparse.RawDescriptionHelpFormatter, max_help_position=36
         ),
-        epilog='the usual command:\n' + __doc__.split('\n\n')[1],
+        epilog=f'the usual command:\n{command}',
     )
     add_data_flags(parser)
     add_bottleneck_flags(parser)
@@ -423,8 +429,10 @@ def prepare_process() -> None:
     Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are read as
     UTF-8 in any locale. Standard streams that the shell has closed are opened again: otherwise the
     next files would get their numbers, and what TensorFlow's libraries print would end up there.
+    Keras, which TensorFlow imports, would fail where another backend is set that is not installed.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ['KERAS_BACKEND'] = 'tensorflow'
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
@@ -459,13 +467,12 @@ def silenced_libraries() -> Iterator[None]:
 
 
 def prepare_keras(flags: argparse.Namespace) -> None:
-    """Tells Keras where to keep the weights of its networks, and to use TensorFlow.
+    """Tells Keras where to keep the weights of its networks.
 
     TensorFlow imports Keras, which looks for that only then, and writes a keras.json there.
     """
     if flags.architecture in KERAS_NETWORKS:
         os.environ.setdefault('KERAS_HOME', flags.model_dir)
-        os.environ['KERAS_BACKEND'] = 'tensorflow'
 
 
 def ensure_avx() -> None:
@@ -479,8 +486,10 @@ def ensure_avx() -> None:
         raise ImportError('this processor has no AVX instructions, which TensorFlow needs')
 
 
-def explain_import_error(error: ImportError) -> str:
+def explain_import_error(error: Exception) -> str:
     """Returns what to do about a package that cannot be imported."""
+    if not isinstance(error, ImportError):  # Keras' settings are damaged, or the memory is full
+        return f'TensorFlow cannot be imported ({error!r}). If there is a ~/.keras, rename it.'
     if not isinstance(error, ModuleNotFoundError):
         return f'{error}. See "Problems" in README.md.'
     activate = r'.venv\Scripts\activate' if os.sep == '\\' else '. .venv/bin/activate'
@@ -524,7 +533,7 @@ try:
 
     with silenced_libraries(), paused_collector():
         import tensorflow as tf
-except ImportError as error:
+except Exception as error:
     if __name__ != '__main__':
         raise
     sys.exit(f'ERROR: {explain_import_error(error)}')
@@ -1409,13 +1418,9 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     message = [f'The image has more than {MAX_PIXELS:,} pixels.']
     with tf.control_dependencies([tf.raw_ops.Assert(condition=is_small, data=message)]):
         contents = tf.identity(contents)
-    image = tf.cond(
-        tf.strings.substr(contents, 0, 2) == GIF,
-        lambda: tf.io.decode_image(contents, channels=3, expand_animations=False),
-        lambda: tf.io.decode_jpeg(contents, channels=3),  # of PNG too: the graph has only this op
-    )
-    image.set_shape([None, None, 3])
-    return image
+    # Of JPEG and PNG, that makes the same as the graph's DecodeJpeg.
+    image = tf.io.decode_image(contents, channels=3, expand_animations=False)
+    return tf.ensure_shape(image, [None, None, 3])
 
 
 def open_by_pillow(file: Any) -> Image.Image:
@@ -1779,8 +1784,13 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
     if flags.precision == 'bfloat16':
         backbone = use_bfloat16(backbone)
     if flags.upright:
-        suffix = f'{backbone.cache_suffix}_upright'
-        backbone = dataclasses.replace(backbone, is_upright=True, cache_suffix=suffix)
+        backbone = dataclasses.replace(
+            backbone,
+            is_upright=True,
+            cache_suffix=f'{backbone.cache_suffix}_upright',
+            # A module may be called 'm_upright', too.
+            checksum=zlib.crc32(b'upright', backbone.checksum),
+        )
     return backbone
 
 
@@ -1884,14 +1894,17 @@ def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # the progress, as that of other downloads
             return create(include_top=False, input_shape=[side, side, 3], pooling='avg')
-    except Exception as error:  # Keras has no class of its own for what cannot be downloaded
-        raise explain_keras_error(error)
+    except (MemoryError, tf.errors.ResourceExhaustedError):
+        raise
+    except Exception as error:  # Keras has no class of its own for what fails
+        folder = os.path.join(os.environ.get('KERAS_HOME', model_dir), 'models')
+        raise UserError(explain_keras_error(error, folder))
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-def explain_keras_error(error: Exception) -> Exception:
-    """Returns what to do about weights that cannot be downloaded; any other error as it is.
+def explain_keras_error(error: Exception, folder: str) -> str:
+    """Returns what to do about weights, kept in a folder, that cannot be downloaded or loaded.
 
     Keras' messages do not always name the URL and the file, but the variables of its function
     get_file() do.
@@ -1901,11 +1914,15 @@ def explain_keras_error(error: Exception) -> Exception:
             url = frame.f_locals['origin']
             path = frame.f_locals['download_target']
             reason = describe(error.__context__ or error)
-            return UserError(
+            return (
                 f'{url} could not be downloaded ({reason}). Run the same command again, or save '
                 f'it as {path}.'
             )
-    return error
+    reason = describe(error).splitlines()[0]
+    return (
+        f'The weights in {folder} cannot be loaded ({reason}). Delete those of this network '
+        'there, and run the same command again.'
+    )
 
 
 def load_tfhub_module(handle: str) -> Backbone:
@@ -3762,6 +3779,19 @@ def check_folders(flags: argparse.Namespace) -> None:
             raise UserError(f"{flag}: '{path}' is a folder by another flag. Name another file.")
 
 
+def is_model(path: str, model_dir: str) -> bool:
+    """Tells whether a path is that of a pretrained network in model_dir, or of its archive."""
+    if path.endswith('.h5') and is_inside(path, os.path.join(model_dir, 'models')):  # of Keras
+        return True
+    graph_names = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
+    urls = [DATA_URL, *map(MOBILENET_URL.format, MOBILENET_SIZES)]
+    models = [
+        os.path.join(model_dir, name) for name in (*graph_names, *map(os.path.basename, urls))
+    ]
+    real_path = os.path.realpath(to_bytes(path))
+    return any(os.path.realpath(to_bytes(model)) == real_path for model in models)
+
+
 def check_outputs(flags: argparse.Namespace) -> None:
     """Tries out what the end of the run needs, before anything is computed.
 
@@ -3774,15 +3804,10 @@ def check_outputs(flags: argparse.Namespace) -> None:
         raise UserError(
             f'{names} and FILE.json of --output_graph must be different files. Name others.'
         )
-    graph_names = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
-    urls = [DATA_URL, *map(MOBILENET_URL.format, MOBILENET_SIZES)]
-    archive_names = list(map(os.path.basename, urls))
-    models = [os.path.join(flags.model_dir, name) for name in graph_names + archive_names]
-    taken = {os.path.realpath(to_bytes(path)) for path in models}
     for flag, path in outputs:
         if gfile.isdir(path) or not os.path.basename(path):
             raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
-        if os.path.realpath(to_bytes(path)) in taken:
+        if is_model(path, flags.model_dir):
             raise UserError(f'{flag}: {path} is the pretrained model. Name another file.')
         is_photograph = is_image(os.path.basename(path)) and is_inside(path, flags.image_dir)
         if is_photograph or is_in_module(path, flags):
@@ -3813,7 +3838,7 @@ SAMPLE_SIZE = 100_000
 
 
 def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
-    """Removes the logs of earlier runs, but not what another run has written since `started`."""
+    """Removes the logs of earlier runs, but neither those of this run nor of another at work."""
     is_shared = False
     locked = []
     for name in SUMMARY_FOLDERS:
@@ -3824,7 +3849,10 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
                 continue
             modified = get_status(path).modified / 1e9
             # A time in the future is of a clock that was wrong.
-            if started.timestamp() < modified <= time.time():
+            is_new = started.timestamp() < modified <= time.time()
+            if is_new and file.endswith(f'.{socket.gethostname()}.{os.getpid()}'):
+                continue  # the suspects of this run
+            if is_new or has_live_writer(file):
                 is_shared = True
                 continue
             try:
@@ -3843,6 +3871,24 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
             f'WARNING: another run logs to {summaries_dir} at the same time. Name another '
             '--summaries_dir to tell the two apart in TensorBoard.'
         )
+
+
+def has_live_writer(file: str) -> bool:
+    """Tells whether another program of this computer, which still runs, has made an event file.
+
+    The names that SummaryWriter gives end with the names of computer and process.
+    """
+    match = re.fullmatch(rf'.*\.{re.escape(socket.gethostname())}\.(\d{{1,9}})', file)
+    # Windows has no signal 0, and does not remove what is open.
+    if os.name != 'posix' or match is None or int(match[1]) == os.getpid():
+        return False
+    try:
+        os.kill(int(match[1]), 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def summarize_layer(layer: FinalLayer) -> dict[str, Any]:
@@ -4125,13 +4171,13 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
         images = images.keep(readable)
         bottlenecks = bottlenecks[readable]
     check_sets(images, flags)
-    with extra('the removal of earlier logs'):
-        clear_events(flags.summaries_dir, started)
     facts['unreadable'] = int((~readable).sum())
     facts['duplicates'] = search_images(images, bottlenecks, flags)
     familiarity = None
     with extra('the familiarity'):
         familiarity = find_familiarity(images, bottlenecks, flags)
+    with extra('the removal of earlier logs'):
+        clear_events(flags.summaries_dir, started)
     layer = train(images, bottlenecks, backbone, flags)
     tested = None
     with extra('the test'):

@@ -56,15 +56,20 @@ def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
     return parse
 
 
+def to_path(text: str) -> str:
+    """Returns a path as users write it, '~/data' or 'file:///data', as the system takes it."""
+    return os.path.expanduser(text.removeprefix('file://'))
+
+
 def create_labeling_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
+    description, command = (__doc__ or '\n\n').split('\n\n')[:2]  # there is none with -OO
     parser = argparse.ArgumentParser(
         usage='python3 %(prog)s IMAGE [IMAGE ...] GRAPH LABELS [flags]',
-        description=__doc__.splitlines()[0],
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog='the usual command:\n' + __doc__.split('\n\n')[1],
+        epilog=f'the usual command:\n{command}',
     )
-    to_path = os.path.expanduser
     parser.add_argument(
         'images',
         metavar='IMAGE',
@@ -127,8 +132,10 @@ def prepare_process() -> None:
     Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are read as
     UTF-8 in any locale. Standard streams that the shell has closed are opened again: otherwise the
     next files would get their numbers, and what TensorFlow's libraries print would end up there.
+    Keras, which TensorFlow imports, would fail where another backend is set that is not installed.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ['KERAS_BACKEND'] = 'tensorflow'
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
@@ -173,8 +180,10 @@ def ensure_avx() -> None:
         raise ImportError('this processor has no AVX instructions, which TensorFlow needs')
 
 
-def explain_import_error(error: ImportError) -> str:
+def explain_import_error(error: Exception) -> str:
     """Returns what to do about a package that cannot be imported."""
+    if not isinstance(error, ImportError):  # Keras' settings are damaged, or the memory is full
+        return f'TensorFlow cannot be imported ({error!r}). If there is a ~/.keras, rename it.'
     if not isinstance(error, ModuleNotFoundError):
         return f'{error}. See "Problems" in README.md.'
     activate = r'.venv\Scripts\activate' if os.sep == '\\' else '. .venv/bin/activate'
@@ -218,7 +227,7 @@ try:
 
     with silenced_libraries(), paused_collector():
         import tensorflow as tf
-except ImportError as error:
+except Exception as error:
     if __name__ != '__main__':
         raise
     sys.exit(f'ERROR: {explain_import_error(error)}')
@@ -735,13 +744,9 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     message = [f'The image has more than {MAX_PIXELS:,} pixels.']
     with tf.control_dependencies([tf.raw_ops.Assert(condition=is_small, data=message)]):
         contents = tf.identity(contents)
-    image = tf.cond(
-        tf.strings.substr(contents, 0, 2) == GIF,
-        lambda: tf.io.decode_image(contents, channels=3, expand_animations=False),
-        lambda: tf.io.decode_jpeg(contents, channels=3),  # of PNG too: the graph has only this op
-    )
-    image.set_shape([None, None, 3])
-    return image
+    # Of JPEG and PNG, that makes the same as the graph's DecodeJpeg.
+    image = tf.io.decode_image(contents, channels=3, expand_animations=False)
+    return tf.ensure_shape(image, [None, None, 3])
 
 
 def open_by_pillow(file: Any) -> Image.Image:
@@ -1566,6 +1571,16 @@ def rank(
     return [(labels[index], round(float(scores[index]), 7)) for index in order]
 
 
+def check_heatmap(training: Training | None, flags: argparse.Namespace) -> None:
+    """Raises UserError if the next training would take the heatmap for a photograph."""
+    if flags.heatmap and training:
+        if resolve(flags.heatmap).is_relative_to(resolve(training.absolute_image_dir)):
+            raise UserError(
+                f"--heatmap: '{flags.heatmap}' is in the --image_dir of the training. Name a file "
+                'elsewhere.'
+            )
+
+
 def check_flags(flags: argparse.Namespace, is_single: bool) -> None:
     """Raises UserError if the flags do not fit together, or would overwrite what is read."""
     if flags.heatmap and not is_single:
@@ -1628,6 +1643,7 @@ def label_images(flags: argparse.Namespace) -> None:
     check_labels(labels, graph, flags)
     classes = create_classes(labels, graph.training, flags)
     check_refusal_flags(classes, graph, flags)
+    check_heatmap(graph.training, flags)
     tally = Tally(classes, graph.training)
     if is_single:
         answers = score_image(graph, first, flags.upright)

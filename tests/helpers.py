@@ -2,6 +2,7 @@
 
 import contextlib
 import http.server
+import io
 import json
 import os
 import pathlib
@@ -253,6 +254,17 @@ def run_openvino(folder, recipe, images):
     np.savez(folder / 'images.npz', *images)
     run('tests/programs/run_openvino.py', 'recipe.py', 'images.npz', 'outputs.npz', cwd=folder)
     return list(np.load(folder / 'outputs.npz').values())
+
+
+def set_processor(monkeypatch, features):
+    """Lets the program find these features in /proc/cpuinfo."""
+
+    def open_fake(path, *arguments):
+        if path == '/proc/cpuinfo':
+            return io.StringIO(f'flags : fpu {features} sse\n')
+        return open(path, *arguments)
+
+    monkeypatch.setattr(tf_retrain, 'open', open_fake, raising=False)
 
 
 def read_cache(path):

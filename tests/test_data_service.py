@@ -1,7 +1,6 @@
 """Bottlenecks from a tf.data service: each once and the same, whoever is slow, hangs or dies."""
 
 import contextlib
-import io
 import itertools
 import re
 import signal
@@ -9,19 +8,12 @@ import socket
 
 import pytest
 from forks import Fork
-from helpers import ROOT, check_same_bottlenecks, created
+from helpers import ROOT, check_same_bottlenecks, created, set_processor
 
 import tf_retrain
 
 tf = tf_retrain.tf
 PROGRAMS = ROOT / 'tests/programs'
-
-
-def set_processor(monkeypatch, features):
-    """Lets the program find these features in /proc/cpuinfo."""
-    monkeypatch.setattr(
-        tf_retrain, 'open', lambda path: io.StringIO(f'flags : fpu {features} sse\n'), raising=False
-    )
 
 
 @contextlib.contextmanager

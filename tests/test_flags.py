@@ -165,6 +165,12 @@ def test_help_and_wrong_flags_do_not_wait_for_tensorflow(script, flag, code):
 
 
 @pytest.mark.parametrize('script', ['tf_retrain.py', 'retrain_serving.py', 'tf_test.py'])
+def test_help_without_docstrings(script):
+    process = run_new(script, '--help', interpreter=['-OO'])
+    assert process.stdout.startswith(f'usage: python3 {script} ')
+
+
+@pytest.mark.parametrize('script', ['tf_retrain.py', 'retrain_serving.py', 'tf_test.py'])
 def test_without_the_environment(script):
     """The last line says how to activate it."""
     arguments = ['x.jpg', 'g.pb', 'l.txt'] if script == 'tf_test.py' else ['--image_dir=data']

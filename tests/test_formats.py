@@ -1,5 +1,6 @@
 """Photographs of every format, and which way is up: the pixels that reach the network."""
 
+import argparse
 import copy
 import io
 import json
@@ -18,6 +19,7 @@ from helpers import (
     classify_images,
     created,
     label_images,
+    parse,
     read_cache,
     read_events,
     run,
@@ -314,6 +316,13 @@ def test_upright(phone, monkeypatch, capsys):
         np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
         stored = read_cache(phone.cache_file(file))
         assert np.abs(found - stored).max() > 1e-3 * np.abs(expected).max()
+    # The network counts as another one: the suffix may also be that of a module, 'm_upright'.
+    flags = parse('--image_dir=data/', '--model_dir=inception/')
+    plain, upright = (
+        tf_retrain.load_backbone(argparse.Namespace(**{**vars(flags), 'upright': is_upright}))
+        for is_upright in (False, True)
+    )
+    assert plain.checksum != upright.checksum
     record = json.loads((phone.folder / f'{GRAPH}.json').read_text())
     assert record['sideways'] == 40
     assert record['flags']['upright'] is True

@@ -214,6 +214,16 @@ def test_nothing_that_is_read_is_written(trained, label, path):
     label.fails('^--sort_into: .* is read. Name another folder', '--sort_into=data', 'data/')
 
 
+def test_a_heatmap_is_no_photograph_to_train_on(trained, label):
+    other = trained.data / 'cat/cat 1.jpg'
+    before = other.read_bytes()
+    for path in (other, 'data/dog/new.png'):
+        message = '^--heatmap: .* is in the --image_dir of the training. Name a file elsewhere'
+        label.fails(message, f'--heatmap={path}', trained.test_image())
+    assert other.read_bytes() == before
+    assert not (trained.data / 'dog/new.png').exists()
+
+
 @pytest.mark.posix
 def test_a_heatmap_replaces_only_plain_files(trained, label, tmp_path):
     """A link stays a link: the picture is written to where it leads."""

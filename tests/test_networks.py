@@ -3,7 +3,6 @@ Hub.
 """
 
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -34,6 +33,7 @@ from helpers import (
     run_v1_on_all,
     send,
     serve,
+    set_processor,
     write_mobilenet,
     write_module,
 )
@@ -352,12 +352,6 @@ def test_tensorflow_hub_is_imported_only_for_modules(job, monkeypatch):
 
 
 # bfloat16
-
-
-def set_processor(monkeypatch, features):
-    """Lets the program find these features in /proc/cpuinfo."""
-    text = f'flags : fpu {features} sse\n'
-    monkeypatch.setattr(tf_retrain, 'open', lambda path: io.StringIO(text), raising=False)
 
 
 def is_converted():

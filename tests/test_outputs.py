@@ -271,7 +271,11 @@ def test_nothing_is_written_into_the_module(job, flag, folder):
     assert os.listdir(job.folder / 'module') == []
 
 
-@pytest.mark.parametrize('name', ['inception-2015-12-05.tgz', 'mobilenet_v1_0.25_128_frozen.tgz'])
+@pytest.mark.parametrize(
+    'name', ['inception-2015-12-05.tgz', 'mobilenet_v1_0.25_128_frozen.tgz', 'models/vgg16.h5']
+)
 def test_the_archive_of_a_model_is_no_output(job, name):
     job.photographs(cat=20, dog=20)
     job.fails('^--output_graph: .* is the pretrained model', output_graph=f'inception/{name}')
+    url = f'file://{job.folder}/inception/{name}'
+    job.fails('^--output_graph: .* is the pretrained model', output_graph=url)

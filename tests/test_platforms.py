@@ -296,6 +296,24 @@ def test_a_processor_without_avx_is_one_line(script):
     assert line.startswith('ERROR: this processor has no AVX instructions')
 
 
+@pytest.mark.parametrize(
+    ('script', 'contents', 'start'),
+    [
+        ('tf_retrain.py', '[]', 'ERROR: TensorFlow cannot be imported (AttributeError('),
+        # That is of Keras 2.
+        ('tf_test.py', '{"backend": "theano"}', "ERROR: The labels file 'l.txt' cannot be read"),
+    ],
+)
+def test_settings_of_keras_that_do_not_fit(tmp_path, script, contents, start):
+    """TensorFlow imports Keras, which reads them, whatever the network is."""
+    (tmp_path / 'keras.json').write_text(contents)
+    environment = {**os.environ, 'KERAS_HOME': str(tmp_path)}
+    arguments = get_arguments(script)[1:]
+    process = run_new(script, *arguments, check=False, env=environment, cwd=tmp_path)
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1].startswith(start)  # TensorFlow may have said more
+
+
 BROKEN = """
 import os
 os.write(2, b'libfoo says why\\n')

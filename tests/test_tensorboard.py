@@ -7,9 +7,11 @@ import itertools
 import json
 import os
 import re
+import socket
 import types
 import urllib.parse
 import urllib.request
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -319,6 +321,35 @@ def test_what_another_run_writes_at_the_same_time_is_left_alone(job, monkeypatch
     assert len(list(events.parent.iterdir())) == 2
     assert removed
     assert os.listdir(job.folder / 'logs/suspects') == []
+
+
+@pytest.mark.posix
+def test_the_log_of_a_run_that_is_at_work_stays(job):
+    """With distortions, a step may take longer than the whole of another run."""
+    host = socket.gethostname()
+    logs = job.folder / 'logs/train'
+    logs.mkdir(parents=True)
+    alive, dead = (
+        logs / f'events.out.tfevents.1.{host}.{pid}' for pid in (os.getppid(), 10**9 - 1)
+    )
+    for path in (alive, dead):
+        path.touch()
+        os.utime(path, (10**9, 10**9))
+    out = job.photographs(cat=30, dog=30).main('--find_suspects=2')
+    assert out.count('WARNING: another run logs to logs at the same time.') == 1
+    assert (alive.exists(), dead.exists()) == (True, False)
+    alive.unlink()
+    assert 'another run' not in job.main('--find_suspects=2')
+    assert len(list((job.folder / 'logs/suspects').iterdir())) == 1
+
+
+def test_a_run_that_is_stopped_before_the_training_leaves_the_logs(job, monkeypatch):
+    job.photographs(cat=30, dog=30).main()
+    before = sorted((job.folder / 'logs').rglob('events*'))
+    monkeypatch.setattr(tf_retrain, 'cross_validate', mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        job.main('--find_suspects=2')
+    assert sorted((job.folder / 'logs').rglob('events*')) == before
 
 
 def test_events_of_the_future_are_old_ones(job):
