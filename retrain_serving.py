@@ -1748,9 +1748,10 @@ class Backbone:
         networks = []
         try:
             folded = fold(self.graph_def, SCALED_INPUT_NODE, shape, self.bottleneck)
-            structure, weights = split_weights(folded)
+            structure = hide_weights(folded)
             if self.optimizer:
                 structure = optimize(structure, self.bottleneck, self.optimizer)
+            weights = get_weights(folded)
             for device in devices:
                 with tf.device(device):
                     tensors = {name: tf.constant(value) for name, value in weights.items()}
@@ -2204,26 +2205,35 @@ def allow_batches(shape: TensorProto) -> None:
         shape.CopyFrom(tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype)))
 
 
-def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]:
-    """Returns a graph with placeholders for its large constants, and these, {node name: array}.
+def is_large_constant(node: NodeDef) -> bool:
+    """Tells whether a node is one of the weights of a network."""
+    return node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT
+
+
+def hide_weights(graph_def: GraphDef) -> GraphDef:
+    """Returns a graph with placeholders for its large constants.
 
     To optimize a graph with 87 MB of constants, TensorFlow takes five seconds longer and twice the
     memory.
     """
     structure = GraphDef(versions=graph_def.versions, library=graph_def.library)
-    weights = {}
     for node in graph_def.node:
-        if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
-            tensor = node.attr['value'].tensor
-            weights[node.name] = tf.make_ndarray(tensor)
-            attributes = {
-                'dtype': node.attr['dtype'],
-                'shape': AttrValue(shape=tensor.tensor_shape),
-            }
+        if is_large_constant(node):
+            shape = AttrValue(shape=node.attr['value'].tensor.tensor_shape)
+            attributes = {'dtype': node.attr['dtype'], 'shape': shape}
             structure.node.add(name=node.name, op='Placeholder', attr=attributes)
         else:
             structure.node.add().CopyFrom(node)
-    return structure, weights
+    return structure
+
+
+def get_weights(graph_def: GraphDef) -> dict[str, np.ndarray]:
+    """Returns the large constants of a graph, {node name: array}."""
+    return {
+        node.name: tf.make_ndarray(node.attr['value'].tensor)
+        for node in graph_def.node
+        if is_large_constant(node)
+    }
 
 
 # Bottlenecks
@@ -3438,9 +3448,9 @@ def open_logs(
     """Returns writers for the training, whose log begins with the graph, and the validation."""
     folders = {name: os.path.join(flags.summaries_dir, name) for name in ('train', 'validation')}
     writers = {name: SummaryWriter(folder) for name, folder in folders.items()}
-    graph = create_frozen_graph(backbone, head, flags.final_tensor_name)
-    structure, _ = split_weights(graph)
-    writers['train'].write(graph_def=structure.SerializeToString())
+    structure = dataclasses.replace(backbone, graph_def=hide_weights(backbone.graph_def))
+    graph = hide_weights(create_frozen_graph(structure, head, flags.final_tensor_name))
+    writers['train'].write(graph_def=graph.SerializeToString())
     return writers
 
 
@@ -4257,11 +4267,10 @@ class Classifier(tf.Module):
         self.image_size = backbone.input_format.size
         shape = [None, *self.image_size, 3]
         folded = fold(backbone.graph_def, SCALED_INPUT_NODE, shape, backbone.bottleneck)
-        structure, weights = split_weights(folded)
         self.network_weights = {
-            name: tf.Variable(value, trainable=False) for name, value in weights.items()
+            name: tf.Variable(value, trainable=False) for name, value in get_weights(folded).items()
         }
-        self.network = backbone.create_network(structure, self.network_weights)
+        self.network = backbone.create_network(hide_weights(folded), self.network_weights)
         self.weights = tf.Variable(head.layer.weights, name='final_weights')
         self.biases = tf.Variable(head.layer.biases, name='final_biases')
         self.labels = tf.constant(head.labels)

@@ -1017,26 +1017,35 @@ def allow_batches(shape: TensorProto) -> None:
         shape.CopyFrom(tf.make_tensor_proto(np.array([-1, sides[1]], sides.dtype)))
 
 
-def split_weights(graph_def: GraphDef) -> tuple[GraphDef, dict[str, np.ndarray]]:
-    """Returns a graph with placeholders for its large constants, and these, {node name: array}.
+def is_large_constant(node: NodeDef) -> bool:
+    """Tells whether a node is one of the weights of a network."""
+    return node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT
+
+
+def hide_weights(graph_def: GraphDef) -> GraphDef:
+    """Returns a graph with placeholders for its large constants.
 
     To optimize a graph with 87 MB of constants, TensorFlow takes five seconds longer and twice the
     memory.
     """
     structure = GraphDef(versions=graph_def.versions, library=graph_def.library)
-    weights = {}
     for node in graph_def.node:
-        if node.op == 'Const' and node.ByteSize() > LARGE_CONSTANT:
-            tensor = node.attr['value'].tensor
-            weights[node.name] = tf.make_ndarray(tensor)
-            attributes = {
-                'dtype': node.attr['dtype'],
-                'shape': AttrValue(shape=tensor.tensor_shape),
-            }
+        if is_large_constant(node):
+            shape = AttrValue(shape=node.attr['value'].tensor.tensor_shape)
+            attributes = {'dtype': node.attr['dtype'], 'shape': shape}
             structure.node.add(name=node.name, op='Placeholder', attr=attributes)
         else:
             structure.node.add().CopyFrom(node)
-    return structure, weights
+    return structure
+
+
+def get_weights(graph_def: GraphDef) -> dict[str, np.ndarray]:
+    """Returns the large constants of a graph, {node name: array}."""
+    return {
+        node.name: tf.make_ndarray(node.attr['value'].tensor)
+        for node in graph_def.node
+        if is_large_constant(node)
+    }
 
 
 class Answer(NamedTuple):
@@ -1056,8 +1065,8 @@ def create_classifier(graph: Graph) -> tuple[Callable, np.ndarray]:
     size = tf.make_ndarray(nodes[nodes[RESIZED_INPUT_NODE].input[1]].attr['value'].tensor)
     shape = [None, *size, 3]
     folded = fold(graph.graph_def, RESIZED_INPUT_NODE, shape, *graph.outputs)
-    structure, weights = split_weights(folded)
-    constants = {f'{name}:0': tf.constant(value) for name, value in weights.items()}
+    structure = hide_weights(folded)
+    constants = {f'{name}:0': tf.constant(value) for name, value in get_weights(folded).items()}
 
     @tf.function(input_signature=[tf.TensorSpec(shape)])
     def classify(images: tf.Tensor) -> list[tf.Tensor]:

@@ -451,7 +451,7 @@ def test_distortions_in_bfloat16(job, monkeypatch):
     for precision in ('float32', 'bfloat16'):
         flags = {'precision': precision, 'how_many_training_steps': '3', 'train_batch_size': '20'}
         job.main('--flip_left_right', **flags)
-        _, constants = tf_retrain.split_weights(job.graph())
+        constants = tf_retrain.get_weights(job.graph())
         weights[precision] = constants['final_training_ops/weights/final_weights']
     check_close(weights['bfloat16'], weights['float32'])
 
