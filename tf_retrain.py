@@ -2493,10 +2493,11 @@ def read_record(path: str) -> CacheRecord | None:
 
 def read_records(paths: list[str]) -> list[CacheRecord | None]:
     """Returns the record in each file; None for a missing or damaged one."""
-    # Threads, as files on gs:// or a network disk take long. load_files() would take three times as
-    # long for such small ones.
-    with multiprocessing.pool.ThreadPool(16) as threads:
-        return list(until_stopped(threads.imap(read_record, paths, chunksize=64)))
+    # Files on gs:// and its like take long, and local ones so little that threads would only wait
+    # for each other. load_files() would take three times as long for them.
+    thread_count = 32 if any('://' in path for path in paths) else 1
+    with multiprocessing.pool.ThreadPool(thread_count) as threads:
+        return list(until_stopped(threads.imap(read_record, paths, chunksize=16)))
 
 
 class BottleneckCache:

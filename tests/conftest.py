@@ -1,7 +1,9 @@
 """What several files of tests use: a small model, a job to run, and finished runs to look at."""
 
 import os
+import pickle
 import shutil
+import time
 
 import pytest
 from helpers import (
@@ -21,6 +23,13 @@ settings.load_profile('same')
 
 # Windows has neither these signals nor terminals.
 collect_ignore = [] if os.name == 'posix' else ['test_interrupts.py']
+
+
+def pytest_xdist_auto_num_workers():
+    """One worker more than processors, as many tests wait for a process, a server or the disk."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0)) + 1
+    return os.cpu_count() + 1
 
 
 @pytest.hookimpl(trylast=True)
@@ -59,24 +68,36 @@ def trained(tmp_path_factory, model):
     return job
 
 
-@pytest.fixture(scope='session')
-def finished_runs():
-    """{kind of network: Job}. With params, a session fixture would forget a run at the next one."""
-    return {}
-
-
 @pytest.fixture(scope='session', params=['inception', 'mobilenet', 'module'])
-def networks(request, finished_runs, tmp_path_factory, model):
-    """A finished run of retrain_serving.py with each kind of network; .network are the flags that
-    ask for it.
+def networks(request, tmp_path_factory, model):
+    """A finished run of retrain_serving.py with each kind of network, for tests that only look at
+    what it left; .network are the flags that ask for it. All workers share it.
     """
-    if request.param not in finished_runs:
-        folder = tmp_path_factory.mktemp(request.param)
-        finished_runs[request.param] = train_network(request.param, folder, model)
-    return finished_runs[request.param]
+    base = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        base = base.parent
+    return share(base / request.param, train_network, request.param, model)
 
 
-def train_network(kind, folder, model):
+def share(folder, make, *arguments):
+    """Returns make(folder, *arguments), which the first worker calls; the others wait for it."""
+    finished = folder.with_suffix('.pickle')
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        end = time.monotonic() + 240
+        while not finished.exists():
+            assert time.monotonic() < end, f'nothing was made in {folder}'
+            time.sleep(0.1)
+        return pickle.loads(finished.read_bytes())
+    result = make(folder, *arguments)
+    unfinished = folder.with_suffix('.part')
+    unfinished.write_bytes(pickle.dumps(result))
+    unfinished.rename(finished)
+    return result
+
+
+def train_network(folder, kind, model):
     job = Job(folder, model).photographs(cat=60, dog=60, Red_Fox=25)
     write_mobilenet(job.folder / 'inception', '0.25_128')
     write_module(job.folder / 'module')

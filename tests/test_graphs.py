@@ -198,9 +198,13 @@ def tensorflow_1(tmp_path_factory):
     if not python:
         pytest.skip('there is no Python 3.7 here')
     folder = str(tmp_path_factory.mktemp('tensorflow_1'))
-    pip = '-m pip install --quiet --disable-pip-version-check --no-compile --target'.split()
-    packages = 'tensorflow==1.15.5', 'protobuf<3.21', 'numpy<1.19'
-    if subprocess.run([python, *pip, folder, *packages], capture_output=True).returncode:
+    pip = '-m pip install --quiet --disable-pip-version-check --no-compile --no-deps --target'
+    # What it takes to run a graph: without TensorBoard and what that needs, pip is done sooner.
+    packages = 'tensorflow==1.15.5 tensorflow-estimator==1.15.1 protobuf<3.21 numpy<1.19'
+    packages += ' absl-py astor gast==0.2.2 google-pasta keras-applications keras-preprocessing'
+    packages += ' opt-einsum six termcolor typing-extensions wrapt'
+    command = [python, *pip.split(), folder, *packages.split()]
+    if subprocess.run(command, capture_output=True).returncode:
         pytest.skip('TensorFlow 1.15 cannot be installed here')
     # What the first import compiles is kept for the next.
     return python, {**os.environ, 'PYTHONPATH': folder, 'PYTHONDONTWRITEBYTECODE': ''}
