@@ -115,7 +115,7 @@ RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a number above 0, suc
 # Raises UnicodeEncodeError, a ValueError, for names that are not UTF-8.
 PATH = checked(lambda text: to_path(text).encode().decode(), bool, 'a name in UTF-8')
 ADDRESS = checked(str, re.compile(r'grpc://.+:\d{1,5}').fullmatch, 'grpc://HOST:PORT')
-HANDLE = checked(os.path.expanduser, bool, 'the URL or folder of a module')
+HANDLE = checked(to_path, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
 NODE_PATTERN = re.compile(r'[A-Za-z0-9.][A-Za-z0-9_./-]*')
 NODE_NAME = checked(str, NODE_PATTERN.fullmatch, 'of letters, digits, _ . - /')
@@ -733,6 +733,11 @@ def follow_link(path: str) -> str:
     return path
 
 
+def create_hidden_name(extension: str = '.tmp') -> str:
+    """Returns a name that no other file has, for a file that is renamed once it is whole."""
+    return f'.{uuid.uuid4().hex[:8]}{extension}'
+
+
 def write_whole(path: str, contents: bytes) -> None:
     """Writes a file so that `path` holds all of `contents` or is left as it was.
 
@@ -741,7 +746,7 @@ def write_whole(path: str, contents: bytes) -> None:
     """
     path = follow_link(path)
     folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f'.{uuid.uuid4().hex[:8]}.tmp')
+    temporary = os.path.join(folder, create_hidden_name())
     gfile.makedirs(folder or '.')
     try:
         with gfile.GFile(temporary, 'wb') as file:
@@ -777,7 +782,7 @@ def is_too_long(path: str) -> bool:
 
 def ensure_writable_dir(path: str, flag: str) -> None:
     """Creates a folder, and raises UserError if no file can be written there."""
-    probe = os.path.join(path, f'.{uuid.uuid4().hex[:8]}.tmp')
+    probe = os.path.join(path, create_hidden_name())
     try:
         write_whole(probe, b'probe')
         gfile.remove(probe)
@@ -799,7 +804,7 @@ def ensure_replaceable(path: str, flag: str) -> None:
         raise UserError(f"{flag}: '{path}' is not a plain file. Name another one.")
     if os.name != 'posix' or not os.path.exists(target):  # on Windows, the error tells nothing
         return
-    probe = os.path.join(os.path.dirname(target), f'.{uuid.uuid4().hex[:8]}.tmp'.encode())
+    probe = os.path.join(os.path.dirname(target), create_hidden_name().encode())
     try:
         os.mkdir(probe)
         os.rename(probe, target)
@@ -4328,7 +4333,7 @@ def write_saved_model(classifier: Classifier, saved_model_dir: str) -> str:
     if `saved_model_dir` is no longer empty.
     """
     saved_model_dir = saved_model_dir.rstrip(f'/{os.sep}')
-    temporary = os.path.join(os.path.dirname(saved_model_dir), f'.{uuid.uuid4().hex[:8]}.tmp')
+    temporary = os.path.join(os.path.dirname(saved_model_dir), create_hidden_name())
     signatures = {'serving_default': classifier.predict, 'predict_rows': classifier.predict_rows}
     try:
         tf.saved_model.save(classifier, temporary, signatures)

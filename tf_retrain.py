@@ -124,7 +124,7 @@ RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a number above 0, suc
 # Raises UnicodeEncodeError, a ValueError, for names that are not UTF-8.
 PATH = checked(lambda text: to_path(text).encode().decode(), bool, 'a name in UTF-8')
 ADDRESS = checked(str, re.compile(r'grpc://.+:\d{1,5}').fullmatch, 'grpc://HOST:PORT')
-HANDLE = checked(os.path.expanduser, bool, 'the URL or folder of a module')
+HANDLE = checked(to_path, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
 NODE_PATTERN = re.compile(r'[A-Za-z0-9.][A-Za-z0-9_./-]*')
 NODE_NAME = checked(str, NODE_PATTERN.fullmatch, 'of letters, digits, _ . - /')
@@ -727,6 +727,11 @@ def follow_link(path: str) -> str:
     return path
 
 
+def create_hidden_name(extension: str = '.tmp') -> str:
+    """Returns a name that no other file has, for a file that is renamed once it is whole."""
+    return f'.{uuid.uuid4().hex[:8]}{extension}'
+
+
 def write_whole(path: str, contents: bytes) -> None:
     """Writes a file so that `path` holds all of `contents` or is left as it was.
 
@@ -735,7 +740,7 @@ def write_whole(path: str, contents: bytes) -> None:
     """
     path = follow_link(path)
     folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f'.{uuid.uuid4().hex[:8]}.tmp')
+    temporary = os.path.join(folder, create_hidden_name())
     gfile.makedirs(folder or '.')
     try:
         with gfile.GFile(temporary, 'wb') as file:
@@ -771,7 +776,7 @@ def is_too_long(path: str) -> bool:
 
 def ensure_writable_dir(path: str, flag: str) -> None:
     """Creates a folder, and raises UserError if no file can be written there."""
-    probe = os.path.join(path, f'.{uuid.uuid4().hex[:8]}.tmp')
+    probe = os.path.join(path, create_hidden_name())
     try:
         write_whole(probe, b'probe')
         gfile.remove(probe)
@@ -793,7 +798,7 @@ def ensure_replaceable(path: str, flag: str) -> None:
         raise UserError(f"{flag}: '{path}' is not a plain file. Name another one.")
     if os.name != 'posix' or not os.path.exists(target):  # on Windows, the error tells nothing
         return
-    probe = os.path.join(os.path.dirname(target), f'.{uuid.uuid4().hex[:8]}.tmp'.encode())
+    probe = os.path.join(os.path.dirname(target), create_hidden_name().encode())
     try:
         os.mkdir(probe)
         os.rename(probe, target)

@@ -618,6 +618,11 @@ def place(path: str, class_folder: str, target_dir: str) -> None:
             return
 
 
+def create_hidden_name(extension: str = '.tmp') -> str:
+    """Returns a name that no other file has, for a file that is renamed once it is whole."""
+    return f'.{uuid.uuid4().hex[:8]}{extension}'
+
+
 def try_to_place(path: str, class_folder: str, target_dir: str) -> bool:
     """Does what place() does; returns False, after a line on standard error, if that fails."""
     try:
@@ -638,7 +643,7 @@ def link_or_copy(source: bytes, target: bytes) -> None:
     except FileExistsError:
         raise
     except (AttributeError, OSError):  # not all systems have links
-        temporary = os.path.join(os.path.dirname(target), f'.{uuid.uuid4().hex[:8]}.tmp'.encode())
+        temporary = os.path.join(os.path.dirname(target), create_hidden_name().encode())
         try:
             shutil.copyfile(source, temporary)
             os.rename(temporary, target)
@@ -1230,7 +1235,7 @@ def save_picture(picture: Image.Image, target: str) -> None:
         raise UserError(f"--heatmap: '{target}' is not a plain file. Name another one.")
     real_target = resolve(target)
     suffix = real_target.suffix or pathlib.PurePath(target).suffix
-    temporary = real_target.with_name(f'.{uuid.uuid4().hex[:8]}{suffix}')
+    temporary = real_target.with_name(create_hidden_name(suffix))
     try:
         picture.save(str(temporary))
         os.replace(temporary, real_target)
