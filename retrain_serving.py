@@ -590,7 +590,7 @@ class OptionalOutput:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What a first signal does, and its handler. A second one quits at once.
 #   before the training: it ends the run, with exit code 130     stop_run
-#   in the training: it ends it early; test and outputs follow   stop_run
+#   in the training: it ends it early; test and outputs follow   stop_run, end_training_early
 #   after the training: test and outputs go on, with a message   finish_run
 stop_requested = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
 
@@ -644,6 +644,12 @@ def protect_outputs() -> None:
     """
     if signal.getsignal(signal.SIGINT) is stop_run:
         on_stop_signals(finish_run)
+
+
+def end_training_early() -> None:
+    """Goes on with the test after a first Ctrl-C in the training."""
+    stop_requested.clear()  # or the loops of the test would stop, too
+    print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
 
 
 def finish_run(*signal_and_frame: object) -> None:
@@ -733,9 +739,9 @@ def follow_link(path: str) -> str:
     return path
 
 
-def create_hidden_name(extension: str = '.tmp') -> str:
+def create_hidden_name() -> str:
     """Returns a name that no other file has, for a file that is renamed once it is whole."""
-    return f'.{uuid.uuid4().hex[:8]}{extension}'
+    return f'.{uuid.uuid4().hex[:8]}.tmp'
 
 
 def write_whole(path: str, contents: bytes) -> None:
@@ -816,6 +822,11 @@ def ensure_replaceable(path: str, flag: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.rmdir(probe)
+
+
+def make_absolute(path: str) -> str:
+    """Returns an absolute path, of which links stay."""
+    return os.path.abspath(to_bytes(path)).decode(errors='surrogateescape')
 
 
 def is_inside(path: str, folder: str) -> bool:
@@ -1135,6 +1146,11 @@ def warn_of_labels(paths: dict[str, str]) -> None:
                 f"WARNING: the label of {escape(path)} is '{label}', as only a-z and 0-9 stay. "
                 'Rename the folder if you want another one.'
             )
+        if '_nohash_' in name:
+            print(
+                f"WARNING: '_nohash_' in {escape(path)} puts all of its images into one set. "
+                'Rename the folder.'
+            )
         if re.fullmatch('|'.join(SET_FOLDERS), re.sub(r'[ _-]?[0-9]+$', '', name.lower())):
             print(
                 f"WARNING: {escape(path)} is used as a class, '{label}'. If it holds images of "
@@ -1180,36 +1196,42 @@ def find_set_folders(image_dir: str) -> dict[str, str]:
     there are no other folders and train/ has no class folders.
     """
     visible = [name for name in list_dir(image_dir) if not name.startswith('.')]
-    candidates = {
+    named_like_sets = {
         name: SET_FOLDERS[name.lower()] for name in visible if name.lower() in SET_FOLDERS
     }
-    if 'training' not in candidates.values() or len(candidates) < 2:
+    if 'training' not in named_like_sets.values() or len(named_like_sets) < 2:
         return {}
     set_folders = {
-        name: candidates[name]
-        for name in candidates
+        name: named_like_sets[name]
+        for name in named_like_sets
         if has_class_folders(os.path.join(image_dir, name))
     }
-    others = [name for name in visible if name not in candidates]
+    others = [name for name in visible if name not in named_like_sets]
     # Without class folders, train/ is a class itself if there are folders of other classes.
     if 'training' not in set_folders.values():
         if any(gfile.isdir(os.path.join(image_dir, name)) for name in others):
             return {}
         raise UserError(
-            f"--image_dir: '{image_dir}' has {', '.join(candidates)}, without class folders. Make "
-            f'one folder per class in each of them, or in {image_dir} itself.'
+            f"--image_dir: '{image_dir}' has {', '.join(named_like_sets)}, without class folders. "
+            f'Make one folder per class in each of them, or in {image_dir} itself.'
         )
-    for name in others:
-        if has_images(os.path.join(image_dir, name), image_dir):
-            raise UserError(
-                f"--image_dir: '{image_dir}' has the sets {', '.join(candidates)}, and so "
-                f"'{os.path.join(image_dir, name)}' is in none of them. Move it elsewhere."
-            )
-    for name in candidates:
+    ensure_no_images(image_dir, others, ', '.join(named_like_sets))
+    for name in named_like_sets:
         if name not in set_folders:
             path = escape(os.path.join(image_dir, name))
             print(f'WARNING: {path} has no class folders. It is left alone.')
     return set_folders
+
+
+def ensure_no_images(image_dir: str, names: list[str], sets: str) -> None:
+    """Raises UserError if an image or a folder with images is among those beside the sets."""
+    for name in names:
+        path = os.path.join(image_dir, name)
+        if has_images(path, image_dir):
+            raise UserError(
+                f"--image_dir: '{image_dir}' has the sets {sets}, and so '{path}' is in none of "
+                'them. Move it elsewhere.'
+            )
 
 
 def has_images(path: str, image_dir: str) -> bool:
@@ -1317,15 +1339,15 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
             '--image_dir: no image fell into the training set. Add images, or lower '
             '--testing_percentage.'
         )
-    is_drawn = {
+    is_wanted = {
         'testing': flags.testing_percentage > 0,
         'validation': flags.validation_percentage > 0,
         'training': True,
     }
-    for name in is_drawn:
+    for name in is_wanted:
         empty = find_empty_classes(images, name)
-        is_of_folder = name in images.set_folders.values()  # list_split_folders() has warned
-        if empty and is_drawn[name] and not is_of_folder:
+        is_reported = name in images.set_folders.values()  # by list_split_folders()
+        if empty and is_wanted[name] and not is_reported:
             print(
                 f'WARNING: no {name} image in {len(empty)} of {len(images.labels)} classes: '
                 f'{name_some(empty)}. Add images, or change --testing_percentage or '
@@ -1725,9 +1747,7 @@ class Backbone:
     optimizer: str = ''  # of Grappler, for bottlenecks that are faster to compute and less precise
     is_upright: bool = False  # whether images are turned as their EXIF orientation says
 
-    def create_network(
-        self, structure: GraphDef, weights: dict, device: str | None = None
-    ) -> Callable:
+    def create_network(self, structure: GraphDef, weights: dict, device: str | None) -> Callable:
         """Returns a tf.function from images in 0..255, float [N, *size, 3], to bottlenecks.
 
         The weights, {node name: tensor}, are on the device.
@@ -1843,9 +1863,9 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
         MOBILENET_GRAPH_NAME.format(size),
         ['input', MOBILENET_BOTTLENECK_NODE],
     )
-    add_default_input(graph_def)
+    image_name = add_default_input(graph_def)
     with damage_explained(path, 'Delete it and run again to download it.'):
-        graph_def = prepend_decoding(graph_def, f'{SCALED_INPUT_NODE}:0', input_format)
+        graph_def = prepend_decoding(graph_def, image_name, input_format)
     return Backbone(
         source=path,
         graph_def=graph_def,
@@ -1857,15 +1877,16 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
     )
 
 
-def add_default_input(graph_def: GraphDef) -> None:
-    """Gives the placeholder of a MobileNet a default: the node Mul, which its graph does not have.
+def add_default_input(graph_def: GraphDef) -> str:
+    """Gives the placeholder of a MobileNet a default, and returns its name, 'Mul:0'.
 
-    prepend_decoding() makes that node, and connects every input of its name to it. Clients of the
-    retrain script of 2017 still feed the placeholder with pixels of -1..1.
+    The graph has no such node: prepend_decoding() makes it, and connects the default to it. Clients
+    of the retrain script of 2017 still feed the placeholder with pixels of -1..1.
     """
     (placeholder,) = (node for node in graph_def.node if node.name == 'input')
     placeholder.op = 'PlaceholderWithDefault'
     placeholder.input.append(SCALED_INPUT_NODE)
+    return f'{SCALED_INPUT_NODE}:0'
 
 
 def load_keras_network(model_dir: str, architecture: str) -> Backbone:
@@ -2147,15 +2168,15 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
     """Returns a graph for batches, without ops that TensorFlow has removed since 2015.
 
     It begins at the node `source`, which becomes a placeholder of a shape, and ends at `outputs`.
-    Batch norms become part of the convolutions before them. CheckNumerics goes, which is of use
-    only in training. A reshape to a single row becomes one to any number of rows.
+    The functions below edit nodes and constants of the copy in place. Batch norms become part of
+    the convolutions before them. CheckNumerics goes, which is of use only in training. A reshape to
+    a single row becomes one to any number of rows.
     """
     folded = GraphDef()
     folded.CopyFrom(graph_def)
     folded.versions.producer = tf.version.GRAPH_DEF_VERSION
     nodes = {node.name: node for node in folded.node}
     constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
-    float32 = AttrValue(type=tf.float32.as_datatype_enum)
     for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
         drop_checks(node, nodes)
@@ -2166,6 +2187,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
             node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr=attributes))
         elif node.op == 'Reshape' and node.input[1] in constants:
             allow_batches(constants[node.input[1]])
+    float32 = AttrValue(type=tf.float32.as_datatype_enum)
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, outputs)
@@ -2188,15 +2210,15 @@ def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -
     with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights
     w, that is a convolution with weights w * s, and a bias of beta - mean * s.
     """
-    convolution, *names = node.input
-    beta_name = names[2]  # of mean, variance, beta and gamma
-    weights_tensor = constants[nodes[convolution].input[1]]
-    weights = np.float64(tf.make_ndarray(weights_tensor))
-    mean, variance, beta, gamma = (np.float64(tf.make_ndarray(constants[name])) for name in names)
+    convolution, mean_name, variance_name, beta_name, gamma_name = node.input
+    weights_name = nodes[convolution].input[1]
+    names = weights_name, mean_name, variance_name, beta_name, gamma_name
+    values = (np.float64(tf.make_ndarray(constants[name])) for name in names)
+    weights, mean, variance, beta, gamma = values
     scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
     if node.attr['scale_after_normalization'].b:
         scale = scale * gamma
-    weights_tensor.CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
+    constants[weights_name].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
     constants[beta_name].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
     inputs = [convolution, beta_name]
     attributes = {'T': node.attr['T']}
@@ -2535,7 +2557,7 @@ class BottleneckCache:
         self.statuses = [get_status(path) for path in images.paths]
         self.written = 0
 
-    def record(
+    def save_record(
         self, row: int, image_digest: int | None, outcome: int | str, header: Header
     ) -> bool:
         """Records what was found in an image; returns False if it has changed since the run began.
@@ -2560,18 +2582,19 @@ class BottleneckCache:
         self.records[row] = record  # this run goes by it, even if it cannot be written
         text = json.dumps(vars(record))
         # Before the record, or a kill between the two would leave the old file beside a new record.
-        if old and (old.outcome, old.model) != (outcome, model):
+        is_of_other_file = old is not None and (old.outcome, old.model) != (outcome, model)
+        if is_of_other_file:
             with contextlib.suppress(tf.errors.NotFoundError):
                 gfile.remove(follow_link(self.paths[row]))
         write_whole(self.record_paths[row], text.encode())
         return True
 
-    def try_to_record(
+    def try_to_save_record(
         self, row: int, image_digest: int | None, outcome: int | str, header: Header
     ) -> None:
-        """Does what record() does, but ignores a failure: the next run finds out the same again."""
+        """Does what save_record() does, but ignores a failure: the next run finds it out again."""
         with contextlib.suppress(tf.errors.OpError, UserError):
-            self.record(row, image_digest, outcome, header)
+            self.save_record(row, image_digest, outcome, header)
 
     def fits(self, row: int, record: CacheRecord) -> bool:
         """Tells whether a record holds, if the contents of its image are what they were."""
@@ -2590,7 +2613,7 @@ class BottleneckCache:
         bar = tqdm(rows, desc='Records', unit='image', delay=1, disable=None)
         for row in until_stopped(bar):
             header = load_header(self.images.paths[row])
-            self.try_to_record(row, None, int(self.cache_digests[row]), header)
+            self.try_to_save_record(row, None, int(self.cache_digests[row]), header)
 
     def find_unchanged(self, records: dict[int, CacheRecord]) -> Iterator[int]:
         """Yields the rows of images whose contents are those of their records, {row: record}.
@@ -2605,7 +2628,7 @@ class BottleneckCache:
             # No digest is known for a trusted file: an image of the same size counts as the same.
             if record.digest in (image_digest, None):
                 header = Header(record.orientation, record.bits)
-                self.try_to_record(row, int(image_digest), record.outcome, header)
+                self.try_to_save_record(row, int(image_digest), record.outcome, header)
                 yield int(row)
 
     def compare(self) -> tuple[np.ndarray, dict[int, str]]:
@@ -2656,7 +2679,7 @@ class BottleneckCache:
         tqdm.write(f'Creating bottleneck at {escape(path)}')
         try:
             header = load_header(self.images.paths[row])
-            if not self.record(row, image_digest, cache_digest, header):
+            if not self.save_record(row, image_digest, cache_digest, header):
                 return
             write_whole(path, text)
         except tf.errors.OpError as error:
@@ -2724,7 +2747,7 @@ class BottleneckCache:
         for row in until_stopped(failed[:1] if flags.strict else failed):
             reasons[row], image_digest = explain_unreadable(self.images.paths[row])
             if image_digest is not None:
-                self.try_to_record(row, image_digest, reasons[row], Header())
+                self.try_to_save_record(row, image_digest, reasons[row], Header())
         return reasons
 
 
@@ -3178,6 +3201,14 @@ def choose_references(images: Images, rng: np.random.Generator) -> np.ndarray:
     return rows[np.argsort(places, kind='stable')][:limit]
 
 
+def get_neighbor(reference_count: int) -> int:
+    """Returns which of the nearest references tells how similar an image is: 3, the third, or less.
+
+    A training image has one reference less: itself does not count.
+    """
+    return max(1, min(NEIGHBOR, reference_count - 1))
+
+
 def measure_similarities(
     images: Images, bottlenecks: np.ndarray, rows: np.ndarray, references: np.ndarray
 ) -> np.ndarray:
@@ -3187,8 +3218,7 @@ def measure_similarities(
     burst, unless too few are left without them: own images must not look more familiar than new
     ones.
     """
-    # A training image has one reference less: itself does not count.
-    neighbor = max(1, min(NEIGHBOR, len(references) - 1))
+    neighbor = get_neighbor(len(references))
     reference_units = to_units(bottlenecks[references])
     similarities = []
     for block in np.array_split(rows, 1 + len(rows) // 1024):
@@ -3209,15 +3239,16 @@ def choose_neighbors(
     """Returns which references an image is compared with, all bool [N, references].
 
     These are the distinct ones, which are neither the image itself nor near copies of it, if enough
-    of them remain: `needed` in all, and as many of its class, or half of its class if that is less.
+    of them remain: `needed` in all, and as many of its own class, or half of the other references
+    of that class if they are fewer.
     Otherwise the nearest ones would be of other classes, and the image would look unfamiliar: then
     near copies count.
     """
     own = (is_other & is_own_class).sum(axis=1, keepdims=True)
-    own_distinct = (is_distinct & is_own_class).sum(axis=1, keepdims=True)
-    has_enough = own_distinct >= np.minimum(needed, own / 2)
-    has_enough &= is_distinct.sum(axis=1, keepdims=True) >= needed
-    return np.where(has_enough, is_distinct, is_other)
+    distinct_own = (is_distinct & is_own_class).sum(axis=1, keepdims=True)
+    distinct = is_distinct.sum(axis=1, keepdims=True)
+    has_enough_own = distinct_own >= np.minimum(needed, own / 2)
+    return np.where(has_enough_own & (distinct >= needed), is_distinct, is_other)
 
 
 def find_familiarity(
@@ -3258,7 +3289,7 @@ def compute_familiarity(bottlenecks: tf.Tensor, familiarity: Familiarity) -> tf.
     squares = tf.reduce_sum(tf.square(bottlenecks), axis=1, keepdims=True)
     units = bottlenecks * tf.math.rsqrt(tf.maximum(squares, 1e-30))
     cosines = tf.matmul(units, familiarity.references, transpose_b=True)
-    neighbor = max(1, min(NEIGHBOR, len(familiarity.references) - 1))
+    neighbor = get_neighbor(len(familiarity.references))
     nearest = tf.math.top_k(cosines, neighbor).values
     similarity = tf.reduce_min(nearest, axis=1, keepdims=True)
     is_no_more_similar = tf.less_equal(familiarity.similarities, similarity)
@@ -3408,8 +3439,7 @@ def train(
     except KeyboardInterrupt:
         if not layer.steps:
             raise
-        stop_requested.clear()  # or the loops of the test would stop, too
-        print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
+        end_training_early()
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
     return layer
@@ -3454,9 +3484,11 @@ def open_logs(
     """Returns writers for the training, whose log begins with the graph, and the validation."""
     folders = {name: os.path.join(flags.summaries_dir, name) for name in ('train', 'validation')}
     writers = {name: SummaryWriter(folder) for name, folder in folders.items()}
-    structure = dataclasses.replace(backbone, graph_def=hide_weights(backbone.graph_def))
-    graph = hide_weights(create_frozen_graph(structure, head, flags.final_tensor_name))
-    writers['train'].write(graph_def=graph.SerializeToString())
+    # First, as a graph with 88 MB of weights takes long to copy.
+    light_backbone = dataclasses.replace(backbone, graph_def=hide_weights(backbone.graph_def))
+    graph = create_frozen_graph(light_backbone, head, flags.final_tensor_name)
+    structure = hide_weights(graph)  # without those of the head
+    writers['train'].write(graph_def=structure.SerializeToString())
     return writers
 
 
@@ -3578,12 +3610,13 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
 def print_table(classes: np.ndarray, predictions: np.ndarray, labels: list[str]) -> None:
     """Prints a line per class on the true classes, int [N], and the predicted ones of N images.
 
-    Of many classes, it prints only those with the most errors.
+    Of many classes, it prints only those with the most errors, and none without images.
     """
     shown = list(range(len(labels)))
     if len(labels) > TABLE_CLASSES:
         errors = np.bincount(classes[predictions != classes], minlength=len(labels))
-        shown = np.argsort(-errors, kind='stable')[:WORST_CLASSES].tolist()
+        worst = np.argsort(-errors, kind='stable')
+        shown = worst[np.isin(worst, classes)][:WORST_CLASSES].tolist()
     width = min(max(len('class'), *(len(labels[index]) for index in shown)), 24)
     print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
     for index in shown:
@@ -3734,7 +3767,7 @@ def create_record(
     record['folders'] = images.folders
     record['set_folders'] = images.set_folders
     is_remote = '://' in images.folder
-    record['image_dir'] = images.folder if is_remote else os.path.abspath(images.folder)
+    record['image_dir'] = images.folder if is_remote else make_absolute(images.folder)
     record['images'] = {
         name: dict(zip(images.labels, counts.tolist(), strict=True))
         for name, counts in images.counts.items()
@@ -4276,7 +4309,8 @@ class Classifier(tf.Module):
         self.network_weights = {
             name: tf.Variable(value, trainable=False) for name, value in get_weights(folded).items()
         }
-        self.network = backbone.create_network(hide_weights(folded), self.network_weights)
+        structure = hide_weights(folded)
+        self.network = backbone.create_network(structure, self.network_weights, device=None)
         self.weights = tf.Variable(head.layer.weights, name='final_weights')
         self.biases = tf.Variable(head.layer.biases, name='final_biases')
         self.labels = tf.constant(head.labels)

@@ -618,9 +618,9 @@ def place(path: str, class_folder: str, target_dir: str) -> None:
             return
 
 
-def create_hidden_name(extension: str = '.tmp') -> str:
+def create_hidden_name() -> str:
     """Returns a name that no other file has, for a file that is renamed once it is whole."""
-    return f'.{uuid.uuid4().hex[:8]}{extension}'
+    return f'.{uuid.uuid4().hex[:8]}.tmp'
 
 
 def try_to_place(path: str, class_folder: str, target_dir: str) -> bool:
@@ -959,15 +959,15 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
     """Returns a graph for batches, without ops that TensorFlow has removed since 2015.
 
     It begins at the node `source`, which becomes a placeholder of a shape, and ends at `outputs`.
-    Batch norms become part of the convolutions before them. CheckNumerics goes, which is of use
-    only in training. A reshape to a single row becomes one to any number of rows.
+    The functions below edit nodes and constants of the copy in place. Batch norms become part of
+    the convolutions before them. CheckNumerics goes, which is of use only in training. A reshape to
+    a single row becomes one to any number of rows.
     """
     folded = GraphDef()
     folded.CopyFrom(graph_def)
     folded.versions.producer = tf.version.GRAPH_DEF_VERSION
     nodes = {node.name: node for node in folded.node}
     constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
-    float32 = AttrValue(type=tf.float32.as_datatype_enum)
     for node in folded.node:
         node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
         drop_checks(node, nodes)
@@ -978,6 +978,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
             node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr=attributes))
         elif node.op == 'Reshape' and node.input[1] in constants:
             allow_batches(constants[node.input[1]])
+    float32 = AttrValue(type=tf.float32.as_datatype_enum)
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, outputs)
@@ -1000,15 +1001,15 @@ def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -
     with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights
     w, that is a convolution with weights w * s, and a bias of beta - mean * s.
     """
-    convolution, *names = node.input
-    beta_name = names[2]  # of mean, variance, beta and gamma
-    weights_tensor = constants[nodes[convolution].input[1]]
-    weights = np.float64(tf.make_ndarray(weights_tensor))
-    mean, variance, beta, gamma = (np.float64(tf.make_ndarray(constants[name])) for name in names)
+    convolution, mean_name, variance_name, beta_name, gamma_name = node.input
+    weights_name = nodes[convolution].input[1]
+    names = weights_name, mean_name, variance_name, beta_name, gamma_name
+    values = (np.float64(tf.make_ndarray(constants[name])) for name in names)
+    weights, mean, variance, beta, gamma = values
     scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
     if node.attr['scale_after_normalization'].b:
         scale = scale * gamma
-    weights_tensor.CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
+    constants[weights_name].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
     constants[beta_name].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
     inputs = [convolution, beta_name]
     attributes = {'T': node.attr['T']}
@@ -1235,10 +1236,13 @@ def save_picture(picture: Image.Image, target: str) -> None:
         raise UserError(f"--heatmap: '{target}' is not a plain file. Name another one.")
     real_target = resolve(target)
     suffix = real_target.suffix or pathlib.PurePath(target).suffix
-    temporary = real_target.with_name(create_hidden_name(suffix))
+    temporary = to_bytes(str(real_target.with_name(create_hidden_name())))
     try:
-        picture.save(str(temporary))
-        os.replace(temporary, real_target)
+        contents = io.BytesIO()
+        picture.save(contents, Image.registered_extensions().get(suffix.lower()))
+        with open(temporary, 'wb') as file:
+            file.write(contents.getvalue())
+        os.replace(temporary, to_bytes(str(real_target)))
     except Exception as error:  # Pillow has many kinds
         with contextlib.suppress(OSError, ValueError):
             os.remove(temporary)
@@ -1254,7 +1258,7 @@ def save_picture(picture: Image.Image, target: str) -> None:
 
 def get_absolute(path: str) -> pathlib.PurePath:
     """Returns an absolute path without `..`; links stay."""
-    return pathlib.PurePath(os.path.abspath(path))
+    return pathlib.PurePath(os.path.abspath(to_bytes(path)).decode(errors='surrogateescape'))
 
 
 def resolve(path: str) -> pathlib.PurePath:
@@ -1362,10 +1366,10 @@ class Tally:
 
         It listed the path as it is or, if that is a link to an image, where the link leads.
         """
-        for listed in (path, str(resolve(path))):
-            folder = self.listed_folders.get(resolve(os.path.dirname(listed)))
+        for candidate in (path, str(resolve(path))):
+            folder = self.listed_folders.get(resolve(os.path.dirname(candidate)))
             if folder is not None:
-                return os.path.join(folder, os.path.basename(listed))
+                return os.path.join(folder, os.path.basename(candidate))
         return None
 
     def is_new(self, path: str) -> bool:
@@ -1439,12 +1443,13 @@ def get_interval(right: int, count: int) -> tuple[float, float]:
 def print_table(classes: np.ndarray, predictions: np.ndarray, labels: list[str]) -> None:
     """Prints a line per class on the true classes, int [N], and the predicted ones of N images.
 
-    Of many classes, it prints only those with the most errors.
+    Of many classes, it prints only those with the most errors, and none without images.
     """
     shown = list(range(len(labels)))
     if len(labels) > TABLE_CLASSES:
         errors = np.bincount(classes[predictions != classes], minlength=len(labels))
-        shown = np.argsort(-errors, kind='stable')[:WORST_CLASSES].tolist()
+        worst = np.argsort(-errors, kind='stable')
+        shown = worst[np.isin(worst, classes)][:WORST_CLASSES].tolist()
     width = min(max(len('class'), *(len(labels[index]) for index in shown)), 24)
     print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
     for index in shown:
@@ -1490,6 +1495,9 @@ def report_accuracy(tally: Tally) -> None:
         print(f'Without a label, as {UNSURE} or {UNKNOWN}: {tally.refused} more, {share:.1f}%')
     if not tally.training:
         print('Without the record of the training, its own images count as new ones.')
+    elif not is_folder(tally.training.absolute_image_dir):
+        folder = escape(tally.training.absolute_image_dir)
+        print(f'The folder of the training, {folder}, is gone: its own images count as new ones.')
     if tally.not_new:
         print(f'In the training or validation set, and not counted: {tally.not_new} more.')
     if tally.other_folders:

@@ -128,6 +128,13 @@ def test_train_and_test_are_no_classes(touch):
         list_images()
 
 
+def test_a_class_folder_whose_images_all_get_one_set_is_a_warning(touch, capsys):
+    touch('d/cat/1.jpg', 'd/dog_nohash_2/1.jpg')
+    list_images()
+    warning = "WARNING: '_nohash_' in d/dog_nohash_2 puts all of its images into one set."
+    assert warning in capsys.readouterr().out
+
+
 def test_a_class_that_is_named_like_a_set_is_a_warning(touch, capsys):
     touch(*(f'd/{name}/1.jpg' for name in ('cat', 'dog', 'test1')))
     assert list_images().labels == ['cat', 'dog', 'test1']
@@ -428,6 +435,17 @@ def test_the_training_has_seen_what_links_in_its_folder_lead_to(trained, tmp_pat
     (tmp_path / 'link.jpg').symlink_to(tmp_path / 'data/cat/1.jpg')
     assert not tally.is_new(str(tmp_path / 'link.jpg'))
     assert tally.is_new(str(tmp_path / 'store/1.jpg'))
+
+
+def test_a_training_folder_that_is_gone_is_mentioned(trained, capsys):
+    """It was renamed, perhaps: the images that the graph was trained on count as new ones."""
+    training = tf_test.load_graph(str(trained.folder / GRAPH)).training
+    for folder, is_there in ((str(trained.data), True), ('nowhere', False)):
+        found = training._replace(absolute_image_dir=folder)
+        tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), found, images=2, not_new=2)
+        tf_test.report_tally(tally, mock.Mock(upright=False))
+        out = capsys.readouterr().err
+        assert ('The folder of the training, nowhere, is gone: its own images' in out) != is_there
 
 
 def test_there_is_a_reason_if_no_image_counts(capsys):

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import pty
 import shlex
@@ -15,7 +16,7 @@ import threading
 
 import pytest
 from forks import Fork
-from helpers import ROOT, created, read_all, run, run_new, run_v1, send, serve
+from helpers import GRAPH, ROOT, Job, created, read_all, run, run_new, run_v1, send, serve
 
 import tf_retrain
 
@@ -233,12 +234,14 @@ def test_in_a_terminal_of_20_columns(job):
         ({'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}, '?'),
     ],
 )
-def test_names_that_the_terminal_cannot_show(job, monkeypatch, settings, shown):
+def test_names_that_the_terminal_cannot_show(tmp_path, model, monkeypatch, capsys, settings, shown):
     """tf_test.py labels an image, and then tf_retrain.py trains once more."""
+    (tmp_path / '猫').mkdir()
+    job = Job(tmp_path / '猫', model, monkeypatch, capsys)
     job.photographs(cat=20, 猫=20).main(bottleneck_dir='first')
     labels = job.folder / 'trained_model/labels.txt'
     image = next((job.data / '猫').iterdir())
-    labelling = [ROOT / 'tf_test.py', image, job.flags['output_graph'], labels]
+    labelling = [ROOT / 'tf_test.py', '--heatmap=猫.png', image, job.flags['output_graph'], labels]
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     start = run if 'PYTHONIOENCODING' in settings else run_new  # a fork has the tests' locale
@@ -247,6 +250,9 @@ def test_names_that_the_terminal_cannot_show(job, monkeypatch, settings, shown):
     assert f'{shown} (score = ' in out
     assert f'bottlenecks/{shown}/{shown} 3.jpg' in out
     assert (job.folder / 'again.txt').read_text(encoding='utf-8') == 'cat\n猫\n'
+    assert (job.folder / '猫.png').read_bytes().startswith(b'\x89PNG')
+    record = json.loads((job.folder / f'{GRAPH}.json').read_text())
+    assert record['image_dir'] == str(job.data)
 
 
 def check_all_is_written(job):

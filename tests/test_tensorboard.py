@@ -105,6 +105,14 @@ def test_the_table_of_many_classes_has_those_with_the_most_errors(capsys, count)
     assert out.endswith(rest) == (count > 30)
 
 
+def test_the_table_of_many_classes_has_none_without_images(capsys):
+    """tf_test.py may label images of one class out of a thousand."""
+    confusion = np.zeros([40, 40], int)
+    confusion[7, 7] = 3
+    out = report(confusion, [f'class {i}' for i in range(40)], capsys)
+    assert re.findall(r'^class (\d+) +(\d+) ', out, re.MULTILINE) == [('7', '3')]
+
+
 def test_cells_are_the_matrix_without_its_zeros():
     confusion = np.random.default_rng(0).integers(3, size=[20, 20])
     tested = create_tested(confusion)
