@@ -495,7 +495,8 @@ def ensure_avx() -> None:
 def explain_import_error(error: Exception) -> str:
     """Returns what to do about a package that cannot be imported."""
     if not isinstance(error, ImportError):  # Keras' settings are damaged, or the memory is full
-        return f'TensorFlow cannot be imported ({error!r}). If there is a ~/.keras, rename it.'
+        settings = os.path.join(os.getenv('KERAS_HOME', '~/.keras'), 'keras.json')
+        return f'TensorFlow cannot be imported ({error!r}). If there is a {settings}, delete it.'
     if not isinstance(error, ModuleNotFoundError):
         return f'{error}. See "Problems" in README.md.'
     activate = r'.venv\Scripts\activate' if os.sep == '\\' else '. .venv/bin/activate'
@@ -606,10 +607,19 @@ def on_stop_signals(handler: Callable | signal.Handlers) -> None:
 def stoppable() -> Iterator[None]:
     """Has Ctrl-C and SIGTERM stop the run inside. A notebook gets back what they did before."""
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    hook = sys.unraisablehook
+
+    def ignore_stop(unraisable: Any) -> None:
+        # Python drops what is raised in a __del__(). stop_requested ends the next loop.
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            hook(unraisable)
+
+    sys.unraisablehook = ignore_stop
     on_stop_signals(stop_run)
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, handler in zip(STOP_SIGNALS, handlers, strict=True):
             # In another thread, nothing was set. A handler of another language is None.
             with contextlib.suppress(ValueError, TypeError):
@@ -1170,11 +1180,6 @@ def ensure_image_dir(image_dir: str) -> None:
         raise UserError(
             f"--image_dir: there is no folder '{image_dir}'. Name the one with your class folders."
         )
-    if '_nohash_' in image_dir:  # get_stem() would cut it off there
-        raise UserError(
-            f"--image_dir: '_nohash_' in '{image_dir}' would put all images into one set. Rename "
-            'the folder.'
-        )
 
 
 def has_class_folders(path: str) -> bool:
@@ -1272,6 +1277,12 @@ def list_images(flags: argparse.Namespace) -> Images:
     """Returns the images of the class folders; raises UserError for fewer than two classes."""
     image_dir = flags.image_dir
     set_folders = find_set_folders(image_dir)
+    is_split = {'validation', 'testing'} <= set(set_folders.values())
+    if '_nohash_' in image_dir and not is_split:  # get_stem() would cut it off there
+        raise UserError(
+            f"--image_dir: '_nohash_' in '{image_dir}' would put all images into one set. Rename "
+            'the folder.'
+        )
     if set_folders:
         folders = list_split_folders(image_dir, set_folders)
     else:
@@ -1914,6 +1925,11 @@ def load_keras_network(model_dir: str, architecture: str) -> Backbone:
     )
 
 
+def get_keras_home(model_dir: str) -> str:
+    """Returns the folder where Keras keeps its settings, and in models/ its weights."""
+    return os.environ.get('KERAS_HOME', model_dir)
+
+
 def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
     """Calls a function of Keras Applications, which downloads the weights if need be.
 
@@ -1930,14 +1946,13 @@ def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
     except (MemoryError, tf.errors.ResourceExhaustedError):
         raise
     except Exception as error:  # Keras has no class of its own for what fails
-        folder = os.path.join(os.environ.get('KERAS_HOME', model_dir), 'models')
-        raise UserError(explain_keras_error(error, folder))
+        raise UserError(explain_keras_error(error, get_keras_home(model_dir)))
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-def explain_keras_error(error: Exception, folder: str) -> str:
-    """Returns what to do about weights, kept in a folder, that cannot be downloaded or loaded.
+def explain_keras_error(error: Exception, keras_home: str) -> str:
+    """Returns what to do about weights that cannot be downloaded or loaded.
 
     Keras' messages do not always name the URL and the file, but the variables of its function
     get_file() do.
@@ -1952,9 +1967,11 @@ def explain_keras_error(error: Exception, folder: str) -> str:
                 f'it as {path}.'
             )
     reason = describe(error).splitlines()[0]
+    folder = os.path.join(keras_home, 'models')
+    settings = os.path.join(keras_home, 'keras.json')
     return (
-        f'The weights in {folder} cannot be loaded ({reason}). Delete those of this network '
-        'there, and run the same command again.'
+        f'The weights in {folder} cannot be loaded ({reason}). Delete those of this network there, '
+        f'and {settings}, and run the same command again.'
     )
 
 
@@ -2210,19 +2227,20 @@ def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -
     with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights
     w, that is a convolution with weights w * s, and a bias of beta - mean * s.
     """
-    convolution, mean_name, variance_name, beta_name, gamma_name = node.input
+    convolution, *names = node.input
+    _, _, beta_name, _ = names  # mean, variance, beta, gamma
     weights_name = nodes[convolution].input[1]
-    names = weights_name, mean_name, variance_name, beta_name, gamma_name
-    values = (np.float64(tf.make_ndarray(constants[name])) for name in names)
-    weights, mean, variance, beta, gamma = values
+    weights, mean, variance, beta, gamma = (
+        np.float64(tf.make_ndarray(constants[name])) for name in (weights_name, *names)
+    )
     scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
     if node.attr['scale_after_normalization'].b:
         scale = scale * gamma
     constants[weights_name].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
     constants[beta_name].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-    inputs = [convolution, beta_name]
-    attributes = {'T': node.attr['T']}
-    node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=inputs, attr=attributes))
+    bias_add = NodeDef(name=node.name, op='BiasAdd', input=[convolution, beta_name])
+    bias_add.attr['T'].CopyFrom(node.attr['T'])
+    node.CopyFrom(bias_add)
 
 
 def allow_batches(shape: TensorProto) -> None:
@@ -3816,19 +3834,18 @@ def list_outputs(flags: argparse.Namespace) -> list[tuple[str, str]]:
     return outputs
 
 
-def check_module_folder(flags: argparse.Namespace) -> None:
-    """Raises UserError if a run would write into the module, and so make it another one."""
-    folders = {'--bottleneck_dir': flags.bottleneck_dir, '--summaries_dir': flags.summaries_dir}
-    for flag, folder in folders.items():
-        if is_in_module(os.path.join(folder, 'file'), flags):
-            raise UserError(f'{flag}: {folder} is in the folder of the module. Name another one.')
+def ensure_outside_module(folder: str, flag: str, flags: argparse.Namespace) -> None:
+    """Raises UserError if the run would write into the module, and so make it another one."""
+    if is_in_module(os.path.join(folder, 'file'), flags):
+        raise UserError(f'{flag}: {folder} is in the folder of the module. Name another one.')
 
 
 def check_folders(flags: argparse.Namespace) -> None:
     """Raises UserError if an output has the name of a folder of the run, made or not yet."""
     outputs = list_outputs(flags)
     folders = [os.path.dirname(path) for _, path in outputs]
-    folders += [flags.bottleneck_dir, flags.summaries_dir, flags.model_dir]
+    folders += [os.path.join(flags.summaries_dir, name) for name in SUMMARY_FOLDERS]
+    folders += [flags.bottleneck_dir, flags.model_dir]
     for flag, path in outputs:
         if any(is_inside(os.path.join(folder, 'file'), path) for folder in folders):
             raise UserError(f"{flag}: '{path}' is a folder by another flag. Name another file.")
@@ -3836,14 +3853,15 @@ def check_folders(flags: argparse.Namespace) -> None:
 
 def is_model(path: str, model_dir: str) -> bool:
     """Tells whether a path is that of a pretrained network in model_dir, or of its archive."""
-    if path.endswith('.h5') and is_inside(path, os.path.join(model_dir, 'models')):  # of Keras
+    real_path = os.path.realpath(to_bytes(path))
+    keras_folder = os.path.join(get_keras_home(model_dir), 'models')
+    if real_path.endswith(b'.h5') and is_inside(path, keras_folder):
         return True
     graph_names = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
     urls = [DATA_URL, *map(MOBILENET_URL.format, MOBILENET_SIZES)]
     models = [
         os.path.join(model_dir, name) for name in (*graph_names, *map(os.path.basename, urls))
     ]
-    real_path = os.path.realpath(to_bytes(path))
     return any(os.path.realpath(to_bytes(model)) == real_path for model in models)
 
 
@@ -3870,14 +3888,27 @@ def check_outputs(flags: argparse.Namespace) -> None:
         ensure_writable_dir(os.path.dirname(follow_link(path)), flag)
         ensure_replaceable(path, flag)
     check_folders(flags)
-    check_module_folder(flags)
+    ensure_outside_module(flags.bottleneck_dir, '--bottleneck_dir', flags)
+    ensure_outside_module(flags.summaries_dir, '--summaries_dir', flags)
     for name in SUMMARY_FOLDERS:
         ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
 
 
-def ensure_outputs_are_no_images(images: Images, flags: argparse.Namespace) -> None:
-    """Raises UserError if an output is an image, to which a link in --image_dir may lead."""
+def is_in_cache(path: str, images: Images, bottleneck_dir: str) -> bool:
+    """Tells whether a path is that of a folder for cache files or records, or lies in one."""
+    if not is_inside(path, bottleneck_dir):
+        return False
+    real_path, real_folder = (os.path.realpath(to_bytes(name)) for name in (path, bottleneck_dir))
+    first = os.fsencode(os.path.relpath(real_path, real_folder)).split(os.fsencode(os.sep))[0]
+    folders = {to_bytes(file.split(os.sep)[0]) for file in images.files}
+    return first == b'.records' or first in folders
+
+
+def check_outputs_and_images(images: Images, flags: argparse.Namespace) -> None:
+    """Raises UserError if an output is an image, to which a link may lead, or a cache file."""
     for flag, output in list_outputs(flags):
+        if is_in_cache(output, images, flags.bottleneck_dir):
+            raise UserError(f'{flag}: {output} is in the cache. Name another file.')
         if is_image(os.path.basename(follow_link(output))) and gfile.exists(output):
             real_output = os.path.realpath(to_bytes(output))
             if any(os.path.realpath(to_bytes(path)) == real_output for path in images.paths):
@@ -3907,7 +3938,7 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
             is_new = started.timestamp() < modified <= time.time()
             if is_new and file.endswith(f'.{socket.gethostname()}.{os.getpid()}'):
                 continue  # the suspects of this run
-            if is_new or has_live_writer(file):
+            if is_new or is_open_elsewhere(path):
                 is_shared = True
                 continue
             try:
@@ -3928,22 +3959,20 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
         )
 
 
-def has_live_writer(file: str) -> bool:
-    """Tells whether another program of this computer, which still runs, has made an event file.
+def is_open_elsewhere(path: str) -> bool:
+    """Tells whether the program that made an event file still writes it, as far as Linux tells.
 
     The names that SummaryWriter gives end with the names of computer and process.
     """
-    match = re.fullmatch(rf'.*\.{re.escape(socket.gethostname())}\.(\d{{1,9}})', file)
-    # Windows has no signal 0, and does not remove what is open.
-    if os.name != 'posix' or match is None or int(match[1]) == os.getpid():
+    match = re.search(rf'\.{re.escape(socket.gethostname())}\.(\d+)$', path)
+    if match is None or int(match[1]) == os.getpid():
         return False
-    try:
-        os.kill(int(match[1]), 0)
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-    return True
+    folder = f'/proc/{match[1]}/fd'
+    real_path = os.path.realpath(to_bytes(path))
+    with contextlib.suppress(OSError):  # it has ended, or is another user's
+        links = [os.path.join(folder, name).encode() for name in os.listdir(folder)]
+        return any(os.path.realpath(link) == real_path for link in links)
+    return False
 
 
 def summarize_layer(layer: FinalLayer) -> dict[str, Any]:
@@ -4217,7 +4246,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     ensure_image_dir(flags.image_dir)
     check_outputs(flags)
     images = list_images(flags)
-    ensure_outputs_are_no_images(images, flags)
+    check_outputs_and_images(images, flags)
     backbone = load_backbone(flags)
     report_start(images, backbone)
     facts: dict[str, Any] = {'started': str(started)}
@@ -4396,6 +4425,7 @@ def try_to_rename(folder: str, target: str) -> bool:
 def main_serving(flags: argparse.Namespace) -> None:
     """Does the whole job, and writes the SavedModel; raises UserError for what the user can fix."""
     ensure_image_dir(flags.image_dir)  # before a folder for the SavedModel is made
+    ensure_outside_module(flags.saved_model_dir, '--saved_model_dir', flags)
     check_saved_model_dir(flags.saved_model_dir)
     written = []
 

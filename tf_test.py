@@ -183,7 +183,8 @@ def ensure_avx() -> None:
 def explain_import_error(error: Exception) -> str:
     """Returns what to do about a package that cannot be imported."""
     if not isinstance(error, ImportError):  # Keras' settings are damaged, or the memory is full
-        return f'TensorFlow cannot be imported ({error!r}). If there is a ~/.keras, rename it.'
+        settings = os.path.join(os.getenv('KERAS_HOME', '~/.keras'), 'keras.json')
+        return f'TensorFlow cannot be imported ({error!r}). If there is a {settings}, delete it.'
     if not isinstance(error, ModuleNotFoundError):
         return f'{error}. See "Problems" in README.md.'
     activate = r'.venv\Scripts\activate' if os.sep == '\\' else '. .venv/bin/activate'
@@ -559,7 +560,7 @@ def read_paths() -> Iterator[str]:
             # Some editors write this mark first, and `cat` leaves it in the middle.
             name = path.removeprefix(b'\xef\xbb\xbf')
             if name:
-                yield name.decode(errors='surrogateescape')
+                yield name.decode(errors='surrogateescape').removeprefix('file://')
     except OSError as error:
         raise UserError(f'-: standard input cannot be read: {error.strerror}.')
 
@@ -1001,19 +1002,20 @@ def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -
     with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights
     w, that is a convolution with weights w * s, and a bias of beta - mean * s.
     """
-    convolution, mean_name, variance_name, beta_name, gamma_name = node.input
+    convolution, *names = node.input
+    _, _, beta_name, _ = names  # mean, variance, beta, gamma
     weights_name = nodes[convolution].input[1]
-    names = weights_name, mean_name, variance_name, beta_name, gamma_name
-    values = (np.float64(tf.make_ndarray(constants[name])) for name in names)
-    weights, mean, variance, beta, gamma = values
+    weights, mean, variance, beta, gamma = (
+        np.float64(tf.make_ndarray(constants[name])) for name in (weights_name, *names)
+    )
     scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
     if node.attr['scale_after_normalization'].b:
         scale = scale * gamma
     constants[weights_name].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
     constants[beta_name].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-    inputs = [convolution, beta_name]
-    attributes = {'T': node.attr['T']}
-    node.CopyFrom(NodeDef(name=node.name, op='BiasAdd', input=inputs, attr=attributes))
+    bias_add = NodeDef(name=node.name, op='BiasAdd', input=[convolution, beta_name])
+    bias_add.attr['T'].CopyFrom(node.attr['T'])
+    node.CopyFrom(bias_add)
 
 
 def allow_batches(shape: TensorProto) -> None:
@@ -1336,14 +1338,15 @@ class Tally:
         self.sideways += answer.orientation > 1
         if not self.classes.roots:  # without a folder among the arguments, there is no accuracy
             return
+        index = self.classes.find(path)
+        if index is None:
+            self.other_folders.add(os.path.dirname(path) or '.')
+            return
         real_path = resolve(path)
         if real_path in self.counted:  # it was named twice
             return
         self.counted.add(real_path)
-        index = self.classes.find(path)
-        if index is None:
-            self.other_folders.add(os.path.dirname(path) or '.')
-        elif not self.is_new(path):
+        if not self.is_new(path):
             self.not_new += 1
         elif label in self.classes.labels:
             self.true_classes.append(index)

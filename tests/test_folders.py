@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import re
 from unittest import mock
 
@@ -435,6 +436,17 @@ def test_the_training_has_seen_what_links_in_its_folder_lead_to(trained, tmp_pat
     (tmp_path / 'link.jpg').symlink_to(tmp_path / 'data/cat/1.jpg')
     assert not tally.is_new(str(tmp_path / 'link.jpg'))
     assert tally.is_new(str(tmp_path / 'store/1.jpg'))
+
+
+def test_an_image_counts_by_the_path_that_has_a_class():
+    """It may have been met before, by another path: in all/, to which links in cat/ lead."""
+    classes = tf_test.Classes(['cat'], ['cat'], [tf_test.get_absolute('in')])
+    tally = tf_test.Tally(classes, None)
+    answer = tf_test.Answer(np.ones(1), None, 1)
+    with mock.patch.object(tf_test, 'resolve', lambda path: pathlib.PurePath('1.jpg')):
+        for path in ('in/all/1.jpg', 'in/cat/1.jpg', 'in/cat/1.jpg'):
+            tally.add(path, answer, 'cat')
+    assert tally.predictions == [0]
 
 
 def test_a_training_folder_that_is_gone_is_mentioned(trained, capsys):

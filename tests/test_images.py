@@ -77,8 +77,13 @@ def test_split_follows_the_formula_and_ignores_nohash():
 
 def test_all_images_in_one_set_by_the_name_of_their_folder(tmp_path):
     (tmp_path / 'my_nohash_data').mkdir()
+    flags = parse(f'--image_dir={tmp_path}/my_nohash_data')
     with pytest.raises(tf_retrain.UserError, match="^--image_dir: '_nohash_' in '.*' would put"):
-        tf_retrain.ensure_image_dir(f'{tmp_path}/my_nohash_data')
+        tf_retrain.list_images(flags)
+    for name in ('train/cat', 'train/dog', 'val/cat', 'test/cat'):  # nothing is drawn
+        (tmp_path / 'my_nohash_data' / name).mkdir(parents=True)
+        (tmp_path / 'my_nohash_data' / name / '1.jpg').touch()
+    assert len(tf_retrain.list_images(flags).files) == 4
 
 
 def test_the_border_of_two_sets_belongs_to_the_upper_one(monkeypatch):

@@ -255,6 +255,25 @@ def test_names_that_the_terminal_cannot_show(tmp_path, model, monkeypatch, capsy
     assert record['image_dir'] == str(job.data)
 
 
+class InterruptedEnd:
+    def __init__(self, error):
+        self.error = error
+
+    def __del__(self):
+        raise self.error
+
+
+def test_a_stop_that_python_drops_is_not_printed(monkeypatch):
+    """A signal may come while an object is deleted; other errors there are shown as ever."""
+    dropped = []
+    monkeypatch.setattr(sys, 'unraisablehook', dropped.append)
+    with tf_retrain.stoppable():
+        InterruptedEnd(KeyboardInterrupt())
+        InterruptedEnd(ValueError())
+    InterruptedEnd(KeyboardInterrupt())
+    assert [one.exc_type for one in dropped] == [ValueError, KeyboardInterrupt]
+
+
 def check_all_is_written(job):
     assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 60
     check_graph(job)

@@ -261,6 +261,20 @@ def test_an_output_is_no_folder_of_the_run(job, flag, path):
     assert not (job.folder / 'bottlenecks').exists()
 
 
+@pytest.mark.parametrize('path', ['logs/train', 'logs/suspects', 'logs'])
+def test_an_output_is_no_log_folder(job, path):
+    job.photographs(cat=20, dog=20)
+    job.fails(f"^--output_graph: '{path}' is a folder by another flag", output_graph=path)
+
+
+@pytest.mark.parametrize('path', ['cat', '.records', 'cat/cat 0.jpg.txt', '.records/cat/x.rec'])
+def test_an_output_is_no_part_of_the_cache(job, path):
+    job.photographs(cat=20, dog=20)
+    message = '^--output_labels: bottlenecks/.* is in the cache. Name another file'
+    job.fails(message, output_labels=f'bottlenecks/{path}')
+    job.main(output_labels='bottlenecks/labels.txt', how_many_training_steps='1')
+
+
 @pytest.mark.parametrize('folder', ['module', 'module/cache'])
 @pytest.mark.parametrize('flag', ['bottleneck_dir', 'summaries_dir'])
 def test_nothing_is_written_into_the_module(job, flag, folder):
@@ -269,6 +283,9 @@ def test_nothing_is_written_into_the_module(job, flag, folder):
     message = f'^--{flag}: {folder} is in the folder of the module'
     job.photographs(cat=20, dog=20).fails(message, '--tfhub_module=module', **{flag: folder})
     assert os.listdir(job.folder / 'module') == []
+    flags = job.arguments('--tfhub_module=module', '--saved_model_dir=module/1')
+    with pytest.raises(retrain_serving.UserError, match='^--saved_model_dir: module/1 is in the f'):
+        retrain_serving.main_serving(parse_serving(*flags))
 
 
 @pytest.mark.parametrize(
@@ -277,5 +294,8 @@ def test_nothing_is_written_into_the_module(job, flag, folder):
 def test_the_archive_of_a_model_is_no_output(job, name):
     job.photographs(cat=20, dog=20)
     job.fails('^--output_graph: .* is the pretrained model', output_graph=f'inception/{name}')
+    (job.folder / 'link.pb').symlink_to(job.folder / 'inception' / name)
+    (job.folder / 'inception' / name).parent.mkdir(exist_ok=True)
+    job.fails('^--output_graph: .* is the pretrained model', output_graph='link.pb')
     url = f'file://{job.folder}/inception/{name}'
     job.fails('^--output_graph: .* is the pretrained model', output_graph=url)
