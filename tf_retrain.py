@@ -585,7 +585,7 @@ class OptionalOutput:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What a first signal does, and its handler. A second one quits at once.
 #   before the training: it ends the run, with exit code 130     stop_run
-#   in the training: it ends it early; test and outputs follow   stop_run, end_training_early
+#   in the training: it ends it early; test and outputs follow   stop_run, go_on_after_stop
 #   after the training: test and outputs go on, with a message   finish_run
 stop_requested = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
 
@@ -650,7 +650,7 @@ def protect_outputs() -> None:
         on_stop_signals(finish_run)
 
 
-def end_training_early() -> None:
+def go_on_after_stop() -> None:
     """Goes on with the test after a first Ctrl-C in the training."""
     stop_requested.clear()  # or the loops of the test would stop, too
     print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
@@ -837,6 +837,11 @@ def is_inside(path: str, folder: str) -> bool:
     """Tells whether a path lies in a folder, or in a folder inside it."""
     real_path, real_folder = (os.path.realpath(to_bytes(name)) for name in (path, folder))
     return real_path.startswith(os.path.join(real_folder, b''))
+
+
+def is_same_or_inside(path: str, folder: str) -> bool:
+    """Tells whether a path leads to a folder, or lies in it as is_inside() tells."""
+    return is_inside(os.path.join(path, 'file'), folder)
 
 
 def list_dir(path: str) -> list[str]:
@@ -1271,8 +1276,8 @@ def list_images(flags: argparse.Namespace) -> Images:
     """Returns the images of the class folders; raises UserError for fewer than two classes."""
     image_dir = flags.image_dir
     set_folders = find_set_folders(image_dir)
-    is_split = {'validation', 'testing'} <= set(set_folders.values())
-    if '_nohash_' in image_dir and not is_split:  # get_stem() would cut it off there
+    has_all_sets = {'validation', 'testing'} <= set(set_folders.values())
+    if '_nohash_' in image_dir and not has_all_sets:  # get_stem() would cut it off there
         raise UserError(
             f"--image_dir: '_nohash_' in '{image_dir}' would put all images into one set. Rename "
             'the folder.'
@@ -1929,8 +1934,9 @@ def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
 
     Raises UserError if that fails.
     """
-    if os.environ.get('KERAS_HOME') == model_dir:
-        # Otherwise, Keras would take another folder, under /tmp, without a word.
+    uses_model_dir = os.environ.get('KERAS_HOME') == model_dir  # by prepare_keras()
+    if uses_model_dir:
+        # If it is not writable, Keras takes another folder, under /tmp, without a word.
         ensure_writable_dir(model_dir, '--model_dir')
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # Keras would wait forever
@@ -3451,7 +3457,7 @@ def train(
     except KeyboardInterrupt:
         if not layer.steps:
             raise
-        end_training_early()
+        go_on_after_stop()
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
     return layer
@@ -3496,10 +3502,10 @@ def open_logs(
     """Returns writers for the training, whose log begins with the graph, and the validation."""
     folders = {name: os.path.join(flags.summaries_dir, name) for name in ('train', 'validation')}
     writers = {name: SummaryWriter(folder) for name, folder in folders.items()}
-    # First, as a graph with 88 MB of weights takes long to copy.
-    light_backbone = dataclasses.replace(backbone, graph_def=hide_weights(backbone.graph_def))
-    graph = create_frozen_graph(light_backbone, head, flags.final_tensor_name)
-    structure = hide_weights(graph)  # without those of the head
+    # The frozen graph without its weights, of which 88 MB would take long to copy.
+    structure = hide_weights(backbone.graph_def)
+    final_nodes = create_final_nodes(backbone, head, flags.final_tensor_name)
+    structure.node.extend(hide_weights(final_nodes).node)
     writers['train'].write(graph_def=structure.SerializeToString())
     return writers
 
@@ -3830,7 +3836,8 @@ def list_outputs(flags: argparse.Namespace) -> list[tuple[str, str]]:
 
 def ensure_outside_module(folder: str, flag: str, flags: argparse.Namespace) -> None:
     """Raises UserError if the run would write into the module, and so make it another one."""
-    if is_in_module(os.path.join(folder, 'file'), flags):
+    module = flags.tfhub_module
+    if module and gfile.isdir(module) and is_same_or_inside(folder, module):
         raise UserError(f'{flag}: {folder} is in the folder of the module. Name another one.')
 
 
@@ -3841,7 +3848,7 @@ def check_folders(flags: argparse.Namespace) -> None:
     folders += [os.path.join(flags.summaries_dir, name) for name in SUMMARY_FOLDERS]
     folders += [flags.bottleneck_dir, flags.model_dir]
     for flag, path in outputs:
-        if any(is_inside(os.path.join(folder, 'file'), path) for folder in folders):
+        if any(is_same_or_inside(folder, path) for folder in folders):
             raise UserError(f"{flag}: '{path}' is a folder by another flag. Name another file.")
 
 
@@ -3893,7 +3900,7 @@ def is_in_cache(path: str, images: Images, bottleneck_dir: str) -> bool:
     if not is_inside(path, bottleneck_dir):
         return False
     real_path, real_folder = (os.path.realpath(to_bytes(name)) for name in (path, bottleneck_dir))
-    first = os.fsencode(os.path.relpath(real_path, real_folder)).split(os.fsencode(os.sep))[0]
+    first = os.path.relpath(real_path, real_folder).split(to_bytes(os.sep))[0]
     folders = {to_bytes(file.split(os.sep)[0]) for file in images.files}
     return first == b'.records' or first in folders
 

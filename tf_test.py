@@ -1625,14 +1625,14 @@ def draw(
     graph: Graph, path: str, answer: Answer, labels: list[str], flags: argparse.Namespace
 ) -> None:
     """Writes the heatmap of an image for its best label."""
-    contents, _ = load_image(path, flags.upright)
+    turned, _ = load_image(path, flags.upright)
     index = int(answer.scores.argmax())
     name = name_in_picture(labels[index], index + 1)
     title = f'{name} {answer.scores[index]:.2f}'
     if answer.familiarity is not None:
         title += f', familiarity {answer.familiarity:.2f}'
-    heatmap = compute_heatmap(graph, contents, index)
-    save_picture(draw_heatmap(decode(contents, is_upright=False), heatmap, title), flags.heatmap)
+    heatmap = compute_heatmap(graph, turned, index)
+    save_picture(draw_heatmap(decode(turned, is_upright=False), heatmap, title), flags.heatmap)
     if name != labels[index]:
         print(f"{flags.heatmap}: {name} is '{labels[index]}'.", file=sys.stderr)
 
