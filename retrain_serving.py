@@ -728,16 +728,19 @@ def is_special(path: str) -> bool:
 
 
 def open_file(path: str) -> IO[bytes] | gfile.GFile:
-    """Opens a file to read; raises UserError if it is not a plain one."""
+    """Opens a file to read; raises UserError if it is not a plain one, or cannot be opened."""
     if is_special(path):
         raise UserError(f"'{path}' is not a plain file. Delete it, or name another file.")
     if '://' in path:
         return gfile.GFile(path, 'rb')
-    return open(to_bytes(path), 'rb')  # to read 90 MB by gfile takes three times as long
+    try:
+        return open(to_bytes(path), 'rb')  # to read 90 MB by gfile takes three times as long
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be read: {error.strerror}. Check this file.")
 
 
 def read_file(path: str) -> bytes:
-    """Returns the contents of a file; raises UserError if it is not a plain one."""
+    """Returns the contents of a file, as open_file() opens it."""
     with open_file(path) as file:
         return file.read()
 
@@ -3725,13 +3728,17 @@ def warn_of_other_labels(path: str, contents: bytes) -> None:
 
 def create_writers(
     backbone: Backbone, head: Head, flags: argparse.Namespace
-) -> tuple[dict[str, Callable], int]:
+) -> dict[str, Callable]:
     """Returns {output: function that writes it} of graph, labels and optimized graph.
 
-    The second value is the CRC-32 of the graph's file.
+    That of the graph returns the CRC-32 of its file.
     """
     graph = create_frozen_graph(backbone, head, flags.final_tensor_name)
-    contents = graph.SerializeToString(deterministic=True)
+
+    def write_graph() -> int:
+        contents = graph.SerializeToString(deterministic=True)
+        write_whole(flags.output_graph, contents)
+        return zlib.crc32(contents)
 
     def write_labels() -> None:
         lines = ''.join(f'{label}\n' for label in head.labels).encode()
@@ -3745,23 +3752,26 @@ def create_writers(
         write_whole(flags.optimized_graph, folded.SerializeToString(deterministic=True))
 
     writers: dict[str, Callable] = {
-        flags.output_graph: functools.partial(write_whole, flags.output_graph, contents),
+        flags.output_graph: write_graph,
         flags.output_labels: write_labels,
     }
     if flags.optimized_graph:
         writers[flags.optimized_graph] = write_optimized_graph
-    return writers, zlib.crc32(contents)
+    return writers
 
 
-def write_outputs(writers: dict[str, Callable]) -> dict[str, str]:
-    """Calls a writer per output, whatever becomes of the others; returns {output: failure}."""
-    failures = {}
+def write_outputs(writers: dict[str, Callable]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Calls a writer per output, whatever becomes of the others.
+
+    Returns {output: what its writer returned} and {output: failure}.
+    """
+    results, failures = {}, {}
     for output, write in writers.items():
         try:
-            write()
+            results[output] = write()
         except Exception as error:
             failures[output] = describe(error)
-    return failures
+    return results, failures
 
 
 def create_record(
@@ -3823,9 +3833,9 @@ def write_record(record: dict[str, Any], flags: argparse.Namespace) -> None:
 
 
 def is_in_module(path: str, flags: argparse.Namespace) -> bool:
-    """Tells whether a path lies in the folder of the module."""
+    """Tells whether a path is the folder of the module, or lies in it."""
     module = flags.tfhub_module
-    return bool(module) and gfile.isdir(module) and is_inside(path, module)
+    return bool(module) and gfile.isdir(module) and is_same_or_inside(path, module)
 
 
 def list_outputs(flags: argparse.Namespace) -> list[tuple[str, str]]:
@@ -3842,8 +3852,7 @@ def list_outputs(flags: argparse.Namespace) -> list[tuple[str, str]]:
 
 def ensure_outside_module(folder: str, flag: str, flags: argparse.Namespace) -> None:
     """Raises UserError if the run would write into the module, and so make it another one."""
-    module = flags.tfhub_module
-    if module and gfile.isdir(module) and is_same_or_inside(folder, module):
+    if is_in_module(folder, flags):
         raise UserError(f'{flag}: {folder} is in the folder of the module. Name another one.')
 
 
@@ -4275,12 +4284,13 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
         tested = test(images, bottlenecks, layer, flags)
         report_test(images, tested, flags)
     head = Head(layer, images.labels, familiarity)
-    writers, facts['graph_checksum'] = create_writers(backbone, head, flags)
+    writers = create_writers(backbone, head, flags)
     if export:
         writers['the SavedModel'] = functools.partial(export, backbone, head)
-    failures = write_outputs(writers)
-    if flags.output_graph not in failures:
+    results, failures = write_outputs(writers)
+    if flags.output_graph in results:
         with extra('the record of the run'):
+            facts['graph_checksum'] = results[flags.output_graph]
             facts['seconds'] = (datetime.datetime.now() - started).total_seconds()
             write_record(create_record(images, backbone, head, tested, flags) | facts, flags)
     with extra('the pictures for TensorBoard'):

@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -70,6 +71,24 @@ def test_the_same_for_what_fails_while_it_is_made(job, monkeypatch, function, mi
     assert existing(job) == OUTPUTS - missing
 
 
+def test_a_model_that_cannot_be_opened_is_named(job):
+    model = job.folder / 'inception/classify_image_graph_def.pb'
+    model.unlink()
+    model.mkdir()
+    message = "^'inception/classify_image_graph_def.pb' cannot be read: Is a directory. Check this"
+    job.photographs(cat=20, dog=20).fails(message)
+
+
+def test_a_graph_that_cannot_be_serialized_does_not_stop_the_others(job, monkeypatch):
+    """It may be larger than 2 GB, or than the memory."""
+    graph = mock.Mock()
+    graph.SerializeToString.side_effect = MemoryError('full')
+    monkeypatch.setattr(retrain_serving, 'create_frozen_graph', lambda *arguments: graph)
+    error = serve(job.photographs(cat=20, dog=20), monkeypatch)
+    assert f'could not be written: {GRAPH} (full); {OPTIMIZED} (' in error
+    assert existing(job) == {LABELS, 'saved/1/saved_model.pb'}
+
+
 @pytest.mark.parametrize('function', ['test', 'report_test', 'write_pictures', 'create_record'])
 def test_what_only_informs_is_never_what_fails(job, monkeypatch, function):
     def fail(*arguments):
@@ -113,8 +132,7 @@ def write_training(folder, labels, renames=None):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tf_retrain.gfile, 'rename', rename)
-        writers, _ = tf_retrain.create_writers(backbone, head, flags)
-        tf_retrain.write_outputs(writers)
+        tf_retrain.write_outputs(tf_retrain.create_writers(backbone, head, flags))
 
 
 def check(folder):
