@@ -18,6 +18,7 @@ Familiarity, Distortions, Training, Outputs, TensorBoard, Main.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -675,6 +676,7 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
 
     It also works in a notebook or another program, in any thread.
     """
+    problem: str | None
     stop_requested.clear()
     if not isinstance(sys.stdout, OptionalOutput):  # so it is in a second run of one program
         sys.stdout = OptionalOutput(sys.stdout or open(os.devnull, 'w'))  # type: ignore[assignment]
@@ -691,6 +693,15 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
     except (tf.errors.OpError, OSError, UnicodeError) as error:
         problem = f'{describe(error)}. {advice}'
     except KeyboardInterrupt:
+        problem = None
+    except Exception:
+        # A stop may break other calls: tqdm then releases a lock that it has not taken.
+        if not stop_requested.is_set():
+            raise
+        problem = None
+    # Behind the handlers, as an error keeps the threads of the job at work until it is handled. If
+    # Python ended under them, it would abort.
+    if problem is None:
         kept = 'All bottlenecks computed so far are kept: the same command goes on.'
         print(f'\nStopped. {kept}', file=sys.stderr)
         sys.exit(130)
@@ -1254,25 +1265,21 @@ def has_images(path: str, image_dir: str) -> bool:
 def list_split_folders(image_dir: str, set_folders: dict[str, str]) -> dict[str, list[str]]:
     """Returns {class folder: its images, 'set folder/class folder/file'} of images in sets.
 
-    Raises UserError if a class is missing in a training folder, and warns of one that is missing in
-    another folder.
+    Raises UserError if a class is missing in a training folder.
     """
     listed = {name: list_class_folders(os.path.join(image_dir, name)) for name in set_folders}
     classes = sorted(set().union(*listed.values()))
-    files: dict[str, list[str]] = {name: [] for name in classes}
+    files_of_class: dict[str, list[str]] = {name: [] for name in classes}
     for set_folder, folders in listed.items():
         path = os.path.join(image_dir, set_folder)
-        missing = [name for name in classes if name not in folders]
-        is_training = set_folders[set_folder] == 'training'
-        if missing and is_training:
-            raise UserError(f'{path} has no images of: {name_some(missing)}. Add some there.')
-        if is_training:
+        if set_folders[set_folder] == 'training':
+            missing = [name for name in classes if name not in folders]
+            if missing:
+                raise UserError(f'{path} has no images of: {name_some(missing)}. Add some there.')
             report_small_folders(path, folders)
-        if missing:
-            print(f'WARNING: {escape(path)} has no images of: {name_some(missing)}')
         for name, images in folders.items():
-            files[name] += [os.path.join(set_folder, name, image) for image in images]
-    return files
+            files_of_class[name] += [os.path.join(set_folder, name, image) for image in images]
+    return files_of_class
 
 
 def list_images(flags: argparse.Namespace) -> Images:
@@ -1286,28 +1293,33 @@ def list_images(flags: argparse.Namespace) -> Images:
             'the folder.'
         )
     if set_folders:
-        folders = list_split_folders(image_dir, set_folders)
+        files_of_class = list_split_folders(image_dir, set_folders)
     else:
         listed = list_class_folders(image_dir)
         report_small_folders(image_dir, listed)
-        folders = {name: [os.path.join(name, file) for file in listed[name]] for name in listed}
+        files_of_class = {
+            name: [os.path.join(name, file) for file in files] for name, files in listed.items()
+        }
     # Of a class in several sets, any of its folders will do: the messages name one that exists.
-    labels = get_labels(
-        {name: os.path.join(image_dir, os.path.dirname(folders[name][0])) for name in folders}
-    )
+    paths = {
+        name: os.path.join(image_dir, os.path.dirname(files[0]))
+        for name, files in files_of_class.items()
+    }
+    labels = get_labels(paths)
     if len(labels) < 2:
         raise UserError(
             f"--image_dir: '{image_dir}' has {len(labels) or 'no'} class folder with images. "
             'Two or more are needed: put the images of each class into a folder of its own.'
         )
-    files = [file for names in folders.values() for file in names]
+    files = list(itertools.chain.from_iterable(files_of_class.values()))
+    counts = [len(files) for files in files_of_class.values()]
     percentages = flags.testing_percentage, flags.validation_percentage
     sets = [get_set_of_file(image_dir, file, set_folders, percentages) for file in files]
     images = Images(
         folder=image_dir,
         labels=labels,
         files=np.array(files, object),
-        classes=np.repeat(np.arange(len(labels)), [len(names) for names in folders.values()]),
+        classes=np.repeat(np.arange(len(labels)), counts),
         sets=np.array(sets),
         set_folders=set_folders,
     )
@@ -1359,12 +1371,14 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
     }
     for name in is_wanted:
         empty = find_empty_classes(images, name)
-        is_reported = name in images.set_folders.values()  # by list_split_folders()
-        if empty and is_wanted[name] and not is_reported:
+        has_folder = name in images.set_folders.values()
+        remedy = 'Add images, or change --testing_percentage or --validation_percentage.'
+        if has_folder:
+            remedy = 'Add images that can be read to its folder.'
+        if empty and (is_wanted[name] or has_folder):
             print(
                 f'WARNING: no {name} image in {len(empty)} of {len(images.labels)} classes: '
-                f'{name_some(empty)}. Add images, or change --testing_percentage or '
-                '--validation_percentage.'
+                f'{name_some(empty)}. {remedy}'
             )
 
 
@@ -1760,6 +1774,16 @@ class Backbone:
     optimizer: str = ''  # of Grappler, for bottlenecks that are faster to compute and less precise
     is_upright: bool = False  # whether images are turned as their EXIF orientation says
 
+    def create_variant(self, name: str, **changes: Any) -> 'Backbone':
+        """Returns a network whose bottlenecks are others, and so has cache files of its own."""
+        return dataclasses.replace(
+            self,
+            cache_suffix=f'{self.cache_suffix}_{name}',
+            # A module, too, may have a name that ends so. The checksum tells the two apart.
+            checksum=zlib.crc32(name.encode(), self.checksum),
+            **changes,
+        )
+
     def create_network(self, structure: GraphDef, weights: dict, device: str | None) -> Callable:
         """Returns a tf.function from images in 0..255, float [N, *size, 3], to bottlenecks.
 
@@ -1829,13 +1853,7 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
     if flags.precision == 'bfloat16':
         backbone = use_bfloat16(backbone)
     if flags.upright:
-        backbone = dataclasses.replace(
-            backbone,
-            is_upright=True,
-            cache_suffix=f'{backbone.cache_suffix}_upright',
-            # A module may be called 'm_upright', too.
-            checksum=zlib.crc32(b'upright', backbone.checksum),
-        )
+        backbone = backbone.create_variant('upright', is_upright=True)
     return backbone
 
 
@@ -1876,9 +1894,11 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
         MOBILENET_GRAPH_NAME.format(size),
         ['input', MOBILENET_BOTTLENECK_NODE],
     )
-    image_name = add_default_input(graph_def)
+    placeholder = next(node for node in graph_def.node if node.name == 'input')
+    graph_def.node.remove(placeholder)
     with damage_explained(path, 'Delete it and run again to download it.'):
-        graph_def = prepend_decoding(graph_def, image_name, input_format)
+        # Clients of the retrain script of 2017 feed `input` with pixels of -1..1. So it stays.
+        graph_def = prepend_decoding(graph_def, 'input:0', input_format, fed_name='input')
     return Backbone(
         source=path,
         graph_def=graph_def,
@@ -1888,18 +1908,6 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
         input_format=input_format,
         cache_suffix=f'_{architecture}',
     )
-
-
-def add_default_input(graph_def: GraphDef) -> str:
-    """Gives the placeholder of a MobileNet a default, and returns its name, 'Mul:0'.
-
-    The graph has no such node: prepend_decoding() makes it, and connects the default to it. Clients
-    of the retrain script of 2017 still feed the placeholder with pixels of -1..1.
-    """
-    (placeholder,) = (node for node in graph_def.node if node.name == 'input')
-    placeholder.op = 'PlaceholderWithDefault'
-    placeholder.input.append(SCALED_INPUT_NODE)
-    return f'{SCALED_INPUT_NODE}:0'
 
 
 def load_keras_network(model_dir: str, architecture: str) -> Backbone:
@@ -1927,9 +1935,9 @@ def load_keras_network(model_dir: str, architecture: str) -> Backbone:
     )
 
 
-def get_keras_home(model_dir: str) -> str:
+def get_keras_home() -> str:
     """Returns the folder where Keras keeps its settings, and in models/ its weights."""
-    return os.environ.get('KERAS_HOME', model_dir)
+    return os.environ.get('KERAS_HOME', os.path.expanduser('~/.keras'))
 
 
 def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
@@ -1937,8 +1945,7 @@ def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
 
     Raises UserError if that fails.
     """
-    uses_model_dir = os.environ.get('KERAS_HOME') == model_dir  # by prepare_keras()
-    if uses_model_dir:
+    if get_keras_home() == model_dir:  # by prepare_keras()
         # If it is not writable, Keras takes another folder, under /tmp, without a word.
         ensure_writable_dir(model_dir, '--model_dir')
     timeout = socket.getdefaulttimeout()
@@ -1949,12 +1956,12 @@ def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
     except (MemoryError, tf.errors.ResourceExhaustedError):
         raise
     except Exception as error:  # Keras has no class of its own for what fails
-        raise UserError(explain_keras_error(error, get_keras_home(model_dir)))
+        raise UserError(explain_keras_error(error))
     finally:
         socket.setdefaulttimeout(timeout)
 
 
-def explain_keras_error(error: Exception, keras_home: str) -> str:
+def explain_keras_error(error: Exception) -> str:
     """Returns what to do about weights that cannot be downloaded or loaded.
 
     Keras' messages do not always name the URL and the file, but the variables of its function
@@ -1970,8 +1977,8 @@ def explain_keras_error(error: Exception, keras_home: str) -> str:
                 f'it as {path}.'
             )
     reason = describe(error).splitlines()[0]
-    folder = os.path.join(keras_home, 'models')
-    settings = os.path.join(keras_home, 'keras.json')
+    folder = os.path.join(get_keras_home(), 'models')
+    settings = os.path.join(get_keras_home(), 'keras.json')
     return (
         f'The weights in {folder} cannot be loaded ({reason}). Delete those of this network there, '
         f'and {settings}, and run the same command again.'
@@ -2012,9 +2019,20 @@ def freeze_function(function: Callable, input_format: InputFormat, size: int) ->
 
     frozen = convert_variables_to_constants_v2(extract_features.get_concrete_function())
     # Functions become plain ops, which TensorFlow 1 has too.
-    plain = optimize(frozen.graph.as_graph_def(), name, 'function')
+    inlinable = allow_inlining(frozen.graph.as_graph_def())
+    plain = optimize(inlinable, name, 'function')
     graph_def = prepend_decoding(plain, frozen.inputs[0].name, input_format, prefix)
     return extract_sub_graph(graph_def, [FUNCTION_BOTTLENECK])
+
+
+def allow_inlining(graph_def: GraphDef) -> GraphDef:
+    """Removes from a graph, in place, the attributes of functions that are not to be inlined."""
+    functions = graph_def.library.function
+    nodes = itertools.chain(graph_def.node, *(function.node_def for function in functions))
+    for owner in itertools.chain(nodes, functions):
+        for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):
+            owner.attr.pop(name, None)
+    return graph_def
 
 
 def open_tfhub_module(handle: str) -> tuple[int, Any]:
@@ -2087,18 +2105,19 @@ def get_folder_checksum(folder: str) -> int:
 
 
 def check_final_tensor_name(name: str, backbone: Backbone) -> None:
-    """Raises UserError if the graph cannot have one more node with this name."""
-    names = {node.name for node in backbone.graph_def.node}
-    own_names = FAMILIARITY_NODE, FINAL_SCOPE, 'input'
-    # TensorFlow makes names differ by more than upper and lower case.
-    if name in names or name.split('/')[0].lower() in own_names:
+    """Raises UserError if the graph cannot have one more node with this name.
+
+    TensorFlow renames a node if its name is taken, in upper or lower case, or is none that it
+    likes, such as 'x/'. A head of one class and one image shows whether it does.
+    """
+    if name in {node.name for node in backbone.graph_def.node}:
         raise UserError(
             f"--final_tensor_name: '{name}' is taken by the graph's own nodes. Choose another name."
         )
-    # TensorFlow renames what it does not like, such as 'x/'. A head of one class shows whether.
-    seed = np.zeros(2, int)
-    untrained = FinalLayer(backbone.bottleneck_size, class_count=1, learning_rate=1, seed=seed)
-    nodes = create_final_nodes(backbone, Head(untrained, ['']), name)
+    size = backbone.bottleneck_size
+    untrained = FinalLayer(size, class_count=1, learning_rate=1, seed=np.zeros(2, int))
+    familiarity = Familiarity(np.zeros([1, size], np.float32), np.zeros(1, np.float32))
+    nodes = create_final_nodes(backbone, Head(untrained, [''], familiarity), name)
     if nodes.node[-1].name != name:
         raise UserError(
             f"--final_tensor_name: '{name}' would be named {nodes.node[-1].name}. Choose another "
@@ -2119,13 +2138,7 @@ def use_bfloat16(backbone: Backbone) -> Backbone:
     if problem:
         print(f'--precision: {problem}. float32 is used.')
         return backbone
-    optimizer = 'auto_mixed_precision_onednn_bfloat16'
-    return dataclasses.replace(
-        backbone,
-        optimizer=optimizer,
-        cache_suffix=f'{backbone.cache_suffix}_bfloat16',
-        checksum=zlib.crc32(optimizer.encode(), backbone.checksum),
-    )
+    return backbone.create_variant('bfloat16', optimizer='auto_mixed_precision_onednn_bfloat16')
 
 
 def has_bfloat16() -> bool:
@@ -2152,12 +2165,16 @@ def export_graph(graph: tf.Graph) -> GraphDef:
 
 
 def prepend_decoding(
-    graph_def: GraphDef, image_name: str, input_format: InputFormat, prefix: str = ''
+    graph_def: GraphDef,
+    image_name: str,
+    input_format: InputFormat,
+    prefix: str = '',
+    fed_name: str = '',
 ) -> GraphDef:
     """Returns the decoding nodes of 2015, and behind them the nodes of a graph, as prefix/....
 
-    `image_name` is what the nodes of the graph have for their image: the output of a placeholder,
-    or a name that no node there has. Every such input is connected to the decoded image.
+    Wherever these nodes have the tensor `image_name` as an input, they get the decoded image. With
+    a `fed_name`, it comes through a node of this name, which can be fed with other images.
     """
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
@@ -2166,6 +2183,9 @@ def prepend_decoding(
         image = resize_bilinear(image, input_format.size, name=RESIZED_INPUT_NODE)
         image = tf.subtract(image, input_format.mean, name='Sub')
         image = tf.multiply(image, 1 / input_format.deviation, name=SCALED_INPUT_NODE)
+        if fed_name:
+            shape = [None, *input_format.size, 3]
+            image = tf.compat.v1.placeholder_with_default(image, shape, fed_name)
         tf.graph_util.import_graph_def(graph_def, {image_name: image}, name=prefix)
     return export_graph(graph)
 
@@ -2174,11 +2194,6 @@ def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
     """Returns a graph up to a node after an optimizer of tensorflow/core/grappler/optimizers."""
     meta_graph = tf.compat.v1.MetaGraphDef(graph_def=graph_def)
     meta_graph.collection_def['train_op'].node_list.value.append(output)  # what it must keep
-    functions = meta_graph.graph_def.library.function
-    nodes = itertools.chain(meta_graph.graph_def.node, *(item.node_def for item in functions))
-    for owner in itertools.chain(nodes, functions):
-        for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):  # no inlining with them
-            owner.attr.pop(name, None)
     config = tf.compat.v1.ConfigProto()
     config.graph_options.rewrite_options.optimizers.append(optimizer)
     return tf_optimizer.OptimizeGraph(config, meta_graph)
@@ -2230,18 +2245,18 @@ def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -
     with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights
     w, that is a convolution with weights w * s, and a bias of beta - mean * s.
     """
-    convolution, *names = node.input
-    _, _, beta_name, _ = names  # mean, variance, beta, gamma
-    weights_name = nodes[convolution].input[1]
-    weights, mean, variance, beta, gamma = (
-        np.float64(tf.make_ndarray(constants[name])) for name in (weights_name, *names)
-    )
-    scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
+    convolution, mean, variance, beta, gamma = node.input
+    weights = nodes[convolution].input[1]
+    names = (weights, mean, variance, beta, gamma)
+    values = {name: np.float64(tf.make_ndarray(constants[name])) for name in names}
+    scale = 1 / np.sqrt(values[variance] + node.attr['variance_epsilon'].f)
     if node.attr['scale_after_normalization'].b:
-        scale = scale * gamma
-    constants[weights_name].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
-    constants[beta_name].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-    bias_add = NodeDef(name=node.name, op='BiasAdd', input=[convolution, beta_name])
+        scale = scale * values[gamma]
+    new_weights = np.float32(values[weights] * scale)
+    bias = np.float32(values[beta] - values[mean] * scale)
+    constants[weights].CopyFrom(tf.make_tensor_proto(new_weights))
+    constants[beta].CopyFrom(tf.make_tensor_proto(bias))
+    bias_add = NodeDef(name=node.name, op='BiasAdd', input=[convolution, beta])
     bias_add.attr['T'].CopyFrom(node.attr['T'])
     node.CopyFrom(bias_add)
 
@@ -2383,10 +2398,11 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
 
 def run_ahead(batches: Iterator) -> Iterator:
     """Yields batches, each of which is computed while the one before it is used."""
-    with multiprocessing.pool.ThreadPool(1) as thread:
-        result = thread.apply_async(next, [batches, None])
-        while batch := result.get():
-            result = thread.apply_async(next, [batches, None])
+    # What ends it waits for the batch in hand: if Python ended under the thread, it would abort.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        result = thread.submit(next, batches, None)
+        while batch := result.result():
+            result = thread.submit(next, batches, None)
             yield batch
 
 
@@ -2420,7 +2436,7 @@ def compute_bottlenecks(
     batches = load_files(keys, paths, load).batch(NETWORK_BATCH_SIZE)
     if service:
         return run_service(service, backbone.networks[0], batches)
-    return run_networks(backbone.patient_networks, batches)
+    return run_ahead(run_networks(backbone.patient_networks, batches))
 
 
 def to_text(bottleneck: np.ndarray) -> bytes:
@@ -2589,12 +2605,11 @@ class BottleneckCache:
         status = self.statuses[row]
         if get_status(self.images.paths[row]) != status:
             return False
-        model = self.backbone.checksum
         record = CacheRecord(
             size=status.size,
             time=status.modified,
             digest=image_digest,
-            model=model,
+            model=self.backbone.checksum,
             outcome=outcome,
             **header._asdict(),
             decoder=DECODER,
@@ -2603,8 +2618,7 @@ class BottleneckCache:
         self.records[row] = record  # this run goes by it, even if it cannot be written
         text = json.dumps(vars(record))
         # Before the record, or a kill between the two would leave the old file beside a new record.
-        is_of_other_file = old is not None and (old.outcome, old.model) != (outcome, model)
-        if is_of_other_file:
+        if old is not None and old.outcome != outcome:
             with contextlib.suppress(tf.errors.NotFoundError):
                 gfile.remove(follow_link(self.paths[row]))
         write_whole(self.record_paths[row], text.encode())
@@ -2731,15 +2745,15 @@ class BottleneckCache:
     def compute(
         self, rows: np.ndarray, service: str | None, is_strict: bool, bar: tqdm
     ) -> np.ndarray:
-        """Computes and writes the bottlenecks of some rows; returns those that have failed.
+        """Computes and writes the bottlenecks of some rows; returns those that have none after it.
 
-        With `is_strict`, it stops soon after the first one, and returns that. This is not for a
-        service, whose batches come in any order.
+        With `is_strict`, it ends soon after one has failed, which is the first of those returned.
+        This is not for a service, whose batches come in any order.
         """
         left = set(rows.tolist())
         paths = [self.images.paths[row] for row in rows]
         batches = compute_bottlenecks(rows, paths, self.backbone, service=service)
-        for found_rows, image_digests, bottlenecks in run_ahead(batches):
+        for found_rows, image_digests, bottlenecks in batches:
             if not np.isfinite(bottlenecks).all():
                 source = self.backbone.source
                 raise UserError(
@@ -2751,7 +2765,7 @@ class BottleneckCache:
             bar.update(len(found_rows))
             # Rows come in order: one that was passed over has failed. Others are yet to come.
             if is_strict and left and min(left) < found_rows.max():
-                return np.array([min(left)])
+                break
         return np.array(sorted(left), int)
 
     def fill(self, rows: np.ndarray, flags: argparse.Namespace) -> dict[int, str]:
@@ -2764,8 +2778,10 @@ class BottleneckCache:
                 paths = [self.images.paths[row] for row in left]
                 report_left_out(paths, len(rows), flags.data_service)
             failed = self.compute(left, None, flags.strict, bar)
+        if flags.strict:
+            failed = failed[:1]  # those behind it may not have been tried
         reasons = {}
-        for row in until_stopped(failed[:1] if flags.strict else failed):
+        for row in until_stopped(failed):
             reasons[row], image_digest = explain_unreadable(self.images.paths[row])
             if image_digest is not None:
                 self.try_to_save_record(row, image_digest, reasons[row], Header())
@@ -3259,17 +3275,17 @@ def choose_neighbors(
 ) -> np.ndarray:
     """Returns which references an image is compared with, all bool [N, references].
 
-    These are the distinct ones, which are neither the image itself nor near copies of it, if enough
-    of them remain: `needed` in all, and as many of its own class, or half of the other references
-    of that class if they are fewer.
-    Otherwise the nearest ones would be of other classes, and the image would look unfamiliar: then
-    near copies count.
+    A reference is another one if it is not the image itself, and a distinct one if it is no near
+    copy of the image either. The distinct ones are chosen if there are enough: `needed` in all, and
+    `needed` of the image's class, or half of the other ones of that class if these are fewer.
+    If there are not enough, the nearest ones would be of other classes, and the image would look
+    unfamiliar. So near copies count then, too.
     """
-    own = (is_other & is_own_class).sum(axis=1, keepdims=True)
-    distinct_own = (is_distinct & is_own_class).sum(axis=1, keepdims=True)
-    distinct = is_distinct.sum(axis=1, keepdims=True)
-    has_enough_own = distinct_own >= np.minimum(needed, own / 2)
-    return np.where(has_enough_own & (distinct >= needed), is_distinct, is_other)
+    count = functools.partial(np.sum, axis=1, keepdims=True)
+    needed_of_class = np.minimum(needed, count(is_other & is_own_class) / 2)
+    has_enough_of_class = count(is_distinct & is_own_class) >= needed_of_class
+    has_enough = has_enough_of_class & (count(is_distinct) >= needed)
+    return np.where(has_enough, is_distinct, is_other)
 
 
 def find_familiarity(
@@ -3862,10 +3878,13 @@ def check_folders(flags: argparse.Namespace) -> None:
 
 
 def is_model(path: str, model_dir: str) -> bool:
-    """Tells whether a path is that of a pretrained network in model_dir, or of its archive."""
+    """Tells whether a path is that of a pretrained network in model_dir, or of its archive.
+
+    So is a file of weights of Keras, which are in model_dir by prepare_keras().
+    """
     real_path = os.path.realpath(to_bytes(path))
-    keras_folder = os.path.join(get_keras_home(model_dir), 'models')
-    if real_path.endswith(b'.h5') and is_inside(path, keras_folder):
+    keras_folders = [os.path.join(home, 'models') for home in (model_dir, get_keras_home())]
+    if real_path.endswith(b'.h5') and any(is_inside(path, folder) for folder in keras_folders):
         return True
     graph_names = [MODEL_GRAPH_NAME, *map(MOBILENET_GRAPH_NAME.format, MOBILENET_SIZES)]
     urls = [DATA_URL, *map(MOBILENET_URL.format, MOBILENET_SIZES)]

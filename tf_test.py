@@ -1002,18 +1002,18 @@ def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -
     with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights
     w, that is a convolution with weights w * s, and a bias of beta - mean * s.
     """
-    convolution, *names = node.input
-    _, _, beta_name, _ = names  # mean, variance, beta, gamma
-    weights_name = nodes[convolution].input[1]
-    weights, mean, variance, beta, gamma = (
-        np.float64(tf.make_ndarray(constants[name])) for name in (weights_name, *names)
-    )
-    scale = 1 / np.sqrt(variance + node.attr['variance_epsilon'].f)
+    convolution, mean, variance, beta, gamma = node.input
+    weights = nodes[convolution].input[1]
+    names = (weights, mean, variance, beta, gamma)
+    values = {name: np.float64(tf.make_ndarray(constants[name])) for name in names}
+    scale = 1 / np.sqrt(values[variance] + node.attr['variance_epsilon'].f)
     if node.attr['scale_after_normalization'].b:
-        scale = scale * gamma
-    constants[weights_name].CopyFrom(tf.make_tensor_proto(np.float32(weights * scale)))
-    constants[beta_name].CopyFrom(tf.make_tensor_proto(np.float32(beta - mean * scale)))
-    bias_add = NodeDef(name=node.name, op='BiasAdd', input=[convolution, beta_name])
+        scale = scale * values[gamma]
+    new_weights = np.float32(values[weights] * scale)
+    bias = np.float32(values[beta] - values[mean] * scale)
+    constants[weights].CopyFrom(tf.make_tensor_proto(new_weights))
+    constants[beta].CopyFrom(tf.make_tensor_proto(bias))
+    bias_add = NodeDef(name=node.name, op='BiasAdd', input=[convolution, beta])
     bias_add.attr['T'].CopyFrom(node.attr['T'])
     node.CopyFrom(bias_add)
 
@@ -1268,6 +1268,17 @@ def resolve(path: str) -> pathlib.PurePath:
     return pathlib.PurePath(os.path.realpath(to_bytes(path)).decode(errors='surrogateescape'))
 
 
+def get_label(folder: str) -> str:
+    """Returns the label of a class folder.
+
+    It is in lower case. Each run of characters other than a-z and 0-9 becomes one space, or nothing
+    at either end. The original gave every folder without such characters the label ' '; here it
+    keeps its name.
+    """
+    label = re.sub(r'[^a-z0-9]+', ' ', folder.lower()).strip()
+    return label or ' '.join(folder.split())
+
+
 @dataclasses.dataclass(frozen=True)
 class Classes:
     """The classes of the graph, in its order."""
@@ -1289,16 +1300,20 @@ class Classes:
     def find(self, path: str) -> int | None:
         """Returns the class of the nearest folder above an image that is named like one.
 
-        Only the folder of the image counts, and those up to an IMAGE argument: not, for example, a
-        home folder /home/rose.
+        Its name may be that of the class folder of the training, the label, or one that the training
+        would make the same label of. Only the folder of the image counts, and those up to an IMAGE
+        argument: not, for example, a home folder /home/rose.
         """
         own_folder, *above = get_absolute(path).parents
         folders = [own_folder]
         folders += [
             folder for folder in above if any(folder.is_relative_to(root) for root in self.roots)
         ]
-        indices = (self.indices[folder.name] for folder in folders if folder.name in self.indices)
-        return next(indices, None)
+        for folder in folders:
+            for name in (folder.name, get_label(folder.name)):
+                if name in self.indices:
+                    return self.indices[name]
+        return None
 
     def get_folder(self, answer: Answer, label: str) -> str:
         """Returns the class folder of an answer. UNSURE and UNKNOWN get folders of that name."""

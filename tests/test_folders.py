@@ -77,8 +77,11 @@ def test_a_set_that_is_missing_is_drawn_from_train(touch, capsys):
 def test_classes_that_are_missing_in_a_set(touch, capsys):
     create_split(touch, 'train', 'val')
     touch('d/train/c/1.jpg')
-    assert list_images().labels == ['a', 'b', 'c']
-    assert 'WARNING: d/val has no images of: c\n' in capsys.readouterr().out
+    images = list_images()
+    assert images.labels == ['a', 'b', 'c']
+    tf_retrain.check_sets(images, parse('--image_dir=d', '--testing_percentage=0'))
+    line = 'WARNING: no validation image in 1 of 3 classes: c. Add images that can be read to its '
+    assert f'{line}folder.\n' in capsys.readouterr().out
     touch('d/val/e/1.jpg')
     with pytest.raises(UserError, match='^d/train has no images of: e. Add some there.'):
         list_images()
@@ -489,6 +492,15 @@ def test_a_label_that_is_the_folder_of_another_class():
     assert classes.find('x/gift/1.jpg') == 0  # the name of a class folder comes first
 
 
+@pytest.mark.parametrize(
+    ('folder', 'index'), [('Red_Fox', 1), ('RED-FOX', 1), ('red fox', 1), ('Cat', 0), ('dog', None)]
+)
+def test_folders_in_capitals_without_a_record(folder, index):
+    labels = ['cat', 'red fox']
+    classes = tf_test.Classes(labels, labels, [])
+    assert classes.find(f'x/{folder}/1.jpg') == index
+
+
 def test_labels_that_a_translation_has_merged(trained, own, tmp_path):
     (tmp_path / 'labels.txt').write_text('animal\nanimal\ndog\n')
     flags = f'--sort_into={tmp_path}/sorted'
@@ -524,13 +536,15 @@ def test_both_folders_of_a_set_are_named(touch, capsys):
     assert ' 18 train, 36 val+valid, 0 testing drawn from train.' in capsys.readouterr().out
 
 
-def test_no_percentage_is_blamed_for_the_set_of_a_folder(touch, capsys):
+def test_images_of_a_set_with_a_folder_that_cannot_be_read(touch, capsys):
+    """No percentage is to blame for its empty classes, whether images are missing or damaged."""
     create_split(touch, 'train', 'test')
-    touch('d/train/c/1.jpg')
-    tf_retrain.check_sets(list_images(), parse('--image_dir=d'))
-    out = capsys.readouterr().out
-    assert 'no testing image' not in out
-    assert 'WARNING: d/test has no images of: c\n' in out
+    images = list_images()
+    is_of_b_in_test = np.array([file.startswith('test/b/') for file in images.files])
+    flags = parse('--image_dir=d', '--testing_percentage=0')
+    tf_retrain.check_sets(images.keep(~is_of_b_in_test), flags)
+    line = 'WARNING: no testing image in 1 of 2 classes: b. Add images that can be read to its '
+    assert f'{line}folder.\n' in capsys.readouterr().out
 
 
 def test_sorted_images_can_go_back_into_the_data(trained, tmp_path, monkeypatch, capsys):

@@ -274,6 +274,27 @@ def test_a_stop_that_python_drops_is_not_printed(monkeypatch):
     assert [one.exc_type for one in dropped] == [ValueError, KeyboardInterrupt]
 
 
+def release_in_vain():
+    """Is stopped before it has the lock that it releases, as tqdm may be."""
+    lock = threading.RLock()
+    try:
+        tf_retrain.stop_run()
+        lock.acquire()
+    finally:
+        lock.release()
+
+
+def test_what_fails_because_of_a_stop_is_a_stop(capsys):
+    handlers = [signal.getsignal(number) for number in STOPS]
+    with pytest.raises(SystemExit, match='^130$'):
+        tf_retrain.run(lambda flags: release_in_vain(), None)
+    assert [signal.getsignal(number) for number in STOPS] == handlers
+    assert capsys.readouterr().err.startswith('\nStopped. All bottlenecks')
+    # The next run is not stopped, and its own errors are shown.
+    with pytest.raises(ZeroDivisionError):
+        tf_retrain.run(lambda flags: 1 / 0, None)
+
+
 def check_all_is_written(job):
     assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 60
     check_graph(job)

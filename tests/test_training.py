@@ -233,7 +233,7 @@ ABSENT_MODEL = 'inception/mobilenet_v1_0.25_128/frozen_graph.pb'
         ('bottleneck_dir', 'file', "nothing can be written in 'file'"),
         ('summaries_dir', 'file', "nothing can be written in 'file/train'"),
         ('final_tensor_name', 'mixed/join', "'mixed/join' is taken by the graph"),
-        ('final_tensor_name', 'input/x', "'input/x' is taken by the graph"),
+        ('final_tensor_name', 'Familiarity', "'Familiarity' would be named Familiarity_1"),
     ],
 )
 def test_outputs_are_tried_before_any_work(job, flag, value, message):
