@@ -40,6 +40,7 @@ import tempfile
 import threading
 import time
 import traceback
+import urllib.parse
 import urllib.request
 import uuid
 import warnings
@@ -99,8 +100,10 @@ def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
 
 
 def to_path(text: str) -> str:
-    """Returns a path as users write it, '~/data' or 'file:///data', as the system takes it."""
-    return os.path.expanduser(text.removeprefix('file://'))
+    """Returns a path as users write it, '~/data' or 'file:///my%20data', as the system takes it."""
+    if text.startswith('file://'):
+        text = urllib.parse.unquote(text.removeprefix('file://'), errors='surrogateescape')
+    return os.path.expanduser(text)
 
 
 PERCENTAGE = checked(int, lambda value: 0 <= value <= 100, 'a whole number from 0 to 100')
@@ -407,6 +410,8 @@ def parse_flags(
             '--testing_percentage and --validation_percentage must leave images to train on: '
             'below 100 in sum'
         )
+    if flags.find_suspects and not flags.how_many_training_steps:
+        parser.error('--find_suspects needs --how_many_training_steps of 1 or more')
     if flags.upright and flags.data_service:
         parser.error('--upright and --data_service: the workers of a service cannot turn images')
     return flags
@@ -558,7 +563,7 @@ from tensorflow.python.grappler import tf_optimizer
 tf.get_logger().setLevel('ERROR')
 np.seterr(all='ignore')  # no warnings: numbers that are too large show in the cross entropy
 Image.MAX_IMAGE_PIXELS = None  # Pillow does not warn: MAX_PIXELS decides
-warnings.filterwarnings('ignore', module='PIL')  # of odd files, which have a reason if they fail
+warnings.filterwarnings('ignore', module='PIL')  # a file that cannot be decoded is reported anyway
 
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
 
@@ -592,7 +597,7 @@ class OptionalOutput:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What a first signal does, and its handler. A second one quits at once.
 #   before the training: it ends the run, with exit code 130     stop_run
-#   in the training: it ends it early; test and outputs follow   stop_run, go_on_after_stop
+#   in the training: it ends it early; test and outputs follow   stop_run; train() goes on
 #   after the training: test and outputs go on, with a message   finish_run
 stop_requested = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
 
@@ -684,7 +689,7 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
     """
     problem: str | None
     stop_requested.clear()
-    if not isinstance(sys.stdout, OptionalOutput):  # so it is in a second run of one program
+    if not isinstance(sys.stdout, OptionalOutput):  # an earlier run of the program may have set it
         sys.stdout = OptionalOutput(sys.stdout or open(os.devnull, 'w'))  # type: ignore[assignment]
         sys.stderr = OptionalOutput(sys.stderr or open(os.devnull, 'w'))  # type: ignore[assignment]
     advice = 'What was computed so far is kept: fix this, and run the same command again.'
@@ -705,7 +710,7 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
         if not stop_requested.is_set():
             raise
         problem = None
-    # Behind the handlers, as an error keeps the threads of the job at work until it is handled. If
+    # Not in the `except` clauses: inside of one, the error keeps the threads of the job at work. If
     # Python ended under them, it would abort.
     if problem is None:
         kept = 'All bottlenecks computed so far are kept: the same command goes on.'
@@ -895,6 +900,8 @@ def extra(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if stop_requested.is_set():
+            raise  # a stop made it fail: the run ends
         print(f'WARNING: {name} left out ({type(error).__name__}: {describe(error)})')
 
 
@@ -1060,7 +1067,9 @@ def count_images(path: str) -> int:
     Hidden folders and links to folders are passed over.
     """
     if '://' in path:
-        return sum(is_image(name) for _, _, names in gfile.walk(path) for name in names)
+        below = ((parent.removeprefix(path), names) for parent, _, names in gfile.walk(path))
+        visible = (name for parent, names in below if '/.' not in parent for name in names)
+        return sum(map(is_image, visible))
     if os.path.islink(to_bytes(path)):
         return 0
     count = 0
@@ -1194,11 +1203,15 @@ def warn_of_labels(paths: dict[str, str]) -> None:
 
 
 def ensure_image_dir(image_dir: str) -> None:
-    """Raises UserError if there is no such folder."""
+    """Raises UserError if there is no such folder, or if it cannot be read."""
     if not gfile.isdir(image_dir):
         raise UserError(
             f"--image_dir: there is no folder '{image_dir}'. Name the one with your class folders."
         )
+    try:
+        list_dir(image_dir)
+    except tf.errors.PermissionDeniedError:
+        raise UserError(f"--image_dir: '{image_dir}' cannot be read. Check its rights.")
 
 
 def has_class_folders(path: str) -> bool:
@@ -1264,7 +1277,7 @@ def has_images(path: str, image_dir: str) -> bool:
     A link back into image_dir has none of its own.
     """
     target = follow_link(path)
-    leads_back = target != path and is_inside(target, image_dir)
+    leads_back = target != path and is_same_or_inside(target, image_dir)
     return is_image(os.path.basename(path)) or (count_images(target) > 0 and not leads_back)
 
 
@@ -1281,7 +1294,10 @@ def list_split_folders(image_dir: str, set_folders: dict[str, str]) -> dict[str,
         if set_folders[set_folder] == 'training':
             missing = [name for name in classes if name not in folders]
             if missing:
-                raise UserError(f'{path} has no images of: {name_some(missing)}. Add some there.')
+                raise UserError(
+                    f'{path} has no images of: {name_some(missing)}. Add some there, or rename or '
+                    'remove these folders in the other sets.'
+                )
             report_small_folders(path, folders)
         for name, images in folders.items():
             files_of_class[name] += [os.path.join(set_folder, name, image) for image in images]
@@ -1390,7 +1406,9 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
 
 # Image files
 
-MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
+# Per image: TensorFlow decodes no JPEG of 2^29 bytes (tensorflow/core/lib/jpeg/jpeg_mem.cc), and a
+# graph takes 15 bytes per pixel to decode, cast and resize it.
+MAX_PIXELS = 2**29 // 3
 # TensorFlow decodes the formats that begin with these, and Pillow the others.
 JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
 # Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
@@ -1785,7 +1803,8 @@ class Backbone:
         return dataclasses.replace(
             self,
             cache_suffix=f'{self.cache_suffix}_{name}',
-            # A module, too, may have a name that ends so. The checksum tells the two apart.
+            # A --tfhub_module whose name ends with _upright has cache files of the same names as
+            # another one with --upright. Their records differ by this checksum.
             checksum=zlib.crc32(name.encode(), self.checksum),
             **changes,
         )
@@ -2113,8 +2132,9 @@ def get_folder_checksum(folder: str) -> int:
 def check_final_tensor_name(name: str, backbone: Backbone) -> None:
     """Raises UserError if the graph cannot have one more node with this name.
 
-    TensorFlow renames a node if its name is taken, in upper or lower case, or is none that it
-    likes, such as 'x/'. A head of one class and one image shows whether it does.
+    The names of the backbone must differ from it. In the head, which is built by TensorFlow, they
+    must differ by more than upper and lower case, and others, such as 'x/', are changed: then the
+    node is renamed. A head that is built for nothing else shows whether it is.
     """
     if name in {node.name for node in backbone.graph_def.node}:
         raise UserError(
@@ -2421,8 +2441,9 @@ def compute_bottlenecks(
 ) -> Iterator:
     """Yields (keys, digests, bottlenecks) in batches, without images that cannot be decoded.
 
-    paths[i] is the image of keys[i], int [N], which rise: they are rows of Images, or other numbers
-    that tell the images apart. Digests, int64 [N], are those of the files' contents.
+    paths[i] is the image of keys[i], int [N]: a row of Images, or another number that tells the
+    images apart. Keys are in ascending order, and come out in this order, except from a service.
+    Digests, int64 [N], are those of the files' contents.
     Images are resized, or are what distort(image, key) makes of them. With the address of a tf.data
     service, its workers do all this.
     """
@@ -2638,7 +2659,7 @@ class BottleneckCache:
             self.save_record(row, image_digest, outcome, header)
 
     def fits(self, row: int, record: CacheRecord) -> bool:
-        """Tells whether a record holds, if the contents of its image are what they were."""
+        """Tells whether a record holds if its image is unchanged, which compare() finds out."""
         if record.size != self.statuses[row].size:
             return False
         if isinstance(record.outcome, str):  # why it cannot be decoded, whatever the network is
@@ -2666,7 +2687,8 @@ class BottleneckCache:
         files = load_files(rows, paths, lambda row, image: (row, compute_digest(image)))
         for row, image_digest in until_stopped(files.as_numpy_iterator()):
             record = records[row]
-            # No digest is known for a trusted file: an image of the same size counts as the same.
+            # The digest is None if trust_unrecorded() made the record: it does not read the image.
+            # Then an image of the same size counts as unchanged.
             if record.digest in (image_digest, None):
                 header = Header(record.orientation, record.bits)
                 self.try_to_save_record(row, int(image_digest), record.outcome, header)
@@ -2769,7 +2791,7 @@ class BottleneckCache:
             self.write_batch(found_rows, image_digests, bottlenecks)
             left.difference_update(found_rows.tolist())
             bar.update(len(found_rows))
-            # Rows come in order: one that was passed over has failed. Others are yet to come.
+            # Rows come in order. So a row below the last one found has failed, if it is left.
             if is_strict and left and min(left) < found_rows.max():
                 break
         return np.array(sorted(left), int)
@@ -3016,6 +3038,8 @@ def report_near_copies(images: Images, near_copies: list[NearCopy], print_all: b
             f'WARNING: validation or test images with near copies in the training set: {leaked}. '
             'They make the accuracy look better than it is: delete one of each pair.'
         )
+    if pairs:
+        print('Near copies, the worst first:')
     for row, other in pairs if print_all else pairs[:10]:
         first = f'{images.paths[row]} ({images.sets[row]})'
         second = f'{images.paths[other]} ({images.sets[other]})'
@@ -3235,7 +3259,10 @@ class Familiarity(NamedTuple):
 
 
 def choose_references(images: Images, rng: np.random.Generator) -> np.ndarray:
-    """Returns rows of training images, drawn class by class until there are enough."""
+    """Returns rows of training images, drawn in turns: one of each class, then another of each.
+
+    There are as many turns as it takes to have enough.
+    """
     rows = rng.permutation(images.rows['training'])
     rows = rows[np.argsort(images.classes[rows], kind='stable')]
     # Sorted by their place in their class (0, 1, 2, ...), the images of all classes take turns.
@@ -3257,9 +3284,9 @@ def measure_similarities(
 ) -> np.ndarray:
     """Returns the similarity of each of the rows to the references, which are rows too: float [N].
 
-    An image does not vouch for itself. Neither does a near copy, such as another picture of a
-    burst, unless too few are left without them: own images must not look more familiar than new
-    ones.
+    Own images must not look more familiar than new ones. So an image is compared neither with
+    itself nor with near copies, such as other pictures of a burst, as long as choose_neighbors()
+    finds enough others.
     """
     neighbor = get_neighbor(len(references))
     reference_units = to_units(bottlenecks[references])
@@ -3281,11 +3308,11 @@ def choose_neighbors(
 ) -> np.ndarray:
     """Returns which references an image is compared with, all bool [N, references].
 
-    A reference is another one if it is not the image itself, and a distinct one if it is no near
-    copy of the image either. The distinct ones are chosen if there are enough: `needed` in all, and
-    `needed` of the image's class, or half of the other ones of that class if these are fewer.
-    If there are not enough, the nearest ones would be of other classes, and the image would look
-    unfamiliar. So near copies count then, too.
+    is_other holds for all but the image itself, and is_distinct for those of them that are no near
+    copies of it. The distinct ones are chosen if there are enough: at least `needed` in all, and of
+    the class of the image at least the smaller of `needed` and half of its is_other references.
+    With fewer, the nearest ones would be of other classes, and the image would look unfamiliar: so
+    near copies count then, too.
     """
     count = functools.partial(np.sum, axis=1, keepdims=True)
     needed_of_class = np.minimum(needed, count(is_other & is_own_class) / 2)
@@ -3473,7 +3500,7 @@ def train(
         batches = draw_batches(images, bottlenecks, backbone, flags)
         for step, (rows, batch) in enumerate(until_stopped(batches)):
             is_evaluated = step % flags.eval_step_interval == 0 or step == last
-            if rows.size:  # some distorted images may be left, or none, that can be read
+            if rows.size:  # it is empty if none of the images to distort can be read any longer
                 train_step(layer, batch, images.classes[rows], step, is_evaluated, logs['train'])
             if is_evaluated:
                 drawn = images.draw('validation', flags.validation_batch_size, rng)
@@ -3496,10 +3523,10 @@ def train_step(
     is_evaluated: bool,
     log: 'SummaryWriter',
 ) -> None:
-    """Takes a training step, and logs what the layer made of the batch before it.
+    """Takes a training step, and logs what the layer made of this batch before the step.
 
-    If the step is evaluated, the log also has the weights and biases after it, and the original's
-    lines say what the layer then makes of the same batch.
+    If the step is evaluated, the log also has the weights and biases after the step, and the
+    original's lines say what the layer then makes of this batch.
     """
     before = layer.train(bottlenecks, classes)
     log.write(summarize(before, summarize_layer(layer) if is_evaluated else None), step=step)
@@ -3558,9 +3585,8 @@ def report_validation(step: int, evaluation: Evaluation) -> None:
     print(f'{datetime.datetime.now()}: Step {step}: {accuracy}')
 
 
-# The table has all of so many classes, or of more, the WORST_CLASSES with the most errors.
-TABLE_CLASSES = 30
-WORST_CLASSES = 20
+TABLE_CLASSES = 30  # up to so many, the table has all classes
+WORST_CLASSES = 20  # with more, it has so many: those with the most errors
 MATRIX_CLASSES = 200  # up to so many, there is a confusion matrix: 40,000 numbers
 
 
@@ -3873,7 +3899,10 @@ def ensure_outside_module(folder: str, flag: str, flags: argparse.Namespace) -> 
 
 
 def check_folders(flags: argparse.Namespace) -> None:
-    """Raises UserError if an output has the name of a folder of the run, made or not yet."""
+    """Raises UserError if an output is to be a file where the run needs a folder, made or not yet.
+
+    That is one of the folders of the run, or one above it.
+    """
     outputs = list_outputs(flags)
     folders = [os.path.dirname(path) for _, path in outputs]
     folders += [os.path.join(flags.summaries_dir, name) for name in SUMMARY_FOLDERS]
@@ -3953,6 +3982,9 @@ def check_outputs_and_images(images: Images, flags: argparse.Namespace) -> None:
 # TensorBoard
 
 SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
+# The names of event files end with the time in seconds, the computer and the process.
+LOG_NAME = re.compile(r'\.tfevents\.(\d+)\.(.+)\.(\d+)$')
+OTHER_CLOCKS = 60  # seconds: how far they may be off, and how long a step of a run there may take
 SHOWN_IMAGES = 100  # misclassified or suspect images, at most
 MAX_HISTOGRAM = 1_000_000  # numbers: a histogram of more is one of a sample
 SAMPLE_SIZE = 100_000
@@ -3968,12 +4000,9 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
             path = os.path.join(folder, file)
             if not file.startswith('events.out.tfevents.') or is_special(path):
                 continue
-            modified = get_status(path).modified / 1e9
-            # A time in the future is of a clock that was wrong.
-            is_new = started.timestamp() < modified <= time.time()
-            if is_new and file.endswith(f'.{socket.gethostname()}.{os.getpid()}'):
-                continue  # the suspects of this run
-            if is_new or is_open_elsewhere(path):
+            if is_of_this_run(path, started):
+                continue
+            if is_at_work(path, started):
                 is_shared = True
                 continue
             try:
@@ -3989,20 +4018,43 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
         )
     if is_shared:
         print(
-            f'WARNING: another run logs to {summaries_dir} at the same time. Name another '
-            '--summaries_dir to tell the two apart in TensorBoard.'
+            f'WARNING: another run logs to {summaries_dir} at the same time, or did a moment ago. '
+            'Name another --summaries_dir to tell the two apart in TensorBoard.'
         )
 
 
-def is_open_elsewhere(path: str) -> bool:
-    """Tells whether the program that made an event file still writes it, as far as Linux tells.
+def is_recent(path: str, started: datetime.datetime, margin: int) -> bool:
+    """Tells whether a file was written since a time, give or take `margin` seconds.
 
-    The names that SummaryWriter gives end with the names of computer and process.
+    With a time far in the future, it is an old file, made while the clock was wrong.
     """
-    match = re.search(rf'\.{re.escape(socket.gethostname())}\.(\d+)$', path)
-    if match is None or int(match[1]) == os.getpid():
+    modified = get_status(path).modified / 1e9
+    return started.timestamp() - margin < modified <= time.time() + margin
+
+
+def is_of_this_run(path: str, started: datetime.datetime) -> bool:
+    """Tells whether this run has made an event file, such as that of the suspects."""
+    match = LOG_NAME.search(path)
+    if not match or match.group(2, 3) != (socket.gethostname(), str(os.getpid())):
         return False
-    folder = f'/proc/{match[1]}/fd'
+    # The time in the name is of this computer's clock, and the other one of its drive's.
+    return int(match[1]) > started.timestamp() or is_recent(path, started, margin=0)
+
+
+def is_at_work(path: str, started: datetime.datetime) -> bool:
+    """Tells whether another run still writes an event file, as far as can be told."""
+    match = LOG_NAME.search(path)
+    is_remote = match is not None and match[2] != socket.gethostname()
+    margin = OTHER_CLOCKS if is_remote else 0
+    return is_recent(path, started, margin) or is_open_elsewhere(path)
+
+
+def is_open_elsewhere(path: str) -> bool:
+    """Tells whether another program here still writes an event file, as far as Linux tells."""
+    match = LOG_NAME.search(path)
+    if not match or match[2] != socket.gethostname() or int(match[3]) == os.getpid():
+        return False
+    folder = f'/proc/{match[3]}/fd'
     real_path = os.path.realpath(to_bytes(path))
     with contextlib.suppress(OSError):  # it has ended, or is another user's
         links = [os.path.join(folder, name).encode() for name in os.listdir(folder)]
@@ -4084,7 +4136,7 @@ class SummaryWriter:
 
     def __init__(self, folder: str) -> None:
         self.file = None
-        name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
+        name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}'
         try:
             gfile.makedirs(folder)
             self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
@@ -4298,6 +4350,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     with extra('the removal of earlier logs'):
         clear_events(flags.summaries_dir, started)
     layer = train(images, bottlenecks, backbone, flags)
+    facts['steps'] = layer.steps
     tested = None
     with extra('the test'):
         tested = test(images, bottlenecks, layer, flags)
@@ -4320,11 +4373,15 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
 # SavedModel
 
 
-def find_free_version(saved_model_dir: str) -> str:
-    """Returns the folder beside `saved_model_dir` whose name is the next free version."""
-    parent = os.path.dirname(saved_model_dir.rstrip(f'/{os.sep}'))
-    versions = [int(name) for name in list_dir(parent or '.') if name.isdecimal()]
-    return os.path.join(parent, str(max(versions, default=0) + 1))
+def find_latest_version(folder: str) -> int:
+    """Returns the version in a folder that TensorFlow Serving serves, the highest; 0 if none."""
+    versions = [int(name) for name in list_dir(folder or '.') if name.isdecimal()]
+    return max(versions, default=0)
+
+
+def find_free_version(folder: str) -> str:
+    """Returns the path of the next free version in a folder."""
+    return os.path.join(folder, str(find_latest_version(folder) + 1))
 
 
 def check_saved_model_dir(saved_model_dir: str) -> None:
@@ -4338,19 +4395,38 @@ def check_saved_model_dir(saved_model_dir: str) -> None:
             f"{flag}: '{saved_model_dir}' is a file. Name a folder, such as "
             'trained_model_serving/1.'
         )
+    parent = os.path.dirname(folder)
     if list_dir(folder):
-        advice = f'The next free version is {flag}={find_free_version(folder)}'
+        versions_dir = folder if find_latest_version(folder) else parent
+        advice = f'The next free version is {flag}={find_free_version(versions_dir)}'
         raise UserError(
             f"{flag}: '{saved_model_dir}' is not empty, and may be a model that is being served. "
             f'{advice}'
         )
-    ensure_writable_dir(os.path.dirname(folder), flag)
+    ensure_writable_dir(parent, flag)
     ensure_renamable(folder, flag)
-    if not os.path.basename(folder).isdecimal():
+    name = os.path.basename(folder)
+    if not name.isdecimal():
         print(
             'WARNING: TensorFlow Serving only serves folders with a number as name, unlike '
             f'{saved_model_dir}'
         )
+    elif find_latest_version(parent) > int(name):
+        print(
+            'WARNING: TensorFlow Serving serves the highest version, and not '
+            f'{saved_model_dir}. The next free one is {flag}={find_free_version(parent)}'
+        )
+
+
+def ensure_apart(flags: argparse.Namespace) -> None:
+    """Raises UserError if something else would be written into the folder of the SavedModel."""
+    paths = list_outputs(flags)
+    paths.append(('--bottleneck_dir', flags.bottleneck_dir))
+    paths.append(('--summaries_dir', flags.summaries_dir))
+    paths.append(('--model_dir', flags.model_dir))
+    for flag, path in paths:
+        if is_same_or_inside(path, flags.saved_model_dir):
+            raise UserError(f'{flag}: {path} is in --saved_model_dir. Name another one.')
 
 
 def ensure_renamable(folder: str, flag: str) -> None:
@@ -4439,7 +4515,7 @@ def write_saved_model(classifier: Classifier, saved_model_dir: str) -> str:
         if gfile.isdir(saved_model_dir) and not list_dir(saved_model_dir):
             gfile.rmtree(saved_model_dir)
         while not try_to_rename(temporary, saved_model_dir):
-            saved_model_dir = find_free_version(saved_model_dir)
+            saved_model_dir = find_free_version(os.path.dirname(saved_model_dir))
     except BaseException:
         with contextlib.suppress(tf.errors.OpError):
             gfile.rmtree(temporary)
@@ -4463,6 +4539,7 @@ def main_serving(flags: argparse.Namespace) -> None:
     ensure_image_dir(flags.image_dir)  # before a folder for the SavedModel is made
     ensure_outside_module(flags.saved_model_dir, '--saved_model_dir', flags)
     check_saved_model_dir(flags.saved_model_dir)
+    ensure_apart(flags)
     written = []
 
     def export(backbone: Backbone, head: Head) -> None:

@@ -29,6 +29,7 @@ import signal
 import stat
 import sys
 import tempfile
+import urllib.parse
 import uuid
 import warnings
 import zlib
@@ -57,8 +58,10 @@ def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
 
 
 def to_path(text: str) -> str:
-    """Returns a path as users write it, '~/data' or 'file:///data', as the system takes it."""
-    return os.path.expanduser(text.removeprefix('file://'))
+    """Returns a path as users write it, '~/data' or 'file:///my%20data', as the system takes it."""
+    if text.startswith('file://'):
+        text = urllib.parse.unquote(text.removeprefix('file://'), errors='surrogateescape')
+    return os.path.expanduser(text)
 
 
 def create_labeling_parser() -> argparse.ArgumentParser:
@@ -243,7 +246,7 @@ from tensorflow.io import gfile
 
 tf.get_logger().setLevel('ERROR')
 Image.MAX_IMAGE_PIXELS = None  # Pillow does not warn: MAX_PIXELS decides
-warnings.filterwarnings('ignore', module='PIL')  # of odd files, which have a reason if they fail
+warnings.filterwarnings('ignore', module='PIL')  # a file that cannot be decoded is reported anyway
 
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
 # Images per batch of the network: more are not faster on a CPU, and need more memory.
@@ -259,9 +262,8 @@ IMAGE_EXTENSIONS = tuple(
 )
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 MAX_LISTED = 4096  # paths that are listed before their images are labeled
-# The table has all of so many classes, or of more, the WORST_CLASSES with the most errors.
-TABLE_CLASSES = 30
-WORST_CLASSES = 20
+TABLE_CLASSES = 30  # up to so many, the table has all classes
+WORST_CLASSES = 20  # with more, it has so many: those with the most errors
 UNSURE = 'unsure'  # printed in place of a label below --min_score
 UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
@@ -318,7 +320,9 @@ def load_file(path: str, what: str) -> bytes:
     try:
         return tf.io.read_file(to_bytes(path)).numpy()
     except tf.errors.OpError as error:
-        raise UserError(f"The {what} '{path}' cannot be read: {describe(error)}. Check its name.")
+        raise UserError(
+            f"The {what} '{path}' cannot be read: {describe(error)}. Check its name and rights."
+        )
     except UnicodeDecodeError:  # TensorFlow's message has the path
         raise UserError(f"The {what} '{path}' cannot be read: its name is not UTF-8.")
 
@@ -497,10 +501,11 @@ def list_names(folder: str) -> list[str]:
     return sorted(name.rstrip('/') for name in names)
 
 
-def find_images(folder: str, left_out: str | None) -> Iterator[str]:
+def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
     """Yields the paths of the images in a folder and below it, sorted.
 
-    Hidden ones, and those in the folder `left_out`, are passed over. Links are followed.
+    Hidden ones are passed over. So are those in `sorted_dir`, the --sort_into of an earlier run.
+    Links are followed.
     """
     found = set()
     remaining = [folder]
@@ -523,8 +528,8 @@ def find_images(folder: str, left_out: str | None) -> Iterator[str]:
         for name in reversed(names):
             inner = os.path.join(path, name)
             is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
-            is_left_out = left_out and is_same_path(inner, left_out)
-            if is_wanted and not name.startswith('.') and not is_left_out:
+            is_sorted_dir = sorted_dir and is_same_path(inner, sorted_dir)
+            if is_wanted and not name.startswith('.') and not is_sorted_dir:
                 (linked if is_linked_folder(inner) else remaining).append(inner)
 
 
@@ -560,7 +565,7 @@ def read_paths() -> Iterator[str]:
             # Some editors write this mark first, and `cat` leaves it in the middle.
             name = path.removeprefix(b'\xef\xbb\xbf')
             if name:
-                yield name.decode(errors='surrogateescape').removeprefix('file://')
+                yield to_path(name.decode(errors='surrogateescape'))
     except OSError as error:
         raise UserError(f'-: standard input cannot be read: {error.strerror}.')
 
@@ -580,13 +585,13 @@ def split_paths(stream: Any) -> Iterator[bytes]:
         yield line.rstrip(b'\r\n')
 
 
-def expand(images: Iterable[str], left_out: str | None) -> Iterator[str]:
-    """Yields the paths that IMAGE arguments stand for."""
+def expand(images: Iterable[str], sorted_dir: str | None) -> Iterator[str]:
+    """Yields the paths that IMAGE arguments stand for, without those in --sort_into."""
     for path in images:
         if path == '-':
-            yield from expand((line for line in read_paths() if line != '-'), left_out)
+            yield from expand((line for line in read_paths() if line != '-'), sorted_dir)
         elif is_folder(path):
-            yield from find_images(path, left_out)
+            yield from find_images(path, sorted_dir)
         else:
             yield path
 
@@ -647,7 +652,9 @@ def link_or_copy(source: bytes, target: bytes) -> None:
         temporary = os.path.join(os.path.dirname(target), create_hidden_name().encode())
         try:
             shutil.copyfile(source, temporary)
-            os.rename(temporary, target)
+            # Another run may have the same target. With this flag, only one of them can open it.
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
+            os.replace(temporary, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.remove(temporary)
@@ -656,7 +663,9 @@ def link_or_copy(source: bytes, target: bytes) -> None:
 
 # Image files
 
-MAX_PIXELS = 200_000_000  # per image: a graph takes 15 bytes for each to decode, cast and resize
+# Per image: TensorFlow decodes no JPEG of 2^29 bytes (tensorflow/core/lib/jpeg/jpeg_mem.cc), and a
+# graph takes 15 bytes per pixel to decode, cast and resize it.
+MAX_PIXELS = 2**29 // 3
 # TensorFlow decodes the formats that begin with these, and Pillow the others.
 JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
 # Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
@@ -911,8 +920,9 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
 def load_image(path: str, is_upright: bool) -> tuple[bytes, int]:
     """Returns an image as the graph takes it, and its EXIF orientation.
 
-    A JPEG or PNG stays as it is, and all others become PNG. Raises ImageError if it cannot be
-    decoded; of a JPEG or PNG, only the graph finds out.
+    A JPEG or PNG stays as it is, unless it is to be turned, and all others become PNG. Raises
+    ImageError if it has too many pixels or cannot be decoded. A JPEG or PNG is not decoded here:
+    whether it is damaged, only the graph finds out.
     """
     contents = load_file(path, 'image')
     orientation = get_orientation(contents)
@@ -1116,10 +1126,10 @@ def score_loaded(
     next_row = 0
     for rows, orientations, batch in images.batch(NETWORK_BATCH_SIZE).prefetch(2):
         arrays = [output.numpy() for output in classify(batch)]
-        for place, row in enumerate(rows.numpy()):
+        for position, row in enumerate(rows.numpy()):
             yield from [None] * (row - next_row)
-            outputs = [array[place] for array in arrays]
-            yield create_answer(outputs, int(orientations[place]))
+            outputs = [array[position] for array in arrays]
+            yield create_answer(outputs, int(orientations[position]))
             next_row = row + 1
     yield from [None] * (count - next_row)
 
@@ -1289,20 +1299,22 @@ class Classes:
 
     @functools.cached_property
     def indices(self) -> dict[str, int]:
-        """The class of each label and of each class folder.
+        """The class of each class folder, of each label, and of what the training calls a folder.
 
-        Two classes may have one label, as people translate labels: then it stands for the first.
+        People translate labels. Two classes may then have one label: it stands for the first.
         """
         of_labels = {label: self.labels.index(label) for label in self.labels}
-        pairs = zip(self.folders, self.labels, strict=True)
-        return of_labels | {folder: of_labels[label] for folder, label in pairs}
+        pairs = list(zip(self.folders, self.labels, strict=True))
+        of_folders = {folder: of_labels[label] for folder, label in pairs}
+        of_first_labels = {get_label(folder): of_labels[label] for folder, label in pairs}
+        return of_first_labels | of_labels | of_folders
 
     def find(self, path: str) -> int | None:
         """Returns the class of the nearest folder above an image that is named like one.
 
-        Its name may be that of the class folder of the training, the label, or one that the training
-        would make the same label of. Only the folder of the image counts, and those up to an IMAGE
-        argument: not, for example, a home folder /home/rose.
+        It has one of the names in `indices`, or the training would make one of them of its name, as
+        'red fox' of 'Red_Fox'. The image's own folder always counts. Those above it count up to a
+        folder that is an IMAGE argument, and not, for example, a home folder /home/rose.
         """
         own_folder, *above = get_absolute(path).parents
         folders = [own_folder]
@@ -1627,6 +1639,9 @@ def check_flags(flags: argparse.Namespace, is_single: bool) -> None:
         raise UserError('--heatmap: name one image.')
     if flags.heatmap and not is_folder(os.path.dirname(flags.heatmap) or '.'):
         raise UserError(f"--heatmap: there is no folder for '{flags.heatmap}'. Make it first.")
+    for flag, path in (('--heatmap', flags.heatmap), ('--sort_into', flags.sort_into)):
+        if path and '://' in path:
+            raise UserError(f"{flag}: '{path}' is not on this computer. Name a path that is.")
     for path in (*flags.images, flags.graph, flags.labels, f'{flags.graph}.json'):
         if flags.heatmap and is_same_path(flags.heatmap, path):
             raise UserError(f"--heatmap: '{path}' is read. Name another file.")
@@ -1640,14 +1655,15 @@ def draw(
     graph: Graph, path: str, answer: Answer, labels: list[str], flags: argparse.Namespace
 ) -> None:
     """Writes the heatmap of an image for its best label."""
-    turned, _ = load_image(path, flags.upright)
+    contents, _ = load_image(path, flags.upright)  # which has turned it if need be
     index = int(answer.scores.argmax())
     name = name_in_picture(labels[index], index + 1)
     title = f'{name} {answer.scores[index]:.2f}'
     if answer.familiarity is not None:
         title += f', familiarity {answer.familiarity:.2f}'
-    heatmap = compute_heatmap(graph, turned, index)
-    save_picture(draw_heatmap(decode(turned, is_upright=False), heatmap, title), flags.heatmap)
+    heatmap = compute_heatmap(graph, contents, index)
+    pixels = decode(contents, is_upright=False)
+    save_picture(draw_heatmap(pixels, heatmap, title), flags.heatmap)
     if name != labels[index]:
         print(f"{flags.heatmap}: {name} is '{labels[index]}'.", file=sys.stderr)
 

@@ -56,6 +56,7 @@ def test_pairs_come_in_the_order_of_what_they_spoil(compare):
     """Different labels before the accuracy, and that before what only wastes an image."""
     names = 'a/1', 'a/2', 'a/3', 'a/4 test', 'a/5', 'b/6'
     out = compare(names, BASE[[0, 0, 1, 1, 2, 2]] + RNG.normal(0, 1e-4, [6, 2048]))
+    assert out.count('\nNear copies, the worst first:\n  data/a/5.jpg ') == 1
     assert pairs(out) == [('a/5', 'b/6'), ('a/3', 'a/4 test'), ('a/1', 'a/2')]
     assert 'WARNING: pairs of near copies with different labels: 1. ' in out
     assert count_leaked(out) == 1

@@ -33,6 +33,7 @@ USAGE_ERRORS = [
     ('--random_crop=-1', 'from 0 to 100'),
     ('--random_seed=-1', '0 or more'),
     ('--find_suspects=-1', '0 or more'),
+    ('--find_suspects=1 --how_many_training_steps=0', 'steps of 1 or more'),
     ('--precision=float64', 'bfloat16'),
     ('--final_tensor_name=', 'letters'),
     ('--final_tensor_name=a:0', 'letters'),

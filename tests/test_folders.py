@@ -110,6 +110,7 @@ def test_a_linked_folder_beside_the_sets_is_not_missed(touch, tmp_path):
     create_split(touch, 'train', 'val')
     touch('elsewhere/1.jpg')
     os.symlink('train', 'd/latest')  # leads to what is used already
+    os.symlink('.', 'd/all')
     assert len(list_images().files) == 36
     os.symlink(tmp_path / 'elsewhere', 'd/more')
     with pytest.raises(UserError, match="'d/more' is in none of them. Move it elsewhere."):
@@ -167,6 +168,17 @@ def test_a_class_whose_training_images_were_drawn_for_validation(touch):
     message = '^--image_dir: no training image of b can be used: they cannot be read, or were drawn'
     with pytest.raises(UserError, match=message):
         tf_retrain.check_sets(dataclasses.replace(images, sets=sets), parse('--image_dir=d'))
+
+
+def test_hidden_folders_on_other_file_systems(tmp_path):
+    """ram:// stands for gs:// and its like."""
+    names = ['a.jpg', '.b/c.jpg', 'd/e.jpg', 'd/.f/g/h.jpg']
+    for root in (str(tmp_path), 'ram://hidden'):
+        for name in names:
+            tf_retrain.gfile.makedirs(os.path.dirname(f'{root}/x/{name}'))
+            with tf_retrain.gfile.GFile(f'{root}/x/{name}', 'wb') as file:
+                file.write(b'x')
+        assert tf_retrain.count_images(f'{root}/x') == 2
 
 
 def test_images_in_hidden_folders_are_not_missed(touch, capsys):
@@ -233,6 +245,14 @@ def test_a_folder_that_cannot_be_listed_is_no_class(touch, capsys, monkeypatch):
     monkeypatch.setattr(tf_retrain.gfile, 'listdir', fail)
     assert list_images().labels == ['a', 'b']
     assert 'WARNING: d/lost+found cannot be read. It is not used' in capsys.readouterr().out
+
+
+def test_an_image_dir_that_cannot_be_listed(touch, monkeypatch):
+    touch('d/a/1.jpg')
+    error = tf_retrain.tf.errors.PermissionDeniedError(None, None, 'Permission denied')
+    monkeypatch.setattr(tf_retrain.gfile, 'listdir', mock.Mock(side_effect=error))
+    with pytest.raises(UserError, match="^--image_dir: 'd' cannot be read. Check its rights."):
+        tf_retrain.ensure_image_dir('d')
 
 
 def test_a_class_of_which_no_training_image_can_be_read(job):
@@ -499,6 +519,8 @@ def test_folders_in_capitals_without_a_record(folder, index):
     labels = ['cat', 'red fox']
     classes = tf_test.Classes(labels, labels, [])
     assert classes.find(f'x/{folder}/1.jpg') == index
+    translated = tf_test.Classes(['Katze', 'Rotfuchs'], ['CAT', 'Red_Fox'], [])
+    assert translated.find(f'x/{folder}/1.jpg') == index
 
 
 def test_labels_that_a_translation_has_merged(trained, own, tmp_path):

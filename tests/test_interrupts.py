@@ -284,12 +284,20 @@ def release_in_vain():
         lock.release()
 
 
+def release_in_extra():
+    with tf_retrain.extra('the search'):
+        release_in_vain()
+
+
 def test_what_fails_because_of_a_stop_is_a_stop(capsys):
     handlers = [signal.getsignal(number) for number in STOPS]
     with pytest.raises(SystemExit, match='^130$'):
         tf_retrain.run(lambda flags: release_in_vain(), None)
     assert [signal.getsignal(number) for number in STOPS] == handlers
     assert capsys.readouterr().err.startswith('\nStopped. All bottlenecks')
+    # What the graph does not need does not hide it.
+    with pytest.raises(SystemExit, match='^130$'):
+        tf_retrain.run(lambda flags: release_in_extra(), None)
     # The next run is not stopped, and its own errors are shown.
     with pytest.raises(ZeroDivisionError):
         tf_retrain.run(lambda flags: 1 / 0, None)

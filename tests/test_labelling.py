@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 from unittest import mock
@@ -24,7 +25,7 @@ import tf_test
 tf = tf_test.tf
 FILES = GRAPH, LABELS
 NAMES = ['red fox', 'cat', 'dog']
-ADVICE = 'Replace it, or save it as a JPEG or PNG of at most 200,000,000 pixels.'
+ADVICE = 'Replace it, or save it as a JPEG or PNG of at most 178,956,970 pixels.'
 RED = (200, 60, 60)
 
 
@@ -198,10 +199,38 @@ def test_copies_appear_whole_and_one_that_fails_is_one_line(label, tmp_path, mon
     def fail(*arguments):
         raise OSError(28, 'No space left on device')
 
+    def copy_half(source, target):
+        pathlib.Path(target.decode()).write_bytes(b'half')
+        fail()
+
     monkeypatch.setattr(os, 'link', fail)
-    monkeypatch.setattr(os, 'rename', fail)
+    monkeypatch.setattr(shutil, 'copyfile', copy_half)
     label.fails('3 of 3 images', tmp_path / 'in', f'--sort_into={tmp_path}/full')
     assert os.listdir(tmp_path / 'full/cat') == []
+
+
+def test_a_copy_does_not_replace_one_that_came_meanwhile(tmp_path, monkeypatch):
+    """Two runs may sort images of one name into one folder."""
+    (tmp_path / 'x.jpg').write_bytes(b'own')
+    monkeypatch.setattr(os, 'link', mock.Mock(side_effect=OSError('Operation not permitted')))
+
+    def copy_late(source, target, copy=shutil.copyfile):
+        copy(source, target)
+        (tmp_path / 'sorted/cat/x.jpg').write_bytes(b'of another run')
+
+    monkeypatch.setattr(shutil, 'copyfile', copy_late)
+    tf_test.place(f'{tmp_path}/x.jpg', 'cat', f'{tmp_path}/sorted')
+    found = {path.name: path.read_bytes() for path in (tmp_path / 'sorted/cat').iterdir()}
+    assert found == {'x.jpg': b'of another run', 'x 2.jpg': b'own'}
+
+
+@pytest.mark.parametrize('flag', ['--heatmap', '--sort_into'])
+def test_outputs_on_other_computers_are_refused(trained, label, tmp_path, monkeypatch, flag):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 's3:/x').mkdir(parents=True)
+    label.fails(
+        f"^{flag}: 's3://x/y' is not on this computer", f'{flag}=s3://x/y', trained.test_image()
+    )
 
 
 @pytest.mark.parametrize('path', ['image', *FILES])

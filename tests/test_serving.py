@@ -230,7 +230,7 @@ def test_an_image_of_too_many_pixels_is_refused_by_its_header(
     contents = bytearray(encode(PICTURE, kind))
     struct.pack_into(layout, contents, start, side, side)
     for signature in signatures.values():
-        with pytest.raises(tf.errors.InvalidArgumentError, match='more than 200,000,000 pixels'):
+        with pytest.raises(tf.errors.InvalidArgumentError, match='more than 178,956,970 pixels'):
             signature(image=tf.constant([bytes(contents)]))
 
 
@@ -324,6 +324,25 @@ def test_where_a_version_can_be(tmp_path, monkeypatch, capsys, path):
     assert capsys.readouterr().out == (warning if path == 'new/best' else '')
 
 
+def test_a_version_below_the_one_that_is_served_is_a_warning(tmp_path, capsys):
+    (tmp_path / '3').mkdir()
+    retrain_serving.check_saved_model_dir(f'{tmp_path}/4')
+    assert capsys.readouterr().out == ''
+    retrain_serving.check_saved_model_dir(f'{tmp_path}/1/')
+    line = f'and not {tmp_path}/1/. The next free one is --saved_model_dir={tmp_path}/4\n'
+    assert capsys.readouterr().out.endswith(line)
+
+
+@pytest.mark.parametrize('flag', ['output_labels', 'bottleneck_dir', 'summaries_dir'])
+def test_nothing_else_is_written_into_the_version(job, flag):
+    """Or it would no longer be empty in the end."""
+    flags = job.photographs(cat=3, dog=3).arguments('--saved_model_dir=new/1', **{flag: 'new/1/x'})
+    message = f'^--{flag}: new/1/x is in --saved_model_dir'
+    with pytest.raises(retrain_serving.UserError, match=message):
+        retrain_serving.main_serving(parse(*flags))
+    assert not (job.folder / 'new/1').exists()
+
+
 @pytest.mark.parametrize(
     ('path', 'message'),
     [
@@ -349,6 +368,12 @@ def test_the_next_free_version_is_named(tmp_path, versions, free):
         (tmp_path / version / 'folder').mkdir(parents=True)
     with pytest.raises(retrain_serving.UserError, match=f'--saved_model_dir={tmp_path}/{free}$'):
         retrain_serving.check_saved_model_dir(f'{tmp_path}/best/')
+
+
+def test_the_next_free_version_in_a_folder_of_versions_is_named(tmp_path):
+    (tmp_path / 'served/1').mkdir(parents=True)
+    with pytest.raises(retrain_serving.UserError, match=f'_dir={tmp_path}/served/2$'):
+        retrain_serving.check_saved_model_dir(f'{tmp_path}/served')
 
 
 @pytest.fixture(scope='module')

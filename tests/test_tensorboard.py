@@ -1,6 +1,7 @@
 """What TensorBoard shows: curves, distributions, graph and pictures; and the table of classes."""
 
 import collections
+import datetime
 import importlib
 import io
 import itertools
@@ -11,6 +12,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import types
 import urllib.parse
 import urllib.request
@@ -328,7 +330,7 @@ def test_what_another_run_writes_at_the_same_time_is_left_alone(job, monkeypatch
 
     monkeypatch.setattr(tf_retrain, 'list_dir', list_and_remove)
     out = job.main()
-    assert out.count('WARNING: another run logs to logs at the same time.') == 1
+    assert out.count('WARNING: another run logs to logs at the same time') == 1
     assert events.read_bytes() == b'of another run'
     assert len(list(events.parent.iterdir())) == 2
     assert removed
@@ -355,7 +357,7 @@ def test_the_log_of_a_run_that_is_at_work_stays(job):
         path = pathlib.Path(other.stdout.readline().decode().strip())
         os.utime(path, (10**9, 10**9))
         out = job.main('--find_suspects=2')
-        assert out.count('WARNING: another run logs to logs at the same time.') == 1
+        assert out.count('WARNING: another run logs to logs at the same time') == 1
         assert path.exists()
         other.stdin.close()
     assert 'another run' not in job.main('--find_suspects=2')
@@ -381,6 +383,32 @@ def test_events_of_the_future_are_old_ones(job):
     os.utime(events, (2**40, 2**40))
     assert 'another run' not in job.main()
     assert not events.exists()
+
+
+@pytest.mark.parametrize(('seconds', 'stays'), [(-30, True), (30, True), (-99, False), (99, False)])
+def test_logs_of_other_computers_whose_clocks_differ(tmp_path, capsys, seconds, stays):
+    """They may log to the same network drive."""
+    (tmp_path / 'train').mkdir()
+    events = tmp_path / 'train/events.out.tfevents.1.other.2'
+    events.touch()
+    modified = time.time() + seconds
+    os.utime(events, (modified, modified))
+    tf_retrain.clear_events(str(tmp_path), datetime.datetime.now())
+    assert events.exists() == stays
+    assert ('another run logs to' in capsys.readouterr().out) == stays
+
+
+def test_the_logs_of_this_run_stay_on_a_drive_whose_clock_is_wrong(tmp_path, capsys):
+    started = datetime.datetime.now() - datetime.timedelta(seconds=2)
+    tf_retrain.SummaryWriter(f'{tmp_path}/suspects')
+    (log,) = (tmp_path / 'suspects').iterdir()
+    os.utime(log, (2**40, 2**40))
+    tf_retrain.clear_events(str(tmp_path), started)
+    assert log.exists()
+    assert capsys.readouterr().out == ''
+    # A notebook trains again: now it is the log of an earlier run.
+    tf_retrain.clear_events(str(tmp_path), started + datetime.timedelta(seconds=9))
+    assert not log.exists()
 
 
 @pytest.mark.filterwarnings('ignore:html5lib:DeprecationWarning')

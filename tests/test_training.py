@@ -359,6 +359,7 @@ def test_record(trained):
     assert record['network']['input']['size'] == [299, 299]
     assert record['unreadable'] == 0
     assert record['seconds'] > 0
+    assert record['steps'] == record['flags']['how_many_training_steps']
     totals = {name: sum(counts.values()) for name, counts in record['images'].items()}
     assert sum(totals.values()) == 145
     assert totals['testing'] == len(trained.test_images())
