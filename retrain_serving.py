@@ -1409,6 +1409,7 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
 # Per image: TensorFlow decodes no JPEG of 2^29 bytes (tensorflow/core/lib/jpeg/jpeg_mem.cc), and a
 # graph takes 15 bytes per pixel to decode, cast and resize it.
 MAX_PIXELS = 2**29 // 3
+MAX_FILE_SIZE = 2**30  # bytes: so many pixels of 3 x 16 bits
 # TensorFlow decodes the formats that begin with these, and Pillow the others.
 JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
 # Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
@@ -2334,10 +2335,18 @@ DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
 compute_digest = functools.partial(tf.strings.to_hash_bucket_fast, num_buckets=2**62)
 
 
+def is_too_large(path: bytes) -> bool:
+    """Tells whether a file on this computer is larger than all images that are read."""
+    try:
+        return os.path.getsize(path) > MAX_FILE_SIZE
+    except (OSError, ValueError):  # there is none, or a NUL in the path
+        return False
+
+
 def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
     """Returns a dataset of load(row, contents) of the file of each row; skips files that fail.
 
-    paths[i] is the file of rows[i]. What is missing or not a plain file is not opened.
+    paths[i] is the file of rows[i]. What is missing, too large or not a plain file is not opened.
     """
 
     @tf.autograph.experimental.do_not_convert  # it would take a quarter of a second
@@ -2347,7 +2356,8 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
     names = np.array([to_bytes(path) for path in paths], object)
     # Only TensorFlow can tell what is on gs:// and its like, and takes 50 us to miss a file.
     is_plain = np.array([b'://' in name or os.path.isfile(name) for name in names], bool)
-    files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
+    is_usable = is_plain & ~np.array([is_too_large(name) for name in names], bool)
+    files = tf.data.Dataset.from_tensor_slices((rows[is_usable], names[is_usable]))
     return files.map(load_row, tf.data.AUTOTUNE).ignore_errors()
 
 
@@ -2540,6 +2550,8 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
     """Returns why an image could not be used, and the digest of its contents if they are why."""
     if is_special(path):
         return 'it is not a plain file', None
+    if is_too_large(to_bytes(path)):
+        return f'it has more than {MAX_FILE_SIZE:,} bytes', None
     digest = None
     try:
         contents = tf.io.read_file(path).numpy()
@@ -3982,7 +3994,7 @@ def check_outputs_and_images(images: Images, flags: argparse.Namespace) -> None:
 # TensorBoard
 
 SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
-# The names of event files end with the time in seconds, the computer and the process.
+# The names of event files end with the time in ns, the computer and the process.
 LOG_NAME = re.compile(r'\.tfevents\.(\d+)\.(.+)\.(\d+)$')
 OTHER_CLOCKS = 60  # seconds: how far they may be off, and how long a step of a run there may take
 SHOWN_IMAGES = 100  # misclassified or suspect images, at most
@@ -3994,6 +4006,8 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
     """Removes the logs of earlier runs, but neither those of this run nor of another at work."""
     is_shared = False
     locked = []
+    # The log of the test is the last one that a run makes.
+    ended = {get_owner(file) for file in list_dir(os.path.join(summaries_dir, 'test'))}
     for name in SUMMARY_FOLDERS:
         folder = os.path.join(summaries_dir, name)
         for file in list_dir(folder):
@@ -4002,7 +4016,7 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
                 continue
             if is_of_this_run(path, started):
                 continue
-            if is_at_work(path, started):
+            if is_at_work(path, started, ended):
                 is_shared = True
                 continue
             try:
@@ -4032,21 +4046,29 @@ def is_recent(path: str, started: datetime.datetime, margin: int) -> bool:
     return started.timestamp() - margin < modified <= time.time() + margin
 
 
+def get_owner(path: str) -> tuple[str, ...]:
+    """Returns the computer and the process that write an event file, by its name; () if unknown."""
+    match = LOG_NAME.search(path)
+    return match.group(2, 3) if match else ()
+
+
 def is_of_this_run(path: str, started: datetime.datetime) -> bool:
     """Tells whether this run has made an event file, such as that of the suspects."""
     match = LOG_NAME.search(path)
-    if not match or match.group(2, 3) != (socket.gethostname(), str(os.getpid())):
+    if not match or get_owner(path) != (socket.gethostname(), str(os.getpid())):
         return False
-    # The time in the name is of this computer's clock, and the other one of its drive's.
-    return int(match[1]) > started.timestamp() or is_recent(path, started, margin=0)
+    return int(match[1]) > started.timestamp() * 1e9  # an earlier run may have had this number
 
 
-def is_at_work(path: str, started: datetime.datetime) -> bool:
-    """Tells whether another run still writes an event file, as far as can be told."""
-    match = LOG_NAME.search(path)
-    is_remote = match is not None and match[2] != socket.gethostname()
-    margin = OTHER_CLOCKS if is_remote else 0
-    return is_recent(path, started, margin) or is_open_elsewhere(path)
+def is_at_work(path: str, started: datetime.datetime, ended: set) -> bool:
+    """Tells whether another run still writes an event file, as far as can be told.
+
+    `ended` has the owners of runs that are known to have ended.
+    """
+    owner = get_owner(path)
+    if owner and owner[0] != socket.gethostname():
+        return owner not in ended and is_recent(path, started, OTHER_CLOCKS)
+    return is_recent(path, started, margin=0) or is_open_elsewhere(path)
 
 
 def is_open_elsewhere(path: str) -> bool:
@@ -4136,7 +4158,7 @@ class SummaryWriter:
 
     def __init__(self, folder: str) -> None:
         self.file = None
-        name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}'
+        name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}'
         try:
             gfile.makedirs(folder)
             self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
@@ -4538,8 +4560,8 @@ def main_serving(flags: argparse.Namespace) -> None:
     """Does the whole job, and writes the SavedModel; raises UserError for what the user can fix."""
     ensure_image_dir(flags.image_dir)  # before a folder for the SavedModel is made
     ensure_outside_module(flags.saved_model_dir, '--saved_model_dir', flags)
-    check_saved_model_dir(flags.saved_model_dir)
     ensure_apart(flags)
+    check_saved_model_dir(flags.saved_model_dir)
     written = []
 
     def export(backbone: Backbone, head: Head) -> None:

@@ -317,6 +317,10 @@ def load_file(path: str, what: str) -> bytes:
     """Returns a file's contents; raises UserError if it cannot be read."""
     if is_special(path):
         raise UserError(f"The {what} '{path}' cannot be read: it is not a plain file.")
+    if what == 'image' and is_too_large(to_bytes(path)):
+        raise UserError(
+            f"The {what} '{path}' cannot be read: it has more than {MAX_FILE_SIZE:,} bytes."
+        )
     try:
         return tf.io.read_file(to_bytes(path)).numpy()
     except tf.errors.OpError as error:
@@ -437,19 +441,21 @@ def load_graph(path: str) -> Graph:
 
 
 def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
-    """Raises UserError if the labels file has the labels of the graph in another order.
+    """Raises UserError if the labels file has a label of the graph, but not in its place.
 
-    Other labels are only a warning, which names the first: people translate labels. rank() raises
-    UserError if there are more or fewer.
+    Other labels are only a warning, which names the first: people translate labels, and merge
+    classes by giving them one label. rank() raises UserError if there are more or fewer.
     """
     trained = graph.labels
     if not trained or labels == trained:
         return
-    if sorted(labels) == sorted(trained):
-        raise UserError(
-            f"'{flags.labels}' has the labels of '{flags.graph}' in another order. Name files of "
-            'one training.'
-        )
+    replaced = {old: new for old, new in zip(trained, labels, strict=False) if old != new}
+    for label in labels:
+        if label in replaced:
+            raise UserError(
+                f"'{flags.labels}' has labels of '{flags.graph}' in another order, such as "
+                f"'{label}'. Name files of one training."
+            )
     for own, expected in zip(labels, trained, strict=False):
         if own != expected:
             print(
@@ -652,13 +658,21 @@ def link_or_copy(source: bytes, target: bytes) -> None:
         temporary = os.path.join(os.path.dirname(target), create_hidden_name().encode())
         try:
             shutil.copyfile(source, temporary)
-            # Another run may have the same target. With this flag, only one of them can open it.
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL))
-            os.replace(temporary, target)
+            rename_to_new(temporary, target)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.remove(temporary)
             raise
+
+
+def rename_to_new(source: bytes, target: bytes) -> None:
+    """Renames a file; raises FileExistsError if the target exists, perhaps since a moment ago."""
+    os.close(os.open(target, os.O_CREAT | os.O_EXCL))  # only one of two runs can make it
+    try:
+        os.replace(source, target)
+    except BaseException:
+        os.remove(target)
+        raise
 
 
 # Image files
@@ -666,6 +680,7 @@ def link_or_copy(source: bytes, target: bytes) -> None:
 # Per image: TensorFlow decodes no JPEG of 2^29 bytes (tensorflow/core/lib/jpeg/jpeg_mem.cc), and a
 # graph takes 15 bytes per pixel to decode, cast and resize it.
 MAX_PIXELS = 2**29 // 3
+MAX_FILE_SIZE = 2**30  # bytes: so many pixels of 3 x 16 bits
 # TensorFlow decodes the formats that begin with these, and Pillow the others.
 JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
 # Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
@@ -900,10 +915,18 @@ def get_orientation(contents: bytes) -> int:
     return read_header(io.BytesIO(contents)).orientation or 1
 
 
+def is_too_large(path: bytes) -> bool:
+    """Tells whether a file on this computer is larger than all images that are read."""
+    try:
+        return os.path.getsize(path) > MAX_FILE_SIZE
+    except (OSError, ValueError):  # there is none, or a NUL in the path
+        return False
+
+
 def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
     """Returns a dataset of load(row, contents) of the file of each row; skips files that fail.
 
-    paths[i] is the file of rows[i]. What is missing or not a plain file is not opened.
+    paths[i] is the file of rows[i]. What is missing, too large or not a plain file is not opened.
     """
 
     @tf.autograph.experimental.do_not_convert  # it would take a quarter of a second
@@ -913,7 +936,8 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
     names = np.array([to_bytes(path) for path in paths], object)
     # Only TensorFlow can tell what is on gs:// and its like, and takes 50 us to miss a file.
     is_plain = np.array([b'://' in name or os.path.isfile(name) for name in names], bool)
-    files = tf.data.Dataset.from_tensor_slices((rows[is_plain], names[is_plain]))
+    is_usable = is_plain & ~np.array([is_too_large(name) for name in names], bool)
+    files = tf.data.Dataset.from_tensor_slices((rows[is_usable], names[is_usable]))
     return files.map(load_row, tf.data.AUTOTUNE).ignore_errors()
 
 

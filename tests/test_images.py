@@ -16,6 +16,7 @@ from helpers import Job, build_model, created, parse, run_v1
 from PIL import Image
 
 import tf_retrain
+import tf_test
 from tf_retrain import UserError, tf
 
 
@@ -342,6 +343,17 @@ def test_what_it_cannot_decode_is_named_and_left_out(job):
     out = job.cache()
     assert created(out) == ['cat/text.png']
     assert f'WARNING: {len(BAD) - 1} of' in out
+
+
+def test_files_that_are_larger_than_any_image_are_not_read(job):
+    """Such as a video, or a slide of a microscope: it would be in memory several times."""
+    job.photographs(cat=4, dog=4)
+    with open(job.data / 'cat/film.jpg', 'wb') as file:
+        file.truncate(2**30 + 1)  # takes no space
+    reason = 'it has more than 1,073,741,824 bytes'
+    assert f"WARNING: 'data/cat/film.jpg' is left out: {reason}" in job.cache()
+    with pytest.raises(tf_test.UserError, match=reason):
+        tf_test.load_file(str(job.data / 'cat/film.jpg'), 'image')
 
 
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(job, monkeypatch):

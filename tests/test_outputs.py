@@ -156,7 +156,9 @@ def test_a_kill_between_two_outputs_never_swaps_labels(tmp_path, renames):
     except Killed:
         assert renames < 2
     if renames == 1:
-        with pytest.raises(tf_test.UserError, match='in another order. Name files of one training'):
+        with pytest.raises(
+            tf_test.UserError, match='in another order, such as .* Name files of one'
+        ):
             check(tmp_path)
     else:
         assert check(tmp_path)
@@ -169,6 +171,18 @@ def test_translated_labels_are_a_warning(tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     expected = f"'{tmp_path}/l.txt' says 'Katze' where '{tmp_path}/g.pb' says 'cat'."
     assert line == f'WARNING: {expected}'
+
+
+def test_labels_of_another_training_with_as_many_classes(tmp_path, capsys):
+    """No translation puts a label of the graph into the place of another one."""
+    write_training(tmp_path, ['cat', 'dog', 'zebra'])
+    (tmp_path / 'l.txt').write_text('bird\ncat\ndog\n')
+    with pytest.raises(tf_test.UserError, match="in another order, such as 'cat'. Name files"):
+        check(tmp_path)
+    for merged in ('cat\ncat\nzebra\n', 'pet\npet\nzebra\n'):
+        (tmp_path / 'l.txt').write_text(merged)
+        assert not check(tmp_path)
+        assert capsys.readouterr().err.count('WARNING') == 1
 
 
 # What may be replaced

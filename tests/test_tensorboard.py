@@ -398,8 +398,18 @@ def test_logs_of_other_computers_whose_clocks_differ(tmp_path, capsys, seconds, 
     assert ('another run logs to' in capsys.readouterr().out) == stays
 
 
+def test_the_logs_of_containers_that_have_ended_are_removed(tmp_path, capsys):
+    """Each container has a name of its own."""
+    for name in ('train', 'validation', 'test'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'events.out.tfevents.1.other.2').touch()
+    tf_retrain.clear_events(str(tmp_path), datetime.datetime.now())
+    assert list(tmp_path.rglob('events*')) == []
+    assert capsys.readouterr().out == ''
+
+
 def test_the_logs_of_this_run_stay_on_a_drive_whose_clock_is_wrong(tmp_path, capsys):
-    started = datetime.datetime.now() - datetime.timedelta(seconds=2)
+    started = datetime.datetime.now()
     tf_retrain.SummaryWriter(f'{tmp_path}/suspects')
     (log,) = (tmp_path / 'suspects').iterdir()
     os.utime(log, (2**40, 2**40))
