@@ -859,8 +859,8 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def is_same_or_inside(path: str, folder: str) -> bool:
-    """Tells whether a path leads to a folder, or lies in it as is_inside() tells."""
-    return is_inside(os.path.join(path, 'file'), folder)
+    """Tells whether a path is that of a folder, or lies in it as is_inside() tells."""
+    return is_inside(os.path.join(path, 'any name'), folder)
 
 
 def list_dir(path: str) -> list[str]:
@@ -2127,9 +2127,9 @@ def get_folder_checksum(folder: str) -> int:
 def check_final_tensor_name(name: str, backbone: Backbone) -> None:
     """Raises UserError if the graph cannot have one more node with this name.
 
-    The names of the backbone must differ from it. In the head, which is built by TensorFlow, they
-    must differ by more than upper and lower case, and others, such as 'x/', are changed: then the
-    node is renamed. A head that is built for nothing else shows whether it is.
+    A node of the backbone may have it already. TensorFlow would rename the node if another one of
+    the head has this name, in upper or lower case, or if the name is odd, such as 'x/'. So a head
+    is built that is not used, to see whether its last node keeps the name.
     """
     if name in {node.name for node in backbone.graph_def.node}:
         raise UserError(
@@ -2621,8 +2621,8 @@ class BottleneckCache:
         self.bottlenecks, self.cache_digests = read_bottlenecks(
             self.paths, backbone.bottleneck_size
         )
-        # They are read after the cache files. The other way round, a file that another run writes
-        # between the two would seem to have no record, and so be trusted.
+        # The records are read after the cache files. The other way round, a file that another run
+        # writes between the two would seem to have no record, and so be trusted.
         self.records = read_records(self.record_paths)
         self.statuses = [get_status(path) for path in images.paths]
         self.written = 0
@@ -2935,10 +2935,10 @@ def get_group_norms(bottlenecks: np.ndarray) -> np.ndarray:
 
 
 def compare_bottlenecks(bottlenecks: np.ndarray, rows: np.ndarray) -> Iterator:
-    """Yields (some of the rows, other rows, their cosine similarities, float [rows, others]).
+    """Yields (some of the rows, others, their cosine similarities, float [rows, others]).
 
-    Together, they have all pairs of a row and another image whose similarity is
-    DUPLICATE_SIMILARITY or more. The similarity of an image and itself is given as 0.
+    Others are rows of any images. Together, the blocks have all pairs of a row and another image
+    whose similarity is DUPLICATE_SIMILARITY or more. That of an image and itself is given as 0.
 
     The product of two vectors is at most that of the norms of their groups of numbers
     (Cauchy-Schwarz inequality). This bound is eight times as fast, and rules out most pairs.
@@ -3316,9 +3316,9 @@ def choose_neighbors(
 
     is_other holds for all but the image itself, and is_distinct for those of them that are no near
     copies of it. The distinct ones are chosen if there are enough: at least `needed` in all, and of
-    the class of the image at least the smaller of `needed` and half of its is_other references.
-    With fewer, the nearest ones would be of other classes, and the image would look unfamiliar: so
-    near copies count then, too.
+    the image's class at least `needed`, or half of the other references of this class if that is
+    less. With fewer, the nearest ones would be of other classes, and the image would look
+    unfamiliar: so near copies count then, too.
     """
     count = functools.partial(np.sum, axis=1, keepdims=True)
     needed_of_class = np.minimum(needed, count(is_other & is_own_class) / 2)
@@ -3905,9 +3905,9 @@ def ensure_outside_module(folder: str, flag: str, flags: argparse.Namespace) -> 
 
 
 def check_folders(flags: argparse.Namespace) -> None:
-    """Raises UserError if an output is to be a file where the run needs a folder, made or not yet.
+    """Raises UserError if the path of an output is that of a folder of the run, or of one above it.
 
-    That is one of the folders of the run, or one above it.
+    The folder need not exist yet, as in --output_graph=x with --bottleneck_dir=x/y.
     """
     outputs = list_outputs(flags)
     folders = [os.path.dirname(path) for _, path in outputs]
@@ -3990,7 +3990,9 @@ def check_outputs_and_images(images: Images, flags: argparse.Namespace) -> None:
 SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
 # The names of event files end with the time in ns, the computer and the process.
 LOG_NAME = re.compile(r'\.tfevents\.(\d+)\.(.+)\.(\d+)$')
-OTHER_CLOCKS = 60  # seconds: how far they may be off, and how long a step of a run there may take
+# Seconds: a run on another computer may have written its log so long before this run, and still be
+# at work. It may be in a long step, or the clock there may be wrong.
+OTHER_RUNS = 60
 SHOWN_IMAGES = 100  # misclassified or suspect images, at most
 MAX_HISTOGRAM = 1_000_000  # numbers: a histogram of more is one of a sample
 SAMPLE_SIZE = 100_000
@@ -4032,9 +4034,9 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
 
 
 def is_recent(path: str, started: datetime.datetime, margin: int) -> bool:
-    """Tells whether a file was written since a time, give or take `margin` seconds.
+    """Tells whether a file was written since the run started, or `margin` seconds before it.
 
-    With a time far in the future, it is an old file, made while the clock was wrong.
+    A file from the future, by more than the margin, is an old one, made while the clock was wrong.
     """
     modified = get_status(path).modified / 1e9
     return started.timestamp() - margin < modified <= time.time() + margin
@@ -4061,7 +4063,7 @@ def is_at_work(path: str, started: datetime.datetime, ended: set) -> bool:
     """
     owner = get_owner(path)
     if owner and owner[0] != socket.gethostname():
-        return owner not in ended and is_recent(path, started, OTHER_CLOCKS)
+        return owner not in ended and is_recent(path, started, OTHER_RUNS)
     return is_recent(path, started, margin=0) or is_open_elsewhere(path)
 
 
@@ -4281,7 +4283,7 @@ def write_pictures(
         path = images.paths[row]
         label = images.labels[images.classes[row]]
         name = f'{label} classified as {images.labels[predicted]}'
-        pictures[f'misclassified/{name}/{os.path.basename(path)}'] = load_thumbnail(
+        pictures[f'misclassified/{name}/{images.files[row]}'] = load_thumbnail(
             path, 299, flags.upright
         )
     SummaryWriter(os.path.join(flags.summaries_dir, 'test')).write(pictures)

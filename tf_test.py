@@ -1323,15 +1323,16 @@ class Classes:
 
     @functools.cached_property
     def indices(self) -> dict[str, int]:
-        """The class of each class folder, of each label, and of what the training calls a folder.
+        """The class of each class folder, of each label, and of each label of the training.
 
-        People translate labels. Two classes may then have one label: it stands for the first.
+        These differ where people have translated the labels file. Two classes may then have one
+        label: it stands for the first of them.
         """
         of_labels = {label: self.labels.index(label) for label in self.labels}
         pairs = list(zip(self.folders, self.labels, strict=True))
         of_folders = {folder: of_labels[label] for folder, label in pairs}
-        of_first_labels = {get_label(folder): of_labels[label] for folder, label in pairs}
-        return of_first_labels | of_labels | of_folders
+        of_trained_labels = {get_label(folder): of_labels[label] for folder, label in pairs}
+        return of_trained_labels | of_labels | of_folders
 
     def find(self, path: str) -> int | None:
         """Returns the class of the nearest folder above an image that is named like one.

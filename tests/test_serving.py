@@ -365,14 +365,15 @@ def test_where_no_version_can_be(tmp_path, monkeypatch, path, message):
 )
 def test_the_next_free_version_is_named(tmp_path, versions, free):
     for version in versions:
-        (tmp_path / version / 'folder').mkdir(parents=True)
+        (tmp_path / version / 'saved_model.pb').mkdir(parents=True)
     with pytest.raises(retrain_serving.UserError, match=f'--saved_model_dir={tmp_path}/{free}$'):
         retrain_serving.check_saved_model_dir(f'{tmp_path}/best/')
 
 
-def test_the_next_free_version_in_a_folder_of_versions_is_named(tmp_path):
-    (tmp_path / 'served/1').mkdir(parents=True)
-    with pytest.raises(retrain_serving.UserError, match=f'_dir={tmp_path}/served/2$'):
+@pytest.mark.parametrize(('name', 'free'), [('1', 2), ('README.md', 1)])
+def test_the_next_free_version_in_a_folder_of_versions_is_named(tmp_path, name, free):
+    (tmp_path / 'served' / name).mkdir(parents=True)
+    with pytest.raises(retrain_serving.UserError, match=f'_dir={tmp_path}/served/{free}$'):
         retrain_serving.check_saved_model_dir(f'{tmp_path}/served')
 
 

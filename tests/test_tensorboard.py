@@ -223,10 +223,10 @@ def read_pictures(job):
 
 def test_pictures(confused):
     pictures = read_pictures(confused)
-    expected = {
-        f'misclassified/{path.parent.name} classified as {predicted}/{path.name}': path
-        for path, predicted in confused.wrong.items()
-    }
+    expected = {}
+    for path, predicted in confused.wrong.items():
+        label = path.parent.name
+        expected[f'misclassified/{label} classified as {predicted}/{label}/{path.name}'] = path
     assert set(pictures) == {'confusion_matrix', *expected}
     for tag, path in expected.items():
         np.testing.assert_array_equal(pictures[tag], Image.open(path))
