@@ -93,7 +93,7 @@ DEFAULT = ' (default: %(default)s)'
 def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
     """Returns an argparse type: a value for which is_valid holds. `rule` describes such values.
 
-    For what it cannot convert, convert() raises ValueError or returns None.
+    convert() raises ValueError or returns None for a text that it cannot convert.
     """
 
     def parse(text: str) -> object:
@@ -109,7 +109,7 @@ def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
 
 
 def to_path(text: str) -> str:
-    """Returns a path as users write it, '~/data' or 'file:///my%20data', as the system takes it."""
+    """Returns the system's path for one that a user wrote: '~/data', or 'file:///my%20data'."""
     if text.startswith('file://'):
         text = urllib.parse.unquote(text.removeprefix('file://'), errors='surrogateescape')
     return os.path.expanduser(text)
@@ -435,7 +435,7 @@ def prepare_process() -> None:
     Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are read as
     UTF-8 in any locale. Standard streams that the shell has closed are opened again: otherwise the
     next files would get their numbers, and what TensorFlow's libraries print would end up there.
-    Keras, which TensorFlow imports, would fail where another backend is set that is not installed.
+    TensorFlow imports Keras, which would fail if the shell names a backend that is not installed.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ['KERAS_BACKEND'] = 'tensorflow'
@@ -448,11 +448,11 @@ def prepare_process() -> None:
 def silenced_libraries() -> Iterator[None]:
     """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level.
 
-    If they cannot be loaded, it is shown, as it may say why.
+    If they cannot be loaded, the hidden text is shown, as it may say why.
     """
     try:
         stderr = os.dup(2)
-    except OSError:  # it is closed, as in programs of Windows that have no console
+    except OSError:  # it is closed, as in Windows programs without a console
         yield
         return
     try:
@@ -475,7 +475,8 @@ def silenced_libraries() -> Iterator[None]:
 def prepare_keras(flags: argparse.Namespace) -> None:
     """Tells Keras where to keep the weights of its networks.
 
-    TensorFlow imports Keras, which looks for that only then, and writes a keras.json there.
+    This comes before the import of TensorFlow: it imports Keras, which reads KERAS_HOME only then,
+    and writes a keras.json there.
     """
     if flags.architecture in KERAS_NETWORKS:
         os.environ.setdefault('KERAS_HOME', flags.model_dir)
@@ -507,8 +508,8 @@ def explain_import_error(error: Exception) -> str:
 def paused_collector() -> Iterator[None]:
     """Keeps the garbage collector off the imported modules.
 
-    TensorFlow's modules are hundreds of thousands of objects, and none of them is garbage. To look
-    through them takes 0.3 s during the import, and 0.4 s at the end of the program.
+    TensorFlow's modules are hundreds of thousands of objects, and none of them is garbage. Scanning
+    them takes 0.3 s during the import, and 0.4 s at the end of the program.
     """
     gc.disable()
     try:
@@ -582,17 +583,17 @@ class OptionalOutput:
         try:
             return self.stream.write(text)
         except OSError:
-            # What the stream still holds must go somewhere, or the end of the program would fail.
+            # Python flushes the stream at exit: that must not fail on what is still buffered.
             with contextlib.suppress(AttributeError, OSError):  # not all streams have a number
                 os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
             return len(text)
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What a first signal does, and its handler. A second one quits at once.
-#   before the training: it ends the run, with exit code 130     stop_run
-#   in the training: it ends it early; test and outputs follow   stop_run; train() goes on
-#   after the training: test and outputs go on, with a message   finish_run
+# What a first signal does, and its handler. A second one ends the program at once.
+#   before the training: ends the run with exit code 130                    stop_run
+#   during the training: ends it early; the test and the outputs follow     stop_run, and train()
+#   after the training: only prints a message; the outputs are written      finish_run
 stop_requested = threading.Event()  # by a first Ctrl-C or SIGTERM before or in the training
 
 
@@ -605,7 +606,7 @@ def on_stop_signals(handler: Callable | signal.Handlers) -> None:
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[None]:
-    """Has Ctrl-C and SIGTERM stop the run inside. A notebook gets back what they did before."""
+    """Makes Ctrl-C and SIGTERM stop the run inside; then restores the handlers of a notebook."""
     handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     hook = sys.unraisablehook
 
@@ -636,7 +637,7 @@ def stop_run(*signal_and_frame: object) -> None:
 def until_stopped(items: Iterable) -> Iterator:
     """Yields items until the run is stopped: then raises KeyboardInterrupt.
 
-    Loops need it, as TensorFlow drops a KeyboardInterrupt that is raised inside of one of its ops.
+    Loops need it, because TensorFlow drops a KeyboardInterrupt that is raised inside its ops.
     """
     for item in items:
         if stop_requested.is_set():
@@ -647,23 +648,23 @@ def until_stopped(items: Iterable) -> Iterator:
 
 
 def protect_outputs() -> None:
-    """Has a first Ctrl-C stop the run no longer: what was learned would be lost.
+    """Makes a first Ctrl-C no longer stop the run, as what was learned would be lost.
 
-    Does nothing unless run() has set stop_run(): the handlers of a program that calls main() itself
-    are its own.
+    Does nothing unless run() has set stop_run(): a program that calls main() itself keeps its own
+    handlers.
     """
     if signal.getsignal(signal.SIGINT) is stop_run:
         on_stop_signals(finish_run)
 
 
 def go_on_after_stop() -> None:
-    """Goes on with the test after a first Ctrl-C in the training."""
+    """Lets the test go on after a first Ctrl-C in the training."""
     stop_requested.clear()  # or the loops of the test would stop, too
     print('\nCtrl-C: what was learned so far will be tested and written. Ctrl-C again quits.')
 
 
 def finish_run(*signal_and_frame: object) -> None:
-    """Goes on at a first Ctrl-C after the training, so that what was learned is written."""
+    """Only prints a message at a first Ctrl-C after the training: the outputs are written."""
     on_stop_signals(signal.SIG_DFL)
     with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print()
         print('\nCtrl-C: what was learned is being written. Ctrl-C again quits.')
@@ -704,8 +705,8 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
         if not stop_requested.is_set():
             raise
         problem = None
-    # Not in the `except` clauses: inside of one, the error keeps the threads of the job at work. If
-    # Python ended under them, it would abort.
+    # Not in the `except` clauses: there, the error still keeps the threads of the job alive, and
+    # Python would abort if it ended while they work.
     if problem is None:
         kept = 'All bottlenecks computed so far are kept: the same command goes on.'
         print(f'\nStopped. {kept}', file=sys.stderr)
@@ -719,14 +720,14 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
 
 
 def to_bytes(path: str) -> bytes:
-    """Returns a path in UTF-8: the functions of `os` would encode a text by the locale."""
+    """Returns a path in UTF-8, whatever the locale is, by which `os` encodes a str."""
     return path.encode(errors='surrogateescape')
 
 
 def is_special(path: str) -> bool:
     """Tells whether a path leads to what is neither a file nor a folder, such as a FIFO or device.
 
-    To open one may wait forever, and to replace one may harm the system.
+    Opening one may block forever, and replacing one may harm the system.
     """
     try:
         mode = os.stat(to_bytes(path)).st_mode
@@ -744,7 +745,7 @@ def open_file(path: str) -> IO[bytes] | gfile.GFile:
     if '://' in path:
         return gfile.GFile(path, 'rb')
     try:
-        return open(to_bytes(path), 'rb')  # to read 90 MB by gfile takes three times as long
+        return open(to_bytes(path), 'rb')  # gfile takes three times as long for 90 MB
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}. Check this file.")
 
@@ -756,7 +757,7 @@ def read_file(path: str) -> bytes:
 
 
 def follow_link(path: str) -> str:
-    """Returns where a symbolic link leads; any other path as it is."""
+    """Returns the target of a symbolic link; any other path unchanged."""
     if os.path.islink(to_bytes(path)):
         return os.path.realpath(to_bytes(path)).decode(errors='surrogateescape')
     return path
@@ -770,8 +771,7 @@ def create_hidden_name() -> str:
 def write_whole(path: str, contents: bytes) -> None:
     """Writes a file so that `path` holds all of `contents` or is left as it was.
 
-    That holds whenever the program is stopped. A symbolic link stays a link: the file is written to
-    where it leads.
+    That holds whenever the program is stopped. A symbolic link stays a link: its target is written.
     """
     path = follow_link(path)
     folder = os.path.dirname(path)
@@ -790,9 +790,9 @@ def write_whole(path: str, contents: bytes) -> None:
 
 
 def to_file_name(text: str) -> str:
-    """Returns a text as the name of a file or folder. Windows forbids more names than others do.
+    """Returns a valid name of a file or folder for a text.
 
-    Its rules are in https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+    The rules of Windows are in https://learn.microsoft.com/windows/win32/fileio/naming-a-file
     """
     name = re.sub(r'[/\0]', '_', text)
     if os.sep == '\\':
@@ -848,7 +848,7 @@ def ensure_replaceable(path: str, flag: str) -> None:
 
 
 def make_absolute(path: str) -> str:
-    """Returns an absolute path, of which links stay."""
+    """Returns an absolute path, in which links are not resolved."""
     return os.path.abspath(to_bytes(path)).decode(errors='surrogateescape')
 
 
@@ -859,14 +859,14 @@ def is_inside(path: str, folder: str) -> bool:
 
 
 def is_same_or_inside(path: str, folder: str) -> bool:
-    """Tells whether a path is that of a folder, or lies in it as is_inside() tells."""
+    """Tells whether a path is a folder itself, or lies in it, at any depth."""
     return is_inside(os.path.join(path, 'any name'), folder)
 
 
 def list_dir(path: str) -> list[str]:
-    """Returns the names in a folder, sorted, if there is one.
+    """Returns the sorted names in a folder, or [] if there is no such folder.
 
-    Raises UserError if a name is not Unicode.
+    Raises UserError if a name is not UTF-8.
     """
     if not gfile.isdir(path):
         return []
@@ -890,7 +890,7 @@ def name_some(names: list[str]) -> str:
 
 @contextlib.contextmanager
 def extra(name: str) -> Iterator[None]:
-    """Turns a failure inside into a warning: it must not cost the user the training."""
+    """Turns a failure inside into a warning: an extra must not cost the user the training."""
     try:
         yield
     except Exception as error:
@@ -905,12 +905,12 @@ def extra(name: str) -> Iterator[None]:
 IMAGE_EXTENSIONS = tuple(
     '.jpg .jpeg .jpe .jfif .png .gif .webp .avif .bmp .tif .tiff .jp2 .heic .heif'.split()
 )
-# Cameras and editors write these, and nothing here reads them.
+# Formats of cameras and editors that are not read.
 UNREAD_EXTENSIONS = tuple(
     '.cr2 .cr3 .nef .arw .dng .orf .raf .rw2 .pef .srw .mov .mp4 .psd .jxl .eps .svg .pdf'.split()
 )
 SETS = ('training', 'validation', 'testing')
-# Folders of images that are split already, in any case of the letters, and their sets.
+# Folders of images that are split already, by their names in lower case, and their sets.
 SET_FOLDERS = {
     'train': 'training',
     'training': 'training',
@@ -1005,7 +1005,7 @@ def get_label(folder: str) -> str:
 
 
 def get_stem(path: str) -> str:
-    """Returns a path without what tells variants of one photograph apart."""
+    """Returns a path up to '_nohash_', behind which variants of one photograph differ."""
     return re.sub(r'_nohash_.*$', '', path)
 
 
@@ -1035,8 +1035,8 @@ def get_set_of_file(
 ) -> str:
     """Returns the set of an image, 'class folder/file' or 'set folder/class folder/file'.
 
-    If the images are split already, set_folders, {folder: set}, has the sets of the folders. The
-    sets without a folder of their own are drawn by get_set().
+    If the images are split already, set_folders is {folder: set}. get_set() draws the sets that
+    have no folder of their own.
     """
     set_of_folder = set_folders.get(pathlib.PurePath(file).parts[0], '')
     if set_of_folder in ('validation', 'testing'):
@@ -1058,7 +1058,7 @@ def is_image(name: str) -> bool:
 def count_images(path: str) -> int:
     """Returns how many images are in a folder and below it.
 
-    Hidden folders and links to folders are passed over.
+    Hidden folders and links to folders are skipped.
     """
     if '://' in path:
         below = ((parent.removeprefix(path), names) for parent, _, names in gfile.walk(path))
@@ -1074,7 +1074,7 @@ def count_images(path: str) -> int:
 
 
 def list_class_folder(path: str) -> list[str]:
-    """Returns the images in a class folder, and prints what is passed over."""
+    """Returns the images in a class folder, and prints which other names are passed over."""
     names = list_dir(path)
     images = [name for name in names if is_image(name)]
     others = [name for name in names if not is_image(name)]
@@ -1134,7 +1134,7 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
 
 
 def report_small_folders(image_dir: str, folders: dict[str, list[str]]) -> None:
-    """Warns of class folders with few images: of ten by name, and of all others in one line."""
+    """Warns of class folders with few images: names ten of them, and counts the others."""
     small = [name for name, images in folders.items() if len(images) < FEW_IMAGES]
     for name in small[:10]:
         path = escape(os.path.join(image_dir, name))
@@ -1167,7 +1167,7 @@ def get_labels(folders: dict[str, str]) -> list[str]:
 
 
 def warn_of_labels(paths: dict[str, str]) -> None:
-    """Warns of {label: class folder} where users may not get what they mean."""
+    """Warns of labels that users may not expect, given {label: class folder}."""
     for label, path in paths.items():
         name = os.path.basename(path)
         # Labels lose all but a-z and 0-9. Nobody misses a separator between words, but a hyphen at
@@ -1316,7 +1316,7 @@ def list_images(flags: argparse.Namespace) -> Images:
         files_of_class = {
             name: [os.path.join(name, file) for file in files] for name, files in listed.items()
         }
-    # Of a class in several sets, any of its folders will do: the messages name one that exists.
+    # The messages about a class in several sets may name any of its folders that exists.
     paths = {
         name: os.path.join(image_dir, os.path.dirname(files[0]))
         for name, files in files_of_class.items()
@@ -1366,8 +1366,8 @@ def find_empty_classes(images: Images, name: str) -> list[str]:
 def check_sets(images: Images, flags: argparse.Namespace) -> None:
     """Warns of classes that a set has no image of; raises UserError without training images.
 
-    Of images that are split already, no class may be without training images: in a folder of sets,
-    that is an accident.
+    If the images are split already, it also raises UserError if any class has no training image,
+    which can only be an accident.
     """
     untrained = find_empty_classes(images, 'training')
     if images.set_folders and untrained:
@@ -1400,10 +1400,10 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
 
 # Image files
 
-# Per image: TensorFlow decodes no JPEG of 2^29 bytes (tensorflow/core/lib/jpeg/jpeg_mem.cc), and a
-# graph takes 15 bytes per pixel to decode, cast and resize it.
+# Per image. TensorFlow decodes no JPEG into 2^29 bytes or more, of 3 bytes per pixel
+# (tensorflow/core/lib/jpeg/jpeg_mem.cc), and a graph needs 15 bytes of memory per pixel.
 MAX_PIXELS = 2**29 // 3
-MAX_FILE_SIZE = 2**30  # bytes: so many pixels of 3 x 16 bits
+MAX_FILE_SIZE = 2**30  # bytes: MAX_PIXELS of 3 x 16 bits
 # TensorFlow decodes the formats that begin with these, and Pillow the others.
 JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
 # Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
@@ -1490,14 +1490,14 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
 def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     """Returns a JPEG, PNG or GIF as the graph decodes it, uint8 [height, width, 3].
 
-    Of an animated GIF, that is the first frame. Fails before decoding if the header names more than
-    MAX_PIXELS pixels.
+    That is the first frame of an animated GIF. Fails before it decodes an image whose header says
+    that it has more than MAX_PIXELS pixels.
     """
     is_small = count_pixels(contents) <= MAX_PIXELS
     message = [f'The image has more than {MAX_PIXELS:,} pixels.']
     with tf.control_dependencies([tf.raw_ops.Assert(condition=is_small, data=message)]):
         contents = tf.identity(contents)
-    # Of JPEG and PNG, that makes the same as the graph's DecodeJpeg.
+    # For JPEG and PNG, the result is that of the graph's DecodeJpeg.
     image = tf.io.decode_image(contents, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3])
 
@@ -1505,7 +1505,7 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
 def open_by_pillow(file: Any) -> Image.Image:
     """Opens an image of one of FORMATS; raises KeyError for others, ImportError without pi-heif.
 
-    The file is open; no more of it is read than its header.
+    The file is open. Only its header is read.
     """
     name = name_format(file.read(64))
     file.seek(0)
@@ -1519,8 +1519,8 @@ def open_by_pillow(file: Any) -> Image.Image:
 def decode_by_pillow(contents: bytes) -> np.ndarray:
     """Returns the first frame of an image that is not JPEG, PNG or GIF: [height, width, 3].
 
-    Of gray samples with 16 bits, it takes the upper byte, as TensorFlow does of PNG: Pillow would
-    make all from 255 on white.
+    Gray samples with 16 bits are reduced to their upper byte, as TensorFlow does with PNG: Pillow
+    would make all values from 255 on white.
     """
     with open_by_pillow(io.BytesIO(contents)) as image:
         check_size(image.width * image.height)
@@ -1569,7 +1569,7 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
     except ImageError:
         raise
     except (MemoryError, tf.errors.ResourceExhaustedError):
-        raise  # a lack of memory says nothing of the image
+        raise  # a lack of memory says nothing about the image
     except PIL.UnidentifiedImageError:
         raise ImageError(f'it is {name}, and damaged')
     except Exception as error:  # Pillow has many kinds
@@ -1606,21 +1606,21 @@ def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 class Header(NamedTuple):
-    """What an image says of itself."""
+    """What an image file says about its pixels."""
 
     orientation: int | None = None  # EXIF's, 1 to 8: from 2 on, viewers turn or mirror the image
     bits: int | None = None  # per sample
 
 
 def read_header(file: Any) -> Header:
-    """Returns what an image, an open file, says of itself, as far as Pillow can read it.
+    """Returns the header of an image, an open file, as far as Pillow can read it.
 
     HEIC and TIFF have no orientation: Pillow turns them while it decodes them.
     """
     # Pillow has many kinds of errors.
     with contextlib.suppress(Exception), open_by_pillow(file) as image:
-        # Pillow tells 16 bits per sample by a mode such as 'I;16', or, if it reduces them, by the
-        # raw mode of its decoder, such as 'RGB;16B'. Of BMP, that means 16 bits per pixel.
+        # Samples of 16 bits have a mode such as 'I;16'. If Pillow reduces them to 8 bits, the raw
+        # mode of its decoder shows them, such as 'RGB;16B'. In BMP, that is 16 bits per pixel.
         is_reduced = ';16' in str(image.tile) and image.format not in ('BMP', 'DIB')
         has_16_bits = image.mode.startswith('I') or is_reduced
         orientation = None
@@ -1650,7 +1650,7 @@ BOTTLENECK_NODE, BOTTLENECK_SIZE = 'pool_3/_reshape', 2048
 MOBILENET_URL = 'http://download.tensorflow.org/models/mobilenet_v1_{}_frozen.tgz'
 MOBILENET_GRAPH_NAME = 'mobilenet_v1_{}/frozen_graph.pb'
 MOBILENET_BOTTLENECK_NODE, MOBILENET_BOTTLENECK_SIZE = 'MobilenetV1/Predictions/Reshape', 1001
-FUNCTION_BOTTLENECK = 'module/bottleneck'  # of modules, and of the networks of Keras
+FUNCTION_BOTTLENECK = 'module/bottleneck'  # of modules and Keras' networks
 # What the training puts behind a network.
 FINAL_SCOPE = 'final_training_ops'
 FAMILIARITY_NODE = 'familiarity'
@@ -1670,7 +1670,7 @@ def extract(archive: bytes, name: str) -> bytes:
         # 'r:' is for archives that are not compressed once more.
         with tarfile.open(fileobj=io.BytesIO(unpacked), mode='r:') as tar:
             for member in tar:
-                is_small = member.size <= MAX_ARCHIVE_SIZE  # a sparse file says what it likes
+                is_small = member.size <= MAX_ARCHIVE_SIZE  # a sparse file may claim any size
                 if member.isfile() and is_small and posixpath.normpath(member.name) == name:
                     file = tar.extractfile(member)
                     return file.read() if file else b''
@@ -1680,7 +1680,7 @@ def extract(archive: bytes, name: str) -> bytes:
 
 
 def fetch(url: str, name: str) -> bytes:
-    """Downloads a file whole, and shows the progress under a name; raises OSError if it cannot."""
+    """Returns a downloaded file, all of it, and shows the progress; raises OSError if it fails."""
     contents = bytearray()
     with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
         total = int(response.headers.get('Content-Length', 0))
@@ -1702,7 +1702,7 @@ def fetch(url: str, name: str) -> bytes:
 def download(url: str, path: str, name: str) -> bytes:
     """Downloads a .tgz to `path`, and returns the named file in it.
 
-    Raises UserError if that fails DOWNLOAD_ATTEMPTS times: then `path` is as it was.
+    Raises UserError after DOWNLOAD_ATTEMPTS failures. Then `path` is as it was.
     """
     for attempt in range(DOWNLOAD_ATTEMPTS):
         time.sleep(attempt)
@@ -1893,7 +1893,7 @@ def load_inception(model_dir: str) -> Backbone:
 
 @contextlib.contextmanager
 def damage_explained(source: str, remedy: str) -> Iterator[None]:
-    """Turns what TensorFlow raises of a damaged or odd network, errors of many kinds, into one."""
+    """Turns the many kinds of errors that a damaged or odd network can raise into a UserError."""
     try:
         yield
     except (UserError, MemoryError, tf.errors.ResourceExhaustedError):
@@ -1931,7 +1931,7 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
 
 
 def load_keras_network(model_dir: str, architecture: str) -> Backbone:
-    """Returns a network of Keras with what it has learned on ImageNet, such as ConvNeXtTiny."""
+    """Returns a network of Keras, such as ConvNeXtTiny, with its weights from ImageNet."""
     import keras
 
     create = getattr(keras.applications, architecture)
@@ -2082,10 +2082,10 @@ def is_image_batch(spec: tf.TensorSpec) -> bool:
 
 
 def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat, int]:
-    """Returns the function of a module from images to features, how it wants images, and its size.
+    """Returns the function of a module from images to features, its input format, and the size.
 
-    It takes images in 0..1, float [N, height, width, 3], and returns features, float [N, size]: the
-    common signature of https://www.tensorflow.org/hub/common_signatures/images.
+    The function takes images in 0..1, float [N, height, width, 3], and returns features, float
+    [N, size]: the common signature of https://www.tensorflow.org/hub/common_signatures/images.
     """
     if callable(module):
         functions = module.__call__.concrete_functions
@@ -2115,7 +2115,7 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat
 
 
 def get_folder_checksum(folder: str) -> int:
-    """Returns the CRC-32 of all files in a folder and below it, in the order of their paths."""
+    """Returns the CRC-32 of all files in and below a folder, in the order of their paths."""
     walk = gfile.walk(folder)
     paths = sorted(os.path.join(parent, name) for parent, _, names in walk for name in names)
     checksum = 0
@@ -2194,8 +2194,8 @@ def prepend_decoding(
 ) -> GraphDef:
     """Returns the decoding nodes of 2015, and behind them the nodes of a graph, as prefix/....
 
-    Wherever these nodes have the tensor `image_name` as an input, they get the decoded image. With
-    a `fed_name`, it comes through a node of this name, which can be fed with other images.
+    The decoded image takes the place of the graph's input tensor `image_name`. With a `fed_name`,
+    it passes through a node of this name, which can be fed with other images.
     """
     with tf.Graph().as_default() as graph:
         contents = tf.constant(b'', name=JPEG_DATA_NODE)
@@ -2225,8 +2225,8 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
 
     It begins at the node `source`, which becomes a placeholder of a shape, and ends at `outputs`.
     The functions below edit nodes and constants of the copy in place. Batch norms become part of
-    the convolutions before them. CheckNumerics goes, which is of use only in training. A reshape to
-    a single row becomes one to any number of rows.
+    the convolutions before them. CheckNumerics, which is of use only in training, is removed. A
+    reshape to a single row becomes one to any number of rows.
     """
     folded = GraphDef()
     folded.CopyFrom(graph_def)
@@ -2234,7 +2234,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
     nodes = {node.name: node for node in folded.node}
     constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
     for node in folded.node:
-        node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
+        node.attr.pop('_class', None)  # ties it to the device of nodes that may be removed
         drop_checks(node, nodes)
         if node.op == 'BatchNormWithGlobalNormalization':
             fold_batch_norm(node, nodes, constants)
@@ -2297,8 +2297,8 @@ def is_large_constant(node: NodeDef) -> bool:
 def hide_weights(graph_def: GraphDef) -> GraphDef:
     """Returns a graph with placeholders for its large constants.
 
-    To optimize a graph with 87 MB of constants, TensorFlow takes five seconds longer and twice the
-    memory.
+    With 87 MB of constants in the graph, TensorFlow's optimizers take five seconds longer and twice
+    the memory.
     """
     structure = GraphDef(versions=graph_def.versions, library=graph_def.library)
     for node in graph_def.node:
@@ -2330,7 +2330,7 @@ compute_digest = functools.partial(tf.strings.to_hash_bucket_fast, num_buckets=2
 
 
 def is_too_large(path: bytes) -> bool:
-    """Tells whether a file on this computer is larger than all images that are read."""
+    """Tells whether a file on this computer is larger than any image that is read."""
     try:
         return os.path.getsize(path) > MAX_FILE_SIZE
     except (OSError, ValueError):  # there is none, or a NUL in the path
@@ -2340,7 +2340,7 @@ def is_too_large(path: bytes) -> bool:
 def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
     """Returns a dataset of load(row, contents) of the file of each row; skips files that fail.
 
-    paths[i] is the file of rows[i]. What is missing, too large or not a plain file is not opened.
+    paths[i] is the file of rows[i]. Files that are missing, too large or not plain are not opened.
     """
 
     @tf.autograph.experimental.do_not_convert  # it would take a quarter of a second
@@ -2348,7 +2348,7 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
         return load(row, tf.io.read_file(path))
 
     names = np.array([to_bytes(path) for path in paths], object)
-    # Only TensorFlow can tell what is on gs:// and its like, and takes 50 us to miss a file.
+    # Only TensorFlow can look up gs:// and the like, but it takes 50 us to find a file missing.
     is_plain = np.array([b'://' in name or os.path.isfile(name) for name in names], bool)
     is_usable = is_plain & ~np.array([is_too_large(name) for name in names], bool)
     files = tf.data.Dataset.from_tensor_slices((rows[is_usable], names[is_usable]))
@@ -2395,7 +2395,7 @@ def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator
 
 
 def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> Iterator:
-    """Yields what run_networks would, made by a tf.data service, until it is done or fails.
+    """Yields what run_networks() would, computed by a tf.data service, until it is done or fails.
 
     Raises UserError if nothing answers at the address.
     """
@@ -2428,7 +2428,7 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
 
 def run_ahead(batches: Iterator) -> Iterator:
     """Yields batches, each of which is computed while the one before it is used."""
-    # What ends it waits for the batch in hand: if Python ended under the thread, it would abort.
+    # Leaving the block waits for the batch in hand: Python would abort if it ended before that.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
         result = thread.submit(next, batches, None)
         while batch := result.result():
@@ -2448,8 +2448,8 @@ def compute_bottlenecks(
     paths[i] is the image of keys[i], int [N]: a row of Images, or another number that tells the
     images apart. Keys are in ascending order, and come out in this order, except from a service.
     Digests, int64 [N], are those of the files' contents.
-    Images are resized, or are what distort(image, key) makes of them. With the address of a tf.data
-    service, its workers do all this.
+    Images are resized, or distorted by distort(image, key). With the address of a tf.data service,
+    its workers do all this.
     """
 
     def load(key: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, ...]:
@@ -2500,7 +2500,7 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
 # Cache
 
 RECORD_VERSION = 3
-# What decides whether an image can be decoded: another decoder tries again.
+# What may decide whether an image can be decoded. After it changes, images are tried again.
 DECODER = f'TensorFlow {tf.__version__}, Pillow {PIL.__version__}, {MAX_PIXELS} pixels'
 if importlib.util.find_spec('pi_heif'):
     DECODER += ', pi-heif'
@@ -2562,7 +2562,7 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
 
 
 def load_header(path: str) -> Header:
-    """Returns what an image file says of itself, as far as it can be read."""
+    """Returns the header of an image file, as far as it can be read."""
     with contextlib.suppress(UserError, OSError, tf.errors.OpError), open_file(path) as file:
         return read_header(file)
     return Header()
@@ -2843,7 +2843,7 @@ def read_start(path: str) -> bytes:
 
 
 def report_unreadable(images: Images, reasons: dict[int, str], is_strict: bool) -> None:
-    """Names the images that are left out; raises UserError at the first of them if `is_strict`."""
+    """Names the images that are left out; if `is_strict`, raises UserError for the first one."""
     for row, reason in sorted(reasons.items()):
         line = f'{images.paths[row]!r} is left out: {escape(reason)}'
         if is_strict:
@@ -2857,7 +2857,7 @@ def report_unreadable(images: Images, reasons: dict[int, str], is_strict: bool) 
 
 
 def report_headers(records: list[CacheRecord | None], is_upright: bool) -> int:
-    """Warns of images that do not look as in other programs; returns how many are stored turned."""
+    """Warns of images that look different in other programs; returns how many are sideways."""
     known = [record for record in records if record]
     sideways = sum(record.orientation in range(2, 9) for record in known)
     if sideways and not is_upright:
@@ -2882,8 +2882,8 @@ def cache_bottlenecks(
     The third value is how many images are stored sideways. Raises UserError if none of a class can
     be read.
 
-    What is computed stays in memory while it is written: float32 that is written as text and read
-    again is the same number.
+    What was computed is not read again: a float32 that is written as text and parsed is the same
+    number.
     """
     cache = BottleneckCache(images, backbone, flags.bottleneck_dir)
     missing, reasons = cache.compare()
@@ -2912,9 +2912,9 @@ FOLDS = 5  # of the cross-validation
 
 
 def get_scale(bottlenecks: np.ndarray) -> np.ndarray:
-    """Returns what makes each bottleneck a unit vector, float [N, 1].
+    """Returns the factor that scales each bottleneck to length 1, float [N, 1].
 
-    It is 0 for a bottleneck of equal numbers, so that this is like no other.
+    It is 0 for a bottleneck of equal numbers, so that it is similar to no other.
     """
     lengths = np.linalg.norm(bottlenecks, axis=1, keepdims=True)
     is_constant = np.ptp(bottlenecks, axis=1, keepdims=True) == 0
@@ -2937,8 +2937,8 @@ def get_group_norms(bottlenecks: np.ndarray) -> np.ndarray:
 def compare_bottlenecks(bottlenecks: np.ndarray, rows: np.ndarray) -> Iterator:
     """Yields (some of the rows, others, their cosine similarities, float [rows, others]).
 
-    Others are rows of any images. Together, the blocks have all pairs of a row and another image
-    whose similarity is DUPLICATE_SIMILARITY or more. That of an image and itself is given as 0.
+    Others are rows of any images. Together, the blocks hold all pairs of a row and another image
+    whose similarity is DUPLICATE_SIMILARITY or more. An image's similarity to itself is set to 0.
 
     The product of two vectors is at most that of the norms of their groups of numbers
     (Cauchy-Schwarz inequality). This bound is eight times as fast, and rules out most pairs.
@@ -2961,7 +2961,7 @@ def compare_bottlenecks(bottlenecks: np.ndarray, rows: np.ndarray) -> Iterator:
 
 
 class NearCopy(NamedTuple):
-    """An image and the worst of its near copies. The larger such tuple is the worse one."""
+    """An image and the worst of its near copies. The larger of two such tuples is the worse."""
 
     has_other_label: bool
     has_leaked: bool  # the image is for validation or test, and any near copy is for training
@@ -3139,7 +3139,7 @@ EVALUATED_ROWS = 512  # at once: the scores of 10,000 classes take 20 MB
 
 
 class Evaluation(NamedTuple):
-    """What the final layer makes of N bottlenecks."""
+    """The outputs of the final layer for N bottlenecks, and how good they are."""
 
     logits: np.ndarray  # float [N, classes]
     scores: np.ndarray  # their softmax
@@ -3252,7 +3252,7 @@ MAX_OWN_IMAGES = 2_500  # whose similarities are in the graph
 
 
 class Familiarity(NamedTuple):
-    """What tells how familiar a new image is, in 0..1.
+    """What the familiarity of a new image, a number in 0..1, is computed from.
 
     That is the share of the user's images whose similarity is no higher than that of the new image.
     The similarity of an image is the cosine of its bottleneck and that of its third nearest
@@ -3267,7 +3267,7 @@ class Familiarity(NamedTuple):
 def choose_references(images: Images, rng: np.random.Generator) -> np.ndarray:
     """Returns rows of training images, drawn in turns: one of each class, then another of each.
 
-    There are as many turns as it takes to have enough.
+    It stops when there are enough.
     """
     rows = rng.permutation(images.rows['training'])
     rows = rows[np.argsort(images.classes[rows], kind='stable')]
@@ -3349,7 +3349,7 @@ def find_familiarity(
 def report_least_familiar(
     images: Images, similarities: np.ndarray, familiarity: Familiarity, count: int
 ) -> None:
-    """Names the `count` images with the lowest similarities: they may show nothing of any class."""
+    """Names the `count` images with the lowest similarities: they may belong to no class."""
     print('=== LEAST FAMILIAR IMAGES ===')
     for row in np.argsort(similarities, kind='stable')[:count]:
         share = (familiarity.similarities <= similarities[row]).mean()
@@ -3360,7 +3360,7 @@ def report_least_familiar(
 def compute_familiarity(bottlenecks: tf.Tensor, familiarity: Familiarity) -> tf.Tensor:
     """Returns the familiarity of bottlenecks, float [N, size]: float [N].
 
-    Its ops are those that TensorFlow 1.15 has too.
+    It uses only ops that TensorFlow 1.15 has, too.
     """
     squares = tf.reduce_sum(tf.square(bottlenecks), axis=1, keepdims=True)
     units = bottlenecks * tf.math.rsqrt(tf.maximum(squares, 1e-30))
@@ -3373,11 +3373,11 @@ def compute_familiarity(bottlenecks: tf.Tensor, familiarity: Familiarity) -> tf.
 
 
 class Head(NamedTuple):
-    """What the training puts behind the backbone."""
+    """What the training appends to the backbone."""
 
     layer: FinalLayer
     labels: list[str]
-    familiarity: Familiarity | None = None  # None if it could not be found out
+    familiarity: Familiarity | None = None  # None if it could not be computed
 
 
 # Distortions
@@ -3388,8 +3388,8 @@ DISTORTED_STEPS = 100  # per pipeline: to build one takes as long as to read ten
 def create_distortion(flags: argparse.Namespace, size: tuple[int, int]) -> Callable | None:
     """Returns a function that distorts an image at random; None if the flags ask for none.
 
-    distort(image, index) returns float [*size, 3]; the index decides what is random. It does what
-    the original did:
+    distort(image, index) returns float [*size, 3]; the index is the seed. As in the original, an
+    image is enlarged and then cropped:
 
         +--------- enlarged by --random_crop and --random_scale ---------+
         |                                                                |
@@ -3398,7 +3398,7 @@ def create_distortion(flags: argparse.Namespace, size: tuple[int, int]) -> Calla
         |        +----------------------------+                          |
         +----------------------------------------------------------------+
 
-    Then the crop is mirrored or not, and its pixels are multiplied.
+    Then the crop may be mirrored, and its pixels are multiplied by a random factor.
     """
     spread = flags.random_brightness / 100.0
     if not (flags.flip_left_right or flags.random_crop or flags.random_scale or spread):
@@ -3994,7 +3994,7 @@ LOG_NAME = re.compile(r'\.tfevents\.(\d+)\.(.+)\.(\d+)$')
 # at work. It may be in a long step, or the clock there may be wrong.
 OTHER_RUNS = 60
 SHOWN_IMAGES = 100  # misclassified or suspect images, at most
-MAX_HISTOGRAM = 1_000_000  # numbers: a histogram of more is one of a sample
+MAX_HISTOGRAM = 1_000_000  # numbers: of more, only a sample is counted
 SAMPLE_SIZE = 100_000
 
 
@@ -4126,7 +4126,7 @@ def create_value(tag: str, value: Any) -> Summary.Value:
 
 
 def create_histogram(tag: str, values: np.ndarray) -> Summary.Value:
-    """Returns a summary of numbers in 30 buckets, which are of a sample if there are many."""
+    """Returns a histogram of numbers in 30 buckets; that of a sample if there are many."""
     summary = Summary.Value(tag=tag)
     if values.size > MAX_HISTOGRAM:
         # TensorBoard shows the description beside the histogram.
@@ -4346,7 +4346,7 @@ def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Names
 
 
 def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
-    """Does the whole job. export(backbone, head), if given, writes the SavedModel."""
+    """Runs the whole training. export(backbone, head), if given, writes the SavedModel."""
     started = datetime.datetime.now()
     ensure_image_dir(flags.image_dir)
     check_outputs(flags)

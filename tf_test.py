@@ -42,7 +42,7 @@ from typing import Any, NamedTuple
 def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
     """Returns an argparse type: a value for which is_valid holds. `rule` describes such values.
 
-    For what it cannot convert, convert() raises ValueError or returns None.
+    convert() raises ValueError or returns None for a text that it cannot convert.
     """
 
     def parse(text: str) -> object:
@@ -58,7 +58,7 @@ def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
 
 
 def to_path(text: str) -> str:
-    """Returns a path as users write it, '~/data' or 'file:///my%20data', as the system takes it."""
+    """Returns the system's path for one that a user wrote: '~/data', or 'file:///my%20data'."""
     if text.startswith('file://'):
         text = urllib.parse.unquote(text.removeprefix('file://'), errors='surrogateescape')
     return os.path.expanduser(text)
@@ -135,7 +135,7 @@ def prepare_process() -> None:
     Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are read as
     UTF-8 in any locale. Standard streams that the shell has closed are opened again: otherwise the
     next files would get their numbers, and what TensorFlow's libraries print would end up there.
-    Keras, which TensorFlow imports, would fail where another backend is set that is not installed.
+    TensorFlow imports Keras, which would fail if the shell names a backend that is not installed.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ['KERAS_BACKEND'] = 'tensorflow'
@@ -148,11 +148,11 @@ def prepare_process() -> None:
 def silenced_libraries() -> Iterator[None]:
     """Hides what TensorFlow's libraries write to stderr while they load, whatever the log level.
 
-    If they cannot be loaded, it is shown, as it may say why.
+    If they cannot be loaded, the hidden text is shown, as it may say why.
     """
     try:
         stderr = os.dup(2)
-    except OSError:  # it is closed, as in programs of Windows that have no console
+    except OSError:  # it is closed, as in Windows programs without a console
         yield
         return
     try:
@@ -198,8 +198,8 @@ def explain_import_error(error: Exception) -> str:
 def paused_collector() -> Iterator[None]:
     """Keeps the garbage collector off the imported modules.
 
-    TensorFlow's modules are hundreds of thousands of objects, and none of them is garbage. To look
-    through them takes 0.3 s during the import, and 0.4 s at the end of the program.
+    TensorFlow's modules are hundreds of thousands of objects, and none of them is garbage. Scanning
+    them takes 0.3 s during the import, and 0.4 s at the end of the program.
     """
     gc.disable()
     try:
@@ -214,7 +214,7 @@ if __name__ == '__main__':
     prepare_process()
     if hasattr(signal, 'SIGPIPE'):  # a pipe that nobody reads any longer ends the program
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    # With a closed stderr, print() would write errors among the results.
+    # If stderr is closed, print() would write errors to stdout, among the results.
     sys.stderr = sys.stderr or open(os.devnull, 'w')
     parsed_flags = create_labeling_parser().parse_intermixed_args()
 
@@ -277,14 +277,14 @@ class UserError(Exception):
 
 
 def to_bytes(path: str) -> bytes:
-    """Returns a path in UTF-8: the functions of `os` would encode a text by the locale."""
+    """Returns a path in UTF-8, whatever the locale is, by which `os` encodes a str."""
     return path.encode(errors='surrogateescape')
 
 
 def is_special(path: str) -> bool:
     """Tells whether a path leads to what is neither a file nor a folder, such as a FIFO or device.
 
-    To open one may wait forever, and to replace one may harm the system.
+    Opening one may block forever, and replacing one may harm the system.
     """
     try:
         mode = os.stat(to_bytes(path)).st_mode
@@ -343,7 +343,7 @@ def load_labels(path: str) -> list[str]:
 
 
 class Training(NamedTuple):
-    """What the record of a training says."""
+    """What tf_test.py needs from the record of a training."""
 
     folders: list[str]  # class folders, in the order of the labels
     image_dir: str  # as typed
@@ -373,9 +373,9 @@ def check_name(name: str) -> str:
 
 
 def load_training(path: str, contents: bytes) -> Training | None:
-    """Returns what the record beside a graph, a file with these contents, says.
+    """Returns what is in the record beside a graph, a file with these contents.
 
-    Returns None if there is none, or, with a warning, if it is of another training.
+    Returns None if there is no readable record, or, with a warning, if it is of another training.
     """
     if not gfile.exists(to_bytes(f'{path}.json')):
         return None
@@ -466,7 +466,7 @@ def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> 
 
 
 def check_refusal_flags(classes: 'Classes', graph: Graph, flags: argparse.Namespace) -> None:
-    """Raises UserError if the classes or the graph do not go with --min_score or --unknown."""
+    """Raises UserError if --min_score or --unknown cannot be used with the classes or the graph."""
     words = (
         ('--min_score', flags.min_score > 0, UNSURE),
         ('--unknown', flags.unknown is not None, UNKNOWN),
@@ -510,14 +510,15 @@ def list_names(folder: str) -> list[str]:
 def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
     """Yields the paths of the images in a folder and below it, sorted.
 
-    Hidden ones are passed over. So are those in `sorted_dir`, the --sort_into of an earlier run.
-    Links are followed.
+    Hidden ones are skipped, and those in `sorted_dir`, where an earlier run with --sort_into has
+    put images. Links are followed.
     """
     found = set()
     remaining = [folder]
     linked: list[str] = []
     while remaining or linked:
-        # Linked folders come last: of two paths to a folder, that without a link names its class.
+        # Linked folders come last: if two paths lead to a folder, the one without a link counts, as
+        # it names the class.
         path = remaining.pop() if remaining else linked.pop()
         if not is_folder(path):
             yield path
@@ -540,9 +541,9 @@ def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
 
 
 def to_file_name(text: str) -> str:
-    """Returns a text as the name of a file or folder. Windows forbids more names than others do.
+    """Returns a valid name of a file or folder for a text.
 
-    Its rules are in https://learn.microsoft.com/windows/win32/fileio/naming-a-file
+    The rules of Windows are in https://learn.microsoft.com/windows/win32/fileio/naming-a-file
     """
     name = re.sub(r'[/\0]', '_', text)
     if os.sep == '\\':
@@ -592,7 +593,7 @@ def split_paths(stream: Any) -> Iterator[bytes]:
 
 
 def expand(images: Iterable[str], sorted_dir: str | None) -> Iterator[str]:
-    """Yields the paths that IMAGE arguments stand for, without those in --sort_into."""
+    """Yields the paths of the images that IMAGE arguments name, without those in --sort_into."""
     for path in images:
         if path == '-':
             yield from expand((line for line in read_paths() if line != '-'), sorted_dir)
@@ -605,7 +606,7 @@ def expand(images: Iterable[str], sorted_dir: str | None) -> Iterator[str]:
 def place(path: str, class_folder: str, target_dir: str) -> None:
     """Links an image into a class folder in a folder, or copies it where links are not possible.
 
-    It gets a number if another image has its name. Raises UserError if there can be no such folder,
+    It gets a number if another image has its name. Raises UserError if the folder cannot be made,
     and OSError if the image cannot be placed there.
     """
     # Labels may be anything: '', '.' and '..' are no names for a folder.
@@ -623,7 +624,7 @@ def place(path: str, class_folder: str, target_dir: str) -> None:
         name = f'{stem} {number}{extension}' if number > 1 else f'{stem}{extension}'
         target = to_bytes(os.path.join(folder, name))
         if not os.path.lexists(target):
-            with contextlib.suppress(FileExistsError):  # since then: it gets the next number
+            with contextlib.suppress(FileExistsError):  # another run was faster
                 link_or_copy(source, target)
                 return
         elif os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):
@@ -666,7 +667,7 @@ def link_or_copy(source: bytes, target: bytes) -> None:
 
 
 def rename_to_new(source: bytes, target: bytes) -> None:
-    """Renames a file; raises FileExistsError if the target exists, perhaps since a moment ago."""
+    """Renames a file; raises FileExistsError if the target exists, even if it is brand-new."""
     os.close(os.open(target, os.O_CREAT | os.O_EXCL))  # only one of two runs can make it
     try:
         os.replace(source, target)
@@ -677,10 +678,10 @@ def rename_to_new(source: bytes, target: bytes) -> None:
 
 # Image files
 
-# Per image: TensorFlow decodes no JPEG of 2^29 bytes (tensorflow/core/lib/jpeg/jpeg_mem.cc), and a
-# graph takes 15 bytes per pixel to decode, cast and resize it.
+# Per image. TensorFlow decodes no JPEG into 2^29 bytes or more, of 3 bytes per pixel
+# (tensorflow/core/lib/jpeg/jpeg_mem.cc), and a graph needs 15 bytes of memory per pixel.
 MAX_PIXELS = 2**29 // 3
-MAX_FILE_SIZE = 2**30  # bytes: so many pixels of 3 x 16 bits
+MAX_FILE_SIZE = 2**30  # bytes: MAX_PIXELS of 3 x 16 bits
 # TensorFlow decodes the formats that begin with these, and Pillow the others.
 JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
 # Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
@@ -767,14 +768,14 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
 def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     """Returns a JPEG, PNG or GIF as the graph decodes it, uint8 [height, width, 3].
 
-    Of an animated GIF, that is the first frame. Fails before decoding if the header names more than
-    MAX_PIXELS pixels.
+    That is the first frame of an animated GIF. Fails before it decodes an image whose header says
+    that it has more than MAX_PIXELS pixels.
     """
     is_small = count_pixels(contents) <= MAX_PIXELS
     message = [f'The image has more than {MAX_PIXELS:,} pixels.']
     with tf.control_dependencies([tf.raw_ops.Assert(condition=is_small, data=message)]):
         contents = tf.identity(contents)
-    # Of JPEG and PNG, that makes the same as the graph's DecodeJpeg.
+    # For JPEG and PNG, the result is that of the graph's DecodeJpeg.
     image = tf.io.decode_image(contents, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3])
 
@@ -782,7 +783,7 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
 def open_by_pillow(file: Any) -> Image.Image:
     """Opens an image of one of FORMATS; raises KeyError for others, ImportError without pi-heif.
 
-    The file is open; no more of it is read than its header.
+    The file is open. Only its header is read.
     """
     name = name_format(file.read(64))
     file.seek(0)
@@ -796,8 +797,8 @@ def open_by_pillow(file: Any) -> Image.Image:
 def decode_by_pillow(contents: bytes) -> np.ndarray:
     """Returns the first frame of an image that is not JPEG, PNG or GIF: [height, width, 3].
 
-    Of gray samples with 16 bits, it takes the upper byte, as TensorFlow does of PNG: Pillow would
-    make all from 255 on white.
+    Gray samples with 16 bits are reduced to their upper byte, as TensorFlow does with PNG: Pillow
+    would make all values from 255 on white.
     """
     with open_by_pillow(io.BytesIO(contents)) as image:
         check_size(image.width * image.height)
@@ -846,7 +847,7 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
     except ImageError:
         raise
     except (MemoryError, tf.errors.ResourceExhaustedError):
-        raise  # a lack of memory says nothing of the image
+        raise  # a lack of memory says nothing about the image
     except PIL.UnidentifiedImageError:
         raise ImageError(f'it is {name}, and damaged')
     except Exception as error:  # Pillow has many kinds
@@ -883,21 +884,21 @@ def turn(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 class Header(NamedTuple):
-    """What an image says of itself."""
+    """What an image file says about its pixels."""
 
     orientation: int | None = None  # EXIF's, 1 to 8: from 2 on, viewers turn or mirror the image
     bits: int | None = None  # per sample
 
 
 def read_header(file: Any) -> Header:
-    """Returns what an image, an open file, says of itself, as far as Pillow can read it.
+    """Returns the header of an image, an open file, as far as Pillow can read it.
 
     HEIC and TIFF have no orientation: Pillow turns them while it decodes them.
     """
     # Pillow has many kinds of errors.
     with contextlib.suppress(Exception), open_by_pillow(file) as image:
-        # Pillow tells 16 bits per sample by a mode such as 'I;16', or, if it reduces them, by the
-        # raw mode of its decoder, such as 'RGB;16B'. Of BMP, that means 16 bits per pixel.
+        # Samples of 16 bits have a mode such as 'I;16'. If Pillow reduces them to 8 bits, the raw
+        # mode of its decoder shows them, such as 'RGB;16B'. In BMP, that is 16 bits per pixel.
         is_reduced = ';16' in str(image.tile) and image.format not in ('BMP', 'DIB')
         has_16_bits = image.mode.startswith('I') or is_reduced
         orientation = None
@@ -916,7 +917,7 @@ def get_orientation(contents: bytes) -> int:
 
 
 def is_too_large(path: bytes) -> bool:
-    """Tells whether a file on this computer is larger than all images that are read."""
+    """Tells whether a file on this computer is larger than any image that is read."""
     try:
         return os.path.getsize(path) > MAX_FILE_SIZE
     except (OSError, ValueError):  # there is none, or a NUL in the path
@@ -926,7 +927,7 @@ def is_too_large(path: bytes) -> bool:
 def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
     """Returns a dataset of load(row, contents) of the file of each row; skips files that fail.
 
-    paths[i] is the file of rows[i]. What is missing, too large or not a plain file is not opened.
+    paths[i] is the file of rows[i]. Files that are missing, too large or not plain are not opened.
     """
 
     @tf.autograph.experimental.do_not_convert  # it would take a quarter of a second
@@ -934,7 +935,7 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
         return load(row, tf.io.read_file(path))
 
     names = np.array([to_bytes(path) for path in paths], object)
-    # Only TensorFlow can tell what is on gs:// and its like, and takes 50 us to miss a file.
+    # Only TensorFlow can look up gs:// and the like, but it takes 50 us to find a file missing.
     is_plain = np.array([b'://' in name or os.path.isfile(name) for name in names], bool)
     is_usable = is_plain & ~np.array([is_too_large(name) for name in names], bool)
     files = tf.data.Dataset.from_tensor_slices((rows[is_usable], names[is_usable]))
@@ -944,9 +945,9 @@ def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
 def load_image(path: str, is_upright: bool) -> tuple[bytes, int]:
     """Returns an image as the graph takes it, and its EXIF orientation.
 
-    A JPEG or PNG stays as it is, unless it is to be turned, and all others become PNG. Raises
+    A JPEG or PNG stays as it is, unless it is to be turned. All others become PNG. Raises
     ImageError if it has too many pixels or cannot be decoded. A JPEG or PNG is not decoded here:
-    whether it is damaged, only the graph finds out.
+    only the graph finds out whether it is damaged.
     """
     contents = load_file(path, 'image')
     orientation = get_orientation(contents)
@@ -995,8 +996,8 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
 
     It begins at the node `source`, which becomes a placeholder of a shape, and ends at `outputs`.
     The functions below edit nodes and constants of the copy in place. Batch norms become part of
-    the convolutions before them. CheckNumerics goes, which is of use only in training. A reshape to
-    a single row becomes one to any number of rows.
+    the convolutions before them. CheckNumerics, which is of use only in training, is removed. A
+    reshape to a single row becomes one to any number of rows.
     """
     folded = GraphDef()
     folded.CopyFrom(graph_def)
@@ -1004,7 +1005,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
     nodes = {node.name: node for node in folded.node}
     constants = {node.name: node.attr['value'].tensor for node in folded.node if node.op == 'Const'}
     for node in folded.node:
-        node.attr.pop('_class', None)  # asks to be on one device with nodes that may go
+        node.attr.pop('_class', None)  # ties it to the device of nodes that may be removed
         drop_checks(node, nodes)
         if node.op == 'BatchNormWithGlobalNormalization':
             fold_batch_norm(node, nodes, constants)
@@ -1067,8 +1068,8 @@ def is_large_constant(node: NodeDef) -> bool:
 def hide_weights(graph_def: GraphDef) -> GraphDef:
     """Returns a graph with placeholders for its large constants.
 
-    To optimize a graph with 87 MB of constants, TensorFlow takes five seconds longer and twice the
-    memory.
+    With 87 MB of constants in the graph, TensorFlow's optimizers take five seconds longer and twice
+    the memory.
     """
     structure = GraphDef(versions=graph_def.versions, library=graph_def.library)
     for node in graph_def.node:
@@ -1091,7 +1092,7 @@ def get_weights(graph_def: GraphDef) -> dict[str, np.ndarray]:
 
 
 class Answer(NamedTuple):
-    """What the graph says of an image."""
+    """The outputs of the graph for an image, and how the image is stored."""
 
     scores: np.ndarray  # float [classes]
     familiarity: np.ndarray | None  # float []: share of the user's images that are no more familiar
@@ -1159,7 +1160,7 @@ def score_loaded(
 
 
 def score_image(graph: Graph, path: str, is_upright: bool) -> Iterator[tuple[str, Answer | None]]:
-    """Yields what score_images would yield of one image: sooner, without building a classifier."""
+    """Yields what score_images() would yield for one image, sooner: it builds no classifier."""
     try:
         contents, orientation = load_image(path, is_upright)
         outputs = run_graph(graph.graph_def, contents, graph.outputs)
@@ -1180,12 +1181,12 @@ NO_HEATMAP = (
 
 
 def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
-    """Returns what each position of the last map adds to the logit of a class.
+    """Returns what each position of the last feature map adds to the logit of a class.
 
     That is the class activation map (Zhou et al. 2016, https://arxiv.org/abs/1512.04150), float
-    [rows, columns]: as only affine ops follow the mean over the positions, each position has logits
-    of its own, whose mean are the logits of the image. Raises UserError for a network where that is
-    not so.
+    [rows, columns]. Only affine ops follow the mean over the positions. So each position has logits
+    of its own, and their mean is the logits of the image. Raises UserError if that does not hold
+    for a network.
     """
     mean, logits = find_mean(graph)
     nodes = [mean.input[0], mean.name, logits]
@@ -1325,8 +1326,8 @@ class Classes:
     def indices(self) -> dict[str, int]:
         """The class of each class folder, of each label, and of each label of the training.
 
-        These differ where people have translated the labels file. Two classes may then have one
-        label: it stands for the first of them.
+        Labels differ from those of the training where people have translated the labels file. If
+        two classes then have the same label, it stands for the first of them.
         """
         of_labels = {label: self.labels.index(label) for label in self.labels}
         pairs = list(zip(self.folders, self.labels, strict=True))
@@ -1335,11 +1336,11 @@ class Classes:
         return of_trained_labels | of_labels | of_folders
 
     def find(self, path: str) -> int | None:
-        """Returns the class of the nearest folder above an image that is named like one.
+        """Returns the class of the nearest folder above an image that is named like a class.
 
-        It has one of the names in `indices`, or the training would make one of them of its name, as
-        'red fox' of 'Red_Fox'. The image's own folder always counts. Those above it count up to a
-        folder that is an IMAGE argument, and not, for example, a home folder /home/rose.
+        Its name is in `indices`, or get_label() turns it into one that is, such as 'Red_Fox' into
+        'red fox'. The image's own folder always counts. Folders above it count up to the one that
+        is an IMAGE argument: a home folder such as /home/rose does not.
         """
         own_folder, *above = get_absolute(path).parents
         folders = [own_folder]
@@ -1353,7 +1354,7 @@ class Classes:
         return None
 
     def get_folder(self, answer: Answer, label: str) -> str:
-        """Returns the class folder of an answer. UNSURE and UNKNOWN get folders of that name."""
+        """Returns the class folder of an answer. UNSURE and UNKNOWN are folders of their own."""
         best = answer.scores.argmax()
         return self.folders[best] if label == self.labels[best] else label
 
@@ -1370,25 +1371,25 @@ def create_classes(
 
 @dataclasses.dataclass
 class Tally:
-    """What became of the images."""
+    """Counts of the images: what became of them, and whether their labels are right."""
 
     classes: Classes
     training: Training | None
     images: int = 0
     failed: int = 0
     sideways: int = 0
-    not_new: int = 0  # images that the training used, and not for its test
-    refused: int = 0  # new images in class folders that got UNSURE or UNKNOWN for a label
+    not_new: int = 0  # images that the training used for more than its test
+    refused: int = 0  # new images in class folders whose label is UNSURE or UNKNOWN
     other_folders: set[str] = dataclasses.field(default_factory=set)
     counted: set[pathlib.PurePath] = dataclasses.field(default_factory=set)  # real paths
-    # Of new images in class folders that got the label of a class:
+    # One for each new image in a class folder whose label is that of a class:
     true_classes: list[int] = dataclasses.field(default_factory=list)
     predictions: list[int] = dataclasses.field(default_factory=list)
 
     def add(self, path: str, answer: Answer, label: str) -> None:
         """Counts an image and its label."""
         self.sideways += answer.orientation > 1
-        if not self.classes.roots:  # without a folder among the arguments, there is no accuracy
+        if not self.classes.roots:  # the accuracy is only for folders
             return
         index = self.classes.find(path)
         if index is None:
@@ -1419,7 +1420,8 @@ class Tally:
     def find_listed(self, path: str) -> str | None:
         """Returns an image as the training listed it, 'class folder/file', or None if it did not.
 
-        It listed the path as it is or, if that is a link to an image, where the link leads.
+        If the path is a link to an image, the training may have listed either the link or its
+        target.
         """
         for candidate in (path, str(resolve(path))):
             folder = self.listed_folders.get(resolve(os.path.dirname(candidate)))
@@ -1439,7 +1441,7 @@ class Tally:
 
 
 def get_stem(path: str) -> str:
-    """Returns a path without what tells variants of one photograph apart."""
+    """Returns a path up to '_nohash_', behind which variants of one photograph differ."""
     return re.sub(r'_nohash_.*$', '', path)
 
 
@@ -1469,8 +1471,8 @@ def get_set_of_file(
 ) -> str:
     """Returns the set of an image, 'class folder/file' or 'set folder/class folder/file'.
 
-    If the images are split already, set_folders, {folder: set}, has the sets of the folders. The
-    sets without a folder of their own are drawn by get_set().
+    If the images are split already, set_folders is {folder: set}. get_set() draws the sets that
+    have no folder of their own.
     """
     set_of_folder = set_folders.get(pathlib.PurePath(file).parts[0], '')
     if set_of_folder in ('validation', 'testing'):
@@ -1747,7 +1749,7 @@ def label_images(flags: argparse.Namespace) -> None:
 
 
 def report_tally(tally: Tally, flags: argparse.Namespace) -> None:
-    """Says on standard error what became of the images; raises UserError if some have failed."""
+    """Prints a summary on standard error; raises UserError if some images have failed."""
     if not tally.images:
         raise UserError(
             f'There is no image in {", ".join(flags.images)}. Name a folder with '
