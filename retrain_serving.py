@@ -102,7 +102,9 @@ def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
 def to_path(text: str) -> str:
     """Returns the system's path for one that a user wrote: '~/data', or 'file:///my%20data'."""
     if text.startswith('file://'):
-        text = urllib.parse.unquote(text.removeprefix('file://'), errors='surrogateescape')
+        path = text.removeprefix('file://').removeprefix('localhost')
+        path = path.lstrip('/') if os.sep == '\\' else path  # of /C:/data
+        text = urllib.parse.unquote(path, errors='surrogateescape').replace('\0', '%00')
     return os.path.expanduser(text)
 
 
@@ -115,7 +117,7 @@ BATCH_OR_ALL = checked(
     int, lambda value: 1 <= value <= 100_000 or value == -1, 'from 1 to 100,000, or -1 for all'
 )
 # Smaller numbers are 0 in float32, and larger ones are not finite.
-RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a number above 0, such as 0.05')
+RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a small number above 0, such as 0.05')
 # Raises UnicodeEncodeError, a ValueError, for names that are not UTF-8.
 PATH = checked(lambda text: to_path(text).encode().decode(), bool, 'a name in UTF-8')
 ADDRESS = checked(str, re.compile(r'grpc://.+:\d{1,5}').fullmatch, 'grpc://HOST:PORT')
@@ -1334,7 +1336,7 @@ def list_images(flags: argparse.Namespace) -> Images:
             'Two or more are needed: put the images of each class into a folder of its own.'
         )
     files = list(itertools.chain.from_iterable(files_of_class.values()))
-    counts = [len(files) for files in files_of_class.values()]
+    counts = [len(names) for names in files_of_class.values()]
     percentages = flags.testing_percentage, flags.validation_percentage
     sets = [get_set_of_file(image_dir, file, set_folders, percentages) for file in files]
     images = Images(
@@ -1804,8 +1806,8 @@ class Backbone:
         return dataclasses.replace(
             self,
             cache_suffix=f'{self.cache_suffix}_{name}',
-            # A --tfhub_module whose name ends with _upright has cache files of the same names as
-            # another one with --upright. Their records differ by this checksum.
+            # A --tfhub_module called m_upright has cache files of the same names as one called m
+            # with --upright: x.jpg_m_upright.txt. By this checksum, their records differ.
             checksum=zlib.crc32(name.encode(), self.checksum),
             **changes,
         )
@@ -2343,22 +2345,23 @@ def is_too_large(path: bytes) -> bool:
         return False
 
 
-def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
-    """Returns a dataset of load(row, contents) of the file of each row; skips files that fail.
+def load_files(keys: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
+    """Returns a dataset of load(key, contents) of the file of each key; skips files that fail.
 
-    paths[i] is the file of rows[i]. Files that are missing, too large or not plain are not opened.
+    paths[i] is the file of keys[i], a number that tells the files apart, such as a row of a table.
+    Files that are missing, too large or not plain are not opened.
     """
 
     @tf.autograph.experimental.do_not_convert  # it would take a quarter of a second
-    def load_row(row: tf.Tensor, path: tf.Tensor) -> Any:
-        return load(row, tf.io.read_file(path))
+    def load_file_of(key: tf.Tensor, path: tf.Tensor) -> Any:
+        return load(key, tf.io.read_file(path))
 
     names = np.array([to_bytes(path) for path in paths], object)
     # Only TensorFlow can look up gs:// and the like, but it takes 50 us to find a file missing.
     is_plain = np.array([b'://' in name or os.path.isfile(name) for name in names], bool)
     is_usable = is_plain & ~np.array([is_too_large(name) for name in names], bool)
-    files = tf.data.Dataset.from_tensor_slices((rows[is_usable], names[is_usable]))
-    return files.map(load_row, tf.data.AUTOTUNE).ignore_errors()
+    files = tf.data.Dataset.from_tensor_slices((keys[is_usable], names[is_usable]))
+    return files.map(load_file_of, tf.data.AUTOTUNE).ignore_errors()
 
 
 def run_in_parts(network: Callable) -> Callable:
@@ -2387,15 +2390,15 @@ def run_in_parts(network: Callable) -> Callable:
 
 
 def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator:
-    """Yields (rows, digests, bottlenecks) of each batch of (rows, digests, images).
+    """Yields (keys, digests, bottlenecks) of each batch of (keys, digests, images).
 
     Each device has a network. They work at once, while the next batches are made.
     """
     iterator = iter(batches.prefetch(2 * len(networks)))
     while group := list(itertools.islice(iterator, len(networks))):
         results = []
-        for (rows, digests, images), network in zip(group, networks, strict=False):
-            results.append((rows, digests, network(images)))  # does not wait for the device
+        for (keys, digests, images), network in zip(group, networks, strict=False):
+            results.append((keys, digests, network(images)))  # does not wait for the device
         for result in results:
             yield tuple(tensor.numpy() for tensor in result)
 
@@ -2415,7 +2418,7 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
         )
     policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
     distribute = tf.data.experimental.service.distribute(policy, address)
-    computed = batches.map(lambda rows, digests, images: (rows, digests, network(images)))
+    computed = batches.map(lambda keys, digests, images: (keys, digests, network(images)))
     try:
         with multiprocessing.pool.ThreadPool(1) as thread:
 
@@ -2453,7 +2456,7 @@ def compute_bottlenecks(
 
     paths[i] is the image of keys[i], int [N]: a row of Images, or another number that tells the
     images apart. Keys are in ascending order, and come out in this order, except from a service.
-    Digests, int64 [N], are those of the files' contents.
+    Digests, int64 [N], are those of the image files.
     Images are resized, or distorted by distort(image, key). With the address of a tf.data service,
     its workers do all this.
     """
@@ -2547,7 +2550,10 @@ def get_status(path: str) -> Status:
 
 
 def explain_unreadable(path: str) -> tuple[str, int | None]:
-    """Returns why an image could not be used, and the digest of its contents if they are why."""
+    """Returns why an image could not be used, and the digest of its contents.
+
+    The digest is None if the reason lies elsewhere, and may be gone at the next run.
+    """
     if is_special(path):
         return 'it is not a plain file', None
     if is_too_large(to_bytes(path)):
@@ -2656,7 +2662,8 @@ class BottleneckCache:
         old = self.records[row]
         self.records[row] = record  # this run goes by it, even if it cannot be written
         text = json.dumps(vars(record))
-        # Before the record, or a kill between the two would leave the old file beside a new record.
+        # Before the record: after a kill between the two, the original would take the old file for
+        # that of the image, and so would this program if the record were lost.
         if old is not None and old.outcome != outcome:
             with contextlib.suppress(tf.errors.NotFoundError):
                 gfile.remove(follow_link(self.paths[row]))
@@ -2920,7 +2927,8 @@ FOLDS = 5  # of the cross-validation
 def get_scale(bottlenecks: np.ndarray) -> np.ndarray:
     """Returns the factor that scales each bottleneck to length 1, float [N, 1].
 
-    It is 0 for a bottleneck of equal numbers, so that it is similar to no other.
+    It is 0 for a bottleneck whose own numbers are all the same, such as 0: this has no direction,
+    and so is similar to no other.
     """
     lengths = np.linalg.norm(bottlenecks, axis=1, keepdims=True)
     is_constant = np.ptp(bottlenecks, axis=1, keepdims=True) == 0
@@ -2946,8 +2954,8 @@ def compare_bottlenecks(bottlenecks: np.ndarray, rows: np.ndarray) -> Iterator:
     Others are rows of any images. Together, the blocks hold all pairs of a row and another image
     whose similarity is DUPLICATE_SIMILARITY or more. An image's similarity to itself is set to 0.
 
-    The product of two vectors is at most that of the norms of their groups of numbers
-    (Cauchy-Schwarz inequality). This bound is eight times as fast, and rules out most pairs.
+    The dot product of two bottlenecks is at most that of their group norms, which are vectors of an
+    eighth of the length (Cauchy-Schwarz inequality). This bound rules out most pairs.
     """
     scale = get_scale(bottlenecks)
     norms = tf.constant(get_group_norms(bottlenecks) * scale)
@@ -3321,10 +3329,10 @@ def choose_neighbors(
     """Returns which references an image is compared with, all bool [N, references].
 
     is_other holds for all but the image itself, and is_distinct for those of them that are no near
-    copies of it. The distinct ones are chosen if there are enough: at least `needed` in all, and of
-    the image's class at least `needed`, or half of the other references of this class if that is
-    less. With fewer, the nearest ones would be of other classes, and the image would look
-    unfamiliar: so near copies count then, too.
+    copies of it. The distinct ones are chosen if there are at least `needed` of them, and also
+    enough of the image's class: `needed`, or half of the is_other of this class if that is less.
+    With fewer, the nearest ones would be of other classes, and the image would look unfamiliar. So
+    near copies count then, too.
     """
     count = functools.partial(np.sum, axis=1, keepdims=True)
     needed_of_class = np.minimum(needed, count(is_other & is_own_class) / 2)
@@ -3394,8 +3402,8 @@ DISTORTED_STEPS = 100  # per pipeline: to build one takes as long as to read ten
 def create_distortion(flags: argparse.Namespace, size: tuple[int, int]) -> Callable | None:
     """Returns a function that distorts an image at random; None if the flags ask for none.
 
-    distort(image, index) returns float [*size, 3]; the index is the seed. As in the original, an
-    image is enlarged and then cropped:
+    distort(image, key) returns float [*size, 3]. The key, a number for each time that an image is
+    used, is the seed. As in the original, an image is enlarged and then cropped:
 
         +--------- enlarged by --random_crop and --random_scale ---------+
         |                                                                |
@@ -3411,8 +3419,8 @@ def create_distortion(flags: argparse.Namespace, size: tuple[int, int]) -> Calla
         return None
     root = create_rng(flags.random_seed, 'distortions').integers(2**31, size=2)
 
-    def distort(image: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-        seeds = tf.unstack(tf.random.split(tf.random.fold_in(root, index), 4))
+    def distort(image: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
+        seeds = tf.unstack(tf.random.split(tf.random.fold_in(root, key), 4))
         largest_scale = 1.0 + flags.random_scale / 100.0
         scale = tf.random.stateless_uniform([], seeds[0], 1.0, largest_scale)
         enlarged = tf.cast((1.0 + flags.random_crop / 100.0) * scale * size, tf.int32)
@@ -4059,13 +4067,14 @@ def is_of_this_run(path: str, started: datetime.datetime) -> bool:
     match = LOG_NAME.search(path)
     if not match or get_owner(path) != (socket.gethostname(), str(os.getpid())):
         return False
-    return int(match[1]) > started.timestamp() * 1e9  # an earlier run may have had this number
+    return int(match[1]) > started.timestamp() * 1e9  # an earlier process may have had this ID
 
 
 def is_at_work(path: str, started: datetime.datetime, ended: set) -> bool:
     """Tells whether another run still writes an event file, as far as can be told.
 
-    `ended` has the owners of runs that are known to have ended.
+    `ended` has the owners of runs that are known to have ended. Only for other computers does that
+    count: there, a log may be recent although it is older than this run.
     """
     owner = get_owner(path)
     if owner and owner[0] != socket.gethostname():

@@ -60,7 +60,9 @@ def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
 def to_path(text: str) -> str:
     """Returns the system's path for one that a user wrote: '~/data', or 'file:///my%20data'."""
     if text.startswith('file://'):
-        text = urllib.parse.unquote(text.removeprefix('file://'), errors='surrogateescape')
+        path = text.removeprefix('file://').removeprefix('localhost')
+        path = path.lstrip('/') if os.sep == '\\' else path  # of /C:/data
+        text = urllib.parse.unquote(path, errors='surrogateescape').replace('\0', '%00')
     return os.path.expanduser(text)
 
 
@@ -924,22 +926,23 @@ def is_too_large(path: bytes) -> bool:
         return False
 
 
-def load_files(rows: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
-    """Returns a dataset of load(row, contents) of the file of each row; skips files that fail.
+def load_files(keys: np.ndarray, paths: list[str], load: Callable) -> tf.data.Dataset:
+    """Returns a dataset of load(key, contents) of the file of each key; skips files that fail.
 
-    paths[i] is the file of rows[i]. Files that are missing, too large or not plain are not opened.
+    paths[i] is the file of keys[i], a number that tells the files apart, such as a row of a table.
+    Files that are missing, too large or not plain are not opened.
     """
 
     @tf.autograph.experimental.do_not_convert  # it would take a quarter of a second
-    def load_row(row: tf.Tensor, path: tf.Tensor) -> Any:
-        return load(row, tf.io.read_file(path))
+    def load_file_of(key: tf.Tensor, path: tf.Tensor) -> Any:
+        return load(key, tf.io.read_file(path))
 
     names = np.array([to_bytes(path) for path in paths], object)
     # Only TensorFlow can look up gs:// and the like, but it takes 50 us to find a file missing.
     is_plain = np.array([b'://' in name or os.path.isfile(name) for name in names], bool)
     is_usable = is_plain & ~np.array([is_too_large(name) for name in names], bool)
-    files = tf.data.Dataset.from_tensor_slices((rows[is_usable], names[is_usable]))
-    return files.map(load_row, tf.data.AUTOTUNE).ignore_errors()
+    files = tf.data.Dataset.from_tensor_slices((keys[is_usable], names[is_usable]))
+    return files.map(load_file_of, tf.data.AUTOTUNE).ignore_errors()
 
 
 def load_image(path: str, is_upright: bool) -> tuple[bytes, int]:
@@ -1420,8 +1423,8 @@ class Tally:
     def find_listed(self, path: str) -> str | None:
         """Returns an image as the training listed it, 'class folder/file', or None if it did not.
 
-        If the path is a link to an image, the training may have listed either the link or its
-        target.
+        An image was listed if its path, or the target if that is a link, lies directly in a class
+        folder of the training.
         """
         for candidate in (path, str(resolve(path))):
             folder = self.listed_folders.get(resolve(os.path.dirname(candidate)))

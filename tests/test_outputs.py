@@ -337,3 +337,5 @@ def test_urls_of_files_are_decoded():
     """As file managers write them."""
     assert tf_retrain.to_path('file:///my%20data/%C3%A4') == '/my data/ä'
     assert tf_retrain.to_path('my%20data') == 'my%20data'
+    assert tf_retrain.to_path('file://localhost/data') == '/data'
+    assert tf_retrain.to_path('file:///a%00b') == '/a%00b'

@@ -348,3 +348,8 @@ def test_without_a_folder_for_temporary_files(monkeypatch, capfd):
 def test_how_to_activate_the_environment_on_windows(windows):
     line = tf_retrain.explain_import_error(ModuleNotFoundError("No module named 'numpy'"))
     assert r'Run `.venv\Scripts\activate` first' in line
+
+
+def test_urls_of_windows_become_paths(monkeypatch):
+    monkeypatch.setattr(os, 'sep', '\\')
+    assert tf_retrain.to_path('file:///C:/my%20data') == 'C:/my data'
