@@ -40,6 +40,7 @@ import tempfile
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.parse
 import urllib.request
 import uuid
@@ -437,6 +438,16 @@ def create_serving_parser() -> argparse.ArgumentParser:
 # Process
 
 
+def quit_at_once(number: int, frame: object) -> None:
+    """Ends the program, with the exit code that a shell reports for a signal."""
+    os._exit(128 + number)
+
+
+# What Ctrl-C does if there is nothing to finish. The first process of a container needs a handler:
+# Linux drops signals for it if they have none.
+QUIT = quit_at_once if os.getpid() == 1 else signal.SIG_DFL
+
+
 def prepare_process() -> None:
     """Makes the program independent of what the shell has set up, before it opens any file.
 
@@ -445,7 +456,8 @@ def prepare_process() -> None:
     next files would get their numbers, and what TensorFlow's libraries print would end up there.
     TensorFlow imports Keras, which would fail if the shell names a backend that is not installed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, QUIT)
     os.environ['KERAS_BACKEND'] = 'tensorflow'
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
     while os.open(os.devnull, os.O_RDWR) <= 2:
@@ -637,7 +649,7 @@ def stoppable() -> Iterator[None]:
 
 def stop_run(*signal_and_frame: object) -> None:
     """Stops the run at a first Ctrl-C or SIGTERM. A second one ends the program at once."""
-    on_stop_signals(signal.SIG_DFL)
+    on_stop_signals(QUIT)
     stop_requested.set()
     raise KeyboardInterrupt
 
@@ -673,16 +685,16 @@ def go_on_after_stop() -> None:
 
 def finish_run(*signal_and_frame: object) -> None:
     """Only prints a message at a first Ctrl-C after the training: the outputs are written."""
-    on_stop_signals(signal.SIG_DFL)
+    on_stop_signals(QUIT)
     with contextlib.suppress(RuntimeError):  # the signal came in the middle of another print()
         print('\nCtrl-C: what was learned is being written. Ctrl-C again quits.')
 
 
 def describe(error: BaseException) -> str:
-    """Returns the message of an error: the text of TensorFlow's has its op and node, too."""
+    """Returns the message of an error, without the op and node in those of TensorFlow."""
     message = getattr(error, 'message', '') or str(error)
     message = re.sub(r'{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
-    return message.strip(' .\n') or type(error).__name__
+    return message.lstrip().rstrip(' .\n') or type(error).__name__
 
 
 def run(job: Callable, flags: argparse.Namespace) -> None:
@@ -691,7 +703,6 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
     It also works in a notebook or another program, in any thread.
     """
     problem: str | None
-    stop_requested.clear()
     if not isinstance(sys.stdout, OptionalOutput):  # an earlier run of the program may have set it
         sys.stdout = OptionalOutput(sys.stdout or open(os.devnull, 'w'))  # type: ignore[assignment]
         sys.stderr = OptionalOutput(sys.stderr or open(os.devnull, 'w'))  # type: ignore[assignment]
@@ -713,6 +724,7 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
         if not stop_requested.is_set():
             raise
         problem = None
+    stop_requested.clear()
     # Not in the `except` clauses: there, the error still keeps the threads of the job alive, and
     # Python would abort if it ended while they work.
     if problem is None:
@@ -868,6 +880,7 @@ def is_inside(path: str, folder: str) -> bool:
 
 def is_same_or_inside(path: str, folder: str) -> bool:
     """Tells whether a path is a folder itself, or lies in it, at any depth."""
+    # What lies in the path lies in the folder, even if they are the same.
     return is_inside(os.path.join(path, 'any name'), folder)
 
 
@@ -1004,12 +1017,12 @@ def create_rng(seed: int | None, use: str) -> np.random.Generator:
 def get_label(folder: str) -> str:
     """Returns the label of a class folder.
 
-    It is in lower case. Each run of characters other than a-z and 0-9 becomes one space, or nothing
-    at either end. The original gave every folder without such characters the label ' '; here it
-    keeps its name.
+    That is its name in lower case. Each run of characters other than a-z and 0-9 becomes one space,
+    or nothing at either end. If nothing is left, the original's label was ' ', and here it is the
+    name as it is, in the form NFC: macOS has another form of some names, which looks the same.
     """
     label = re.sub(r'[^a-z0-9]+', ' ', folder.lower()).strip()
-    return label or ' '.join(folder.split())
+    return label or ' '.join(unicodedata.normalize('NFC', folder).split())
 
 
 def get_stem(path: str) -> str:
@@ -1184,7 +1197,7 @@ def warn_of_labels(paths: dict[str, str]) -> None:
         if loses_meaning:
             print(
                 f"WARNING: the label of {escape(path)} is '{label}', as only a-z and 0-9 stay. "
-                'Rename the folder if you want another one.'
+                'To get another one, rename the folder, or change a copy of the labels file.'
             )
         if '_nohash_' in name:
             print(
@@ -1395,11 +1408,12 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
     }
     for name in is_wanted:
         empty = find_empty_classes(images, name)
-        has_folder = name in images.set_folders.values()
+        folders = [folder for folder, set_ in images.set_folders.items() if set_ == name]
         remedy = 'Add images, or change --testing_percentage or --validation_percentage.'
-        if has_folder:
-            remedy = 'Add images that can be read to its folder.'
-        if empty and (is_wanted[name] or has_folder):
+        if folders:
+            paths = ' or '.join(os.path.join(images.folder, folder) for folder in folders)
+            remedy = f'Put some that can be read into the class folders in {paths}.'
+        if empty and (is_wanted[name] or folders):
             print(
                 f'WARNING: no {name} image in {len(empty)} of {len(images.labels)} classes: '
                 f'{name_some(empty)}. {remedy}'
@@ -1724,18 +1738,16 @@ def download(url: str, path: str, name: str) -> bytes:
             return contents
         reason = f'{len(archive):,} bytes came, and are not a .tgz with {name}'
     suggestion = suggest_local_network(os.path.dirname(path))
-    raise UserError(
-        f'{url} could not be downloaded ({reason}). Run the same command again, or save it as '
-        f'{path}.{suggestion}'
-    )
+    advice = f'Run the same command again, or save it as {path}.'
+    raise UserError(f'{url} could not be downloaded ({reason}). {advice} {suggestion}'.strip())
 
 
 def suggest_local_network(model_dir: str) -> str:
-    """Returns ' Or add ...', which names a network that is in the folder already, or ''."""
+    """Returns a sentence that names a network that is in the folder already, or ''."""
     for size in MOBILENET_SIZES:
         if gfile.exists(os.path.join(model_dir, MOBILENET_GRAPH_NAME.format(size))):
             flag = f'--architecture=mobilenet_{size}'
-            return f' Or add {flag}, whose network is in {model_dir or "."} already.'
+            return f'Or add {flag}, whose network is in {model_dir or "."} already.'
     return ''
 
 
@@ -1821,6 +1833,7 @@ class Backbone:
         @tf.function(input_signature=[tf.TensorSpec([None, *self.input_format.size, 3])])
         def network(images: tf.Tensor) -> tf.Tensor:
             with tf.device(device):
+                # import_graph_def() takes no tensors from outside of this function.
                 inputs = {f'{name}:0': tf.identity(tensor) for name, tensor in weights.items()}
                 scaled = (images - self.input_format.mean) * (1 / self.input_format.deviation)
                 inputs[f'{SCALED_INPUT_NODE}:0'] = scaled
@@ -2662,8 +2675,9 @@ class BottleneckCache:
         old = self.records[row]
         self.records[row] = record  # this run goes by it, even if it cannot be written
         text = json.dumps(vars(record))
-        # Before the record: after a kill between the two, the original would take the old file for
-        # that of the image, and so would this program if the record were lost.
+        # The old cache file is removed before the record is written: after a kill between the two,
+        # the original would take it for that of the image, and so would this program if the record
+        # were lost. Without an old record, there is no readable cache file: see trust_unrecorded().
         if old is not None and old.outcome != outcome:
             with contextlib.suppress(tf.errors.NotFoundError):
                 gfile.remove(follow_link(self.paths[row]))
@@ -3329,9 +3343,11 @@ def choose_neighbors(
     """Returns which references an image is compared with, all bool [N, references].
 
     is_other holds for all but the image itself, and is_distinct for those of them that are no near
-    copies of it. The distinct ones are chosen if there are at least `needed` of them, and also
-    enough of the image's class: `needed`, or half of the is_other of this class if that is less.
-    With fewer, the nearest ones would be of other classes, and the image would look unfamiliar. So
+    copies of it. The distinct ones are chosen if both hold:
+    - There are at least `needed` of them.
+    - At least `needed` of them are of the image's class, or at least half of what is_other has of
+      this class.
+    Otherwise, the nearest ones would be of other classes, and the image would look unfamiliar. So
     near copies count then, too.
     """
     count = functools.partial(np.sum, axis=1, keepdims=True)
@@ -3928,6 +3944,7 @@ def check_folders(flags: argparse.Namespace) -> None:
     folders += [os.path.join(flags.summaries_dir, name) for name in SUMMARY_FOLDERS]
     folders += [flags.bottleneck_dir, flags.model_dir]
     for flag, path in outputs:
+        # As a file, the output could be neither a folder of the run nor have one in it.
         if any(is_same_or_inside(folder, path) for folder in folders):
             raise UserError(f"{flag}: '{path}' is a folder by another flag. Name another file.")
 
@@ -4073,8 +4090,8 @@ def is_of_this_run(path: str, started: datetime.datetime) -> bool:
 def is_at_work(path: str, started: datetime.datetime, ended: set) -> bool:
     """Tells whether another run still writes an event file, as far as can be told.
 
-    `ended` has the owners of runs that are known to have ended. Only for other computers does that
-    count: there, a log may be recent although it is older than this run.
+    Logs of other computers count from OTHER_RUNS seconds before this run on. So `ended`, the owners
+    of runs that are known to have ended, leaves out those that were over by then.
     """
     owner = get_owner(path)
     if owner and owner[0] != socket.gethostname():
@@ -4339,6 +4356,8 @@ def report_end(
         print(
             f"To get 'unknown' for images unlike yours, add --unknown {percentage}: see README.md."
         )
+    if flags.optimized_graph:
+        print(f'Wrote the optimized graph {shlex.quote(flags.optimized_graph)}')
     print(f'Wrote the graph {graph} and the labels {labels}. To label an image with them:')
     upright = ' --upright' if flags.upright else ''
     print(f'python3 tf_test.py <path to image> {graph} {labels}{upright}')
@@ -4396,7 +4415,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     if flags.output_graph in results:
         with extra('the record of the run'):
             facts['graph_checksum'] = results[flags.output_graph]
-            facts['seconds'] = (datetime.datetime.now() - started).total_seconds()
+            facts['seconds'] = time.time() - started.timestamp()
             write_record(create_record(images, backbone, head, tested, flags) | facts, flags)
     with extra('the pictures for TensorBoard'):
         write_pictures(images, head, tested, flags)

@@ -29,10 +29,12 @@ import signal
 import stat
 import sys
 import tempfile
+import unicodedata
 import urllib.parse
 import uuid
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -131,6 +133,16 @@ def add_label_flags(parser: argparse.ArgumentParser) -> None:
 # Process
 
 
+def quit_at_once(number: int, frame: object) -> None:
+    """Ends the program, with the exit code that a shell reports for a signal."""
+    os._exit(128 + number)
+
+
+# What Ctrl-C does if there is nothing to finish. The first process of a container needs a handler:
+# Linux drops signals for it if they have none.
+QUIT = quit_at_once if os.getpid() == 1 else signal.SIG_DFL
+
+
 def prepare_process() -> None:
     """Makes the program independent of what the shell has set up, before it opens any file.
 
@@ -139,7 +151,8 @@ def prepare_process() -> None:
     next files would get their numbers, and what TensorFlow's libraries print would end up there.
     TensorFlow imports Keras, which would fail if the shell names a backend that is not installed.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, QUIT)
     os.environ['KERAS_BACKEND'] = 'tensorflow'
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
     while os.open(os.devnull, os.O_RDWR) <= 2:
@@ -298,10 +311,10 @@ def is_special(path: str) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Returns the message of an error: the text of TensorFlow's has its op and node, too."""
+    """Returns the message of an error, without the op and node in those of TensorFlow."""
     message = getattr(error, 'message', '') or str(error)
     message = re.sub(r'{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
-    return message.strip(' .\n') or type(error).__name__
+    return message.lstrip().rstrip(' .\n') or type(error).__name__
 
 
 def escape(text: str) -> str:
@@ -443,10 +456,11 @@ def load_graph(path: str) -> Graph:
 
 
 def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
-    """Raises UserError if the labels file has a label of the graph, but not in its place.
+    """Raises UserError if the labels file has the labels of the graph in another order.
 
-    Other labels are only a warning, which names the first: people translate labels, and merge
-    classes by giving them one label. rank() raises UserError if there are more or fewer.
+    That is so if a label has another one in its place, and is elsewhere in the file. All other
+    differences are only a warning, which names the first: people translate labels, and merge
+    classes by giving them one label. rank() raises UserError if there are more or fewer labels.
     """
     trained = graph.labels
     if not trained or labels == trained:
@@ -461,7 +475,8 @@ def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> 
     for own, expected in zip(labels, trained, strict=False):
         if own != expected:
             print(
-                f"WARNING: '{flags.labels}' says '{own}' where '{flags.graph}' says '{expected}'.",
+                f"WARNING: '{flags.labels}' says '{own}' where '{flags.graph}' says '{expected}'. "
+                'Labels may be translated, but must keep their order.',
                 file=sys.stderr,
             )
             break
@@ -1116,6 +1131,7 @@ def create_classifier(graph: Graph) -> tuple[Callable, np.ndarray]:
 
     @tf.function(input_signature=[tf.TensorSpec(shape)])
     def classify(images: tf.Tensor) -> list[tf.Tensor]:
+        # import_graph_def() takes no tensors from outside of this function.
         feeds = {name: tf.identity(tensor) for name, tensor in constants.items()}
         feeds[f'{RESIZED_INPUT_NODE}:0'] = images
         tensors = [f'{output}:0' for output in graph.outputs]
@@ -1309,12 +1325,12 @@ def resolve(path: str) -> pathlib.PurePath:
 def get_label(folder: str) -> str:
     """Returns the label of a class folder.
 
-    It is in lower case. Each run of characters other than a-z and 0-9 becomes one space, or nothing
-    at either end. The original gave every folder without such characters the label ' '; here it
-    keeps its name.
+    That is its name in lower case. Each run of characters other than a-z and 0-9 becomes one space,
+    or nothing at either end. If nothing is left, the original's label was ' ', and here it is the
+    name as it is, in the form NFC: macOS has another form of some names, which looks the same.
     """
     label = re.sub(r'[^a-z0-9]+', ' ', folder.lower()).strip()
-    return label or ' '.join(folder.split())
+    return label or ' '.join(unicodedata.normalize('NFC', folder).split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1336,14 +1352,16 @@ class Classes:
         pairs = list(zip(self.folders, self.labels, strict=True))
         of_folders = {folder: of_labels[label] for folder, label in pairs}
         of_trained_labels = {get_label(folder): of_labels[label] for folder, label in pairs}
-        return of_trained_labels | of_labels | of_folders
+        # Labels without a-z have kept their capitals.
+        of_small_letters = {label.lower(): index for label, index in of_trained_labels.items()}
+        return of_small_letters | of_trained_labels | of_labels | of_folders
 
     def find(self, path: str) -> int | None:
         """Returns the class of the nearest folder above an image that is named like a class.
 
-        Its name is in `indices`, or get_label() turns it into one that is, such as 'Red_Fox' into
-        'red fox'. The image's own folder always counts. Folders above it count up to the one that
-        is an IMAGE argument: a home folder such as /home/rose does not.
+        Its name is in `indices`, or its label is, such as 'red fox' of 'Red_Fox'. The image's own
+        folder always counts. Folders above it count up to the one that is an IMAGE argument: a home
+        folder such as /home/rose does not.
         """
         own_folder, *above = get_absolute(path).parents
         folders = [own_folder]
@@ -1351,7 +1369,8 @@ class Classes:
             folder for folder in above if any(folder.is_relative_to(root) for root in self.roots)
         ]
         for folder in folders:
-            for name in (folder.name, get_label(folder.name)):
+            label = get_label(folder.name)
+            for name in (folder.name, label, label.lower()):
                 if name in self.indices:
                     return self.indices[name]
         return None
@@ -1380,6 +1399,8 @@ class Tally:
     training: Training | None
     images: int = 0
     failed: int = 0
+    placed: Counter[str] = dataclasses.field(default_factory=Counter)  # by folder of --sort_into
+    unfamiliar: int = 0  # images with a label although they are unlike those of the training
     sideways: int = 0
     not_new: int = 0  # images that the training used for more than its test
     refused: int = 0  # new images in class folders whose label is UNSURE or UNKNOWN
@@ -1392,6 +1413,8 @@ class Tally:
     def add(self, path: str, answer: Answer, label: str) -> None:
         """Counts an image and its label."""
         self.sideways += answer.orientation > 1
+        is_unfamiliar = answer.familiarity is not None and answer.familiarity <= UNFAMILIAR
+        self.unfamiliar += is_unfamiliar and label != UNKNOWN
         if not self.classes.roots:  # the accuracy is only for folders
             return
         index = self.classes.find(path)
@@ -1611,22 +1634,15 @@ def choose_label(best: tuple[str, float], answer: Answer, flags: argparse.Namesp
     return label if score >= flags.min_score else UNSURE
 
 
-def warn_of_unfamiliar(answer: Answer) -> None:
-    """Warns if nearly all images of the training are more familiar than this one."""
-    if answer.familiarity is not None and answer.familiarity <= UNFAMILIAR:
-        print(
-            'WARNING: this image is unlike nearly all images of the training, so the scores mean '
-            'little.',
-            file=sys.stderr,
-        )
-
-
 def report_failure(path: str, flags: argparse.Namespace, is_single: bool) -> None:
     """Prints why an image could not be labeled.
 
     Raises UserError if it is the only one, unless JSON is printed.
     """
-    reason = explain_failure(path) or f"'{path}' changed while it was read. Try again."
+    reason = (
+        explain_failure(path)
+        or f"'{path}' changed while it was read, or the memory was full. Try again."
+    )
     if flags.json:
         print(json.dumps({'image': path, 'error': reason}), flush=True)
     elif is_single:
@@ -1714,8 +1730,6 @@ def report_answer(
         print_json(path, ranking, answer, folder_label, flags)
     else:
         print_ranking(path, [(label, ranking[0][1]), *ranking[1:]], flags, is_single)
-    if is_single:
-        warn_of_unfamiliar(answer)
     return label
 
 
@@ -1745,10 +1759,27 @@ def label_images(flags: argparse.Namespace) -> None:
         tally.add(path, answer, label)
         if flags.sort_into:
             folder = classes.get_folder(answer, label)
-            tally.failed += not try_to_place(path, folder, flags.sort_into)
+            if try_to_place(path, folder, flags.sort_into):
+                tally.placed[folder] += 1
+            else:
+                tally.failed += 1
         if flags.heatmap:
             draw(graph, path, answer, labels, flags)
     report_tally(tally, flags)
+
+
+def report_unfamiliar(tally: Tally) -> None:
+    """Warns of images that are less familiar than nearly all images of the training."""
+    if tally.unfamiliar and tally.images == 1:
+        print(
+            'WARNING: this image is unlike nearly all images of the training, so the scores mean '
+            'little.'
+        )
+    elif tally.unfamiliar:
+        print(
+            f'WARNING: {tally.unfamiliar} of {tally.images} images are unlike nearly all images of '
+            f"the training, so their scores mean little. --unknown 5 labels them '{UNKNOWN}'."
+        )
 
 
 def report_tally(tally: Tally, flags: argparse.Namespace) -> None:
@@ -1768,9 +1799,16 @@ def report_tally(tally: Tally, flags: argparse.Namespace) -> None:
             f'{tally.sideways}. To turn them, train with --upright, and add it here.',
             file=sys.stderr,
         )
-    if tally.predictions or tally.refused or tally.not_new:
-        with contextlib.redirect_stdout(sys.stderr):  # the lines on standard output are data
+    with contextlib.redirect_stdout(sys.stderr):  # the lines on standard output are data
+        report_unfamiliar(tally)
+        if tally.predictions or tally.refused or tally.not_new:
             report_accuracy(tally)
+        elif len(tally.other_folders) > 1 and not flags.sort_into:
+            names = name_some(tally.classes.labels)
+            print(f'There is no accuracy, as no folder has the name of a class: {names}')
+        if tally.placed:
+            counts = [f'{count} {folder}' for folder, count in sorted(tally.placed.items())]
+            print(f'Sorted into {escape(flags.sort_into)}: {name_some(counts)}')
     if tally.failed:
         what = 'labeled and sorted' if flags.sort_into else 'labeled'
         raise UserError(f'{tally.failed} of {tally.images} images could not be {what}.')

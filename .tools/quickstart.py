@@ -118,14 +118,22 @@ def choose_model() -> list[str]:
 
 
 def run(script: str, *arguments: str) -> int:
-    """Runs a script, which says why if it fails; returns its exit code."""
+    """Runs a script, which says why if it fails; returns its exit code.
+
+    Ctrl-C reaches the script too. A training that has begun ends early then, and succeeds.
+    """
     print('\n$ python3', script, *arguments, flush=True)
     process = subprocess.Popen([sys.executable, script, *arguments], cwd=ROOT)
-    try:
-        return process.wait()
-    except KeyboardInterrupt:  # the script has got it too, and may have something to finish
-        process.wait()
-        raise
+    is_stopped = False
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:
+            is_stopped = True
+    if is_stopped and code:
+        raise KeyboardInterrupt
+    return code
 
 
 def train(model: list[str]) -> None:
@@ -173,4 +181,5 @@ if __name__ == '__main__':
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit('\nStopped. The same command goes on from there.')
+        print('\nStopped. The same command goes on from there.', file=sys.stderr)
+        sys.exit(130)

@@ -195,6 +195,18 @@ def test_one_foreign_image_is_a_warning(trained, foreign, monkeypatch, capsys):
     assert err == f'WARNING: {expected}\n'
 
 
+def test_foreign_images_among_others_are_counted(trained, foreign, monkeypatch, capsys):
+    monkeypatch.chdir(trained.folder)
+    images = foreign, trained.data / 'dog/dog 7.jpg', foreign
+    for flags in ([], ['--unknown=2']):
+        arguments = map(str, [*images, *FILES, *flags])
+        tf_test.label_images(tf_test.create_labeling_parser().parse_args(arguments))
+        err = capsys.readouterr().err
+        line = 'WARNING: 2 of 3 images are unlike nearly all images of the training, so their '
+        advice = "scores mean little. --unknown 5 labels them 'unknown'.\n"
+        assert err == ('' if flags else f'{line}{advice}')
+
+
 def test_the_share_that_is_refused_is_the_one_that_was_asked_for(trained, label):
     """Of one's own images, about a twentieth with 5."""
     lines = label(*trained.data.glob('*/*.jpg'), '--unknown=20')

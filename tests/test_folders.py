@@ -80,8 +80,8 @@ def test_classes_that_are_missing_in_a_set(touch, capsys):
     images = list_images()
     assert images.labels == ['a', 'b', 'c']
     tf_retrain.check_sets(images, parse('--image_dir=d', '--testing_percentage=0'))
-    line = 'WARNING: no validation image in 1 of 3 classes: c. Add images that can be read to its '
-    assert f'{line}folder.\n' in capsys.readouterr().out
+    line = 'WARNING: no validation image in 1 of 3 classes: c. Put some that can be read into the '
+    assert f'{line}class folders in d/val.\n' in capsys.readouterr().out
     touch('d/val/e/1.jpg')
     with pytest.raises(UserError, match='^d/train has no images of: e. Add some there.'):
         list_images()
@@ -523,6 +523,15 @@ def test_folders_in_capitals_without_a_record(folder, index):
     assert translated.find(f'x/{folder}/1.jpg') == index
 
 
+@pytest.mark.parametrize('folder', ['Кот', 'КОТ', 'кот'])
+def test_folders_in_capitals_of_other_alphabets(folder):
+    classes = tf_test.Classes(['кот', 'собака'], ['Кот', 'Собака'], [])
+    assert classes.find(f'x/{folder}/1.jpg') == 0
+    assert classes.find('x/ХАТА/1.jpg') is None
+    classes = tf_test.Classes(['КОТ', 'Кот'], ['КОТ', 'Кот'], [])
+    assert classes.find(f'x/{folder}/1.jpg') == (0 if folder == 'КОТ' else 1)
+
+
 def test_labels_that_a_translation_has_merged(trained, own, tmp_path):
     (tmp_path / 'labels.txt').write_text('animal\nanimal\ndog\n')
     flags = f'--sort_into={tmp_path}/sorted'
@@ -565,8 +574,8 @@ def test_images_of_a_set_with_a_folder_that_cannot_be_read(touch, capsys):
     is_of_b_in_test = np.array([file.startswith('test/b/') for file in images.files])
     flags = parse('--image_dir=d', '--testing_percentage=0')
     tf_retrain.check_sets(images.keep(~is_of_b_in_test), flags)
-    line = 'WARNING: no testing image in 1 of 2 classes: b. Add images that can be read to its '
-    assert f'{line}folder.\n' in capsys.readouterr().out
+    line = 'WARNING: no testing image in 1 of 2 classes: b. Put some that can be read into the '
+    assert f'{line}class folders in d/test.\n' in capsys.readouterr().out
 
 
 def test_sorted_images_can_go_back_into_the_data(trained, tmp_path, monkeypatch, capsys):

@@ -33,6 +33,7 @@ from tf_retrain import UserError, tf
         ('犬\n小', '犬 小'),
         ('---', '---'),
         (' ', ''),
+        ('ハ\u309aン', 'パン'),  # as macOS writes it
     ],
 )
 def test_labels(folder, label):
@@ -154,6 +155,7 @@ def test_the_path_is_hashed_as_typed(touch, tmp_path, typed):
         ),
         (['d/cat/1.jpg'], "--image_dir: 'd' has 1 class folder with images"),
         (['d/Cat/1.jpg', 'd/cat/1.jpg'], "d/Cat and d/cat have the same label 'cat'"),
+        (['d/パン/1.jpg', 'd/ハ\u309aン/1.jpg'], "have the same label 'パン'"),
         (['d/a-b/1.jpg', 'd/a b/1.jpg'], "d/a b and d/a-b have the same label 'a b'"),
         (['d/ /1.jpg', 'd/cat/1.jpg'], 'blank'),
     ],

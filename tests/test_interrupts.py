@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import shlex
+import shutil
 import signal
 import struct
 import subprocess
@@ -88,6 +89,37 @@ def signals():
     tf_retrain.stop_requested.clear()
 
 
+@pytest.mark.parametrize('signum', STOPS)
+@pytest.mark.parametrize('is_stopped', [False, True])
+def test_the_first_process_of_a_container_can_be_stopped(signum, is_stopped):
+    """Linux drops signals for it that have no handler: at the start, and after a first Ctrl-C."""
+    namespace = ['unshare', '--user', '--map-root-user', '--pid', '--fork']
+    if not shutil.which('unshare') or subprocess.run([*namespace, 'true'], check=False).returncode:
+        pytest.skip('needs a namespace for processes')
+    lines = [
+        'import os, signal, tf_retrain',
+        'assert os.getpid() == 1',
+        'tf_retrain.prepare_process()',
+        f'signal.raise_signal({signum:d})',
+        'print("alive")',
+    ]
+    if is_stopped:
+        lines.insert(3, 'tf_retrain.finish_run()')
+    command = [*namespace, sys.executable, '-c', '\n'.join(lines)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert process.returncode == 128 + signum, process.stderr
+    assert 'alive' not in process.stdout
+
+
+def test_after_a_run_that_was_stopped_a_notebook_can_call_main(monkeypatch, capsys):
+    for name in ('stdout', 'stderr'):
+        monkeypatch.setattr(sys, name, getattr(sys, name))
+    with pytest.raises(SystemExit) as exit_:
+        tf_retrain.run(lambda flags: signal.raise_signal(signal.SIGINT), None)
+    assert exit_.value.code == 130
+    assert list(tf_retrain.until_stopped([1, 2])) == [1, 2]
+
+
 def stop_at(monkeypatch, name, signum, is_dropped=False):
     """Sends a signal to this process at the next call of a function; then the default is set.
 
@@ -102,7 +134,7 @@ def stop_at(monkeypatch, name, signum, is_dropped=False):
             with contextlib.suppress(*dropped):
                 signal.raise_signal(signum)
         finally:
-            assert signal.getsignal(signum) == signal.SIG_DFL  # a second one ends the program
+            assert signal.getsignal(signum) == tf_retrain.QUIT  # a second one ends the program
         return original(*arguments, **options)
 
     monkeypatch.setattr(tf_retrain, name, stop)

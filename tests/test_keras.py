@@ -240,6 +240,7 @@ def test_a_network_by_its_name(job, keras_host):
     flags = ['--architecture=ResNet50V2', '--optimized_graph=optimized.pb']
     out = job.photographs(cat=20, dog=20).main(*flags, how_many_training_steps='100')
     assert 'network ResNet50V2 of Keras' in out
+    assert 'Wrote the optimized graph optimized.pb' in out
     record = json.loads((job.folder / f'{GRAPH}.json').read_text())
     assert record['flags']['architecture'] == 'ResNet50V2'
     assert record['network']['source'] == f'ResNet50V2 of Keras {keras.__version__}'

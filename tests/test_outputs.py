@@ -170,7 +170,7 @@ def test_translated_labels_are_a_warning(tmp_path, capsys):
     assert not check(tmp_path)
     (line,) = capsys.readouterr().err.splitlines()
     expected = f"'{tmp_path}/l.txt' says 'Katze' where '{tmp_path}/g.pb' says 'cat'."
-    assert line == f'WARNING: {expected}'
+    assert line == f'WARNING: {expected} Labels may be translated, but must keep their order.'
 
 
 def test_labels_of_another_training_with_as_many_classes(tmp_path, capsys):
@@ -331,6 +331,10 @@ def test_the_archive_of_a_model_is_no_output(job, name):
     job.fails('^--output_graph: .* is the pretrained model', output_graph='link.pb')
     url = f'file://{job.folder}/inception/{name}'
     job.fails('^--output_graph: .* is the pretrained model', output_graph=url)
+
+
+def test_the_path_in_an_error_stays_relative():
+    assert tf_retrain.describe(OSError('../b/x.tmp; No space left.')) == '../b/x.tmp; No space left'
 
 
 def test_urls_of_files_are_decoded():

@@ -212,12 +212,14 @@ def test_an_interrupted_drawing_leaves_nothing(project, monkeypatch):
 
 
 def test_ctrl_c_leaves_a_script_the_time_to_finish(monkeypatch):
+    """A training that ends early succeeds, and a script that was stopped ends the quick start."""
     process = mock.Mock()
-    process.wait.side_effect = [KeyboardInterrupt, 0]
+    process.wait.side_effect = [KeyboardInterrupt, KeyboardInterrupt, 0, KeyboardInterrupt, 130, 1]
     monkeypatch.setattr(quickstart.subprocess, 'Popen', lambda *command, **options: process)
+    assert quickstart.run('tf_retrain.py') == 0
     with pytest.raises(KeyboardInterrupt):
         quickstart.run('tf_retrain.py')
-    assert process.wait.call_count == 2
+    assert quickstart.run('tf_retrain.py') == 1
 
 
 def test_class_folders_are_those_of_the_training(project):
