@@ -31,6 +31,7 @@ import platform
 import posixpath
 import re
 import shlex
+import shutil
 import signal
 import socket
 import stat
@@ -792,6 +793,7 @@ def write_whole(path: str, contents: bytes) -> None:
     """Writes a file so that `path` holds all of `contents` or is left as it was.
 
     That holds whenever the program is stopped. A symbolic link stays a link: its target is written.
+    The rights of an existing file are kept.
     """
     path = follow_link(path)
     folder = os.path.dirname(path)
@@ -800,6 +802,8 @@ def write_whole(path: str, contents: bytes) -> None:
     try:
         with gfile.GFile(temporary, 'wb') as file:
             file.write(contents)
+        with contextlib.suppress(OSError):  # there is no file yet, or it is on gs:// and the like
+            shutil.copymode(to_bytes(path), to_bytes(temporary))
         gfile.rename(temporary, path, overwrite=True)
     except BaseException:
         with contextlib.suppress(tf.errors.OpError):
@@ -4073,6 +4077,14 @@ def is_recent(path: str, started: datetime.datetime, margin: int) -> bool:
     return started.timestamp() - margin < modified <= time.time() + margin
 
 
+def get_computer() -> str:
+    """Returns a name for where process IDs are unique: this computer, or a container on it."""
+    name = socket.gethostname()  # which containers may have in common
+    with contextlib.suppress(OSError):  # not Linux
+        name += f'-{os.stat("/proc/self/ns/pid").st_ino}'
+    return name
+
+
 def get_owner(path: str) -> tuple[str, ...]:
     """Returns the computer and the process that write an event file, by its name; () if unknown."""
     match = LOG_NAME.search(path)
@@ -4082,7 +4094,7 @@ def get_owner(path: str) -> tuple[str, ...]:
 def is_of_this_run(path: str, started: datetime.datetime) -> bool:
     """Tells whether this run has made an event file, such as that of the suspects."""
     match = LOG_NAME.search(path)
-    if not match or get_owner(path) != (socket.gethostname(), str(os.getpid())):
+    if not match or get_owner(path) != (get_computer(), str(os.getpid())):
         return False
     return int(match[1]) > started.timestamp() * 1e9  # an earlier process may have had this ID
 
@@ -4094,7 +4106,7 @@ def is_at_work(path: str, started: datetime.datetime, ended: set) -> bool:
     of runs that are known to have ended, leaves out those that were over by then.
     """
     owner = get_owner(path)
-    if owner and owner[0] != socket.gethostname():
+    if owner and owner[0] != get_computer():
         return owner not in ended and is_recent(path, started, OTHER_RUNS)
     return is_recent(path, started, margin=0) or is_open_elsewhere(path)
 
@@ -4102,7 +4114,7 @@ def is_at_work(path: str, started: datetime.datetime, ended: set) -> bool:
 def is_open_elsewhere(path: str) -> bool:
     """Tells whether another program here still writes an event file, as far as Linux tells."""
     match = LOG_NAME.search(path)
-    if not match or match[2] != socket.gethostname() or int(match[3]) == os.getpid():
+    if not match or match[2] != get_computer() or int(match[3]) == os.getpid():
         return False
     folder = f'/proc/{match[3]}/fd'
     real_path = os.path.realpath(to_bytes(path))
@@ -4186,7 +4198,7 @@ class SummaryWriter:
 
     def __init__(self, folder: str) -> None:
         self.file = None
-        name = f'events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}'
+        name = f'events.out.tfevents.{time.time_ns()}.{get_computer()}.{os.getpid()}'
         try:
             gfile.makedirs(folder)
             self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
@@ -4455,6 +4467,11 @@ def check_saved_model_dir(saved_model_dir: str) -> None:
         raise UserError(
             f"{flag}: '{saved_model_dir}' is not empty, and may be a model that is being served. "
             f'{advice}'
+        )
+    if 'saved_model.pb' in list_dir(parent):
+        free = find_free_version(os.path.dirname(parent))
+        raise UserError(
+            f"{flag}: '{saved_model_dir}' is inside of a SavedModel. Name {flag}={free}"
         )
     ensure_writable_dir(parent, flag)
     ensure_renamable(folder, flag)

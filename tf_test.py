@@ -684,13 +684,17 @@ def link_or_copy(source: bytes, target: bytes) -> None:
 
 
 def rename_to_new(source: bytes, target: bytes) -> None:
-    """Renames a file; raises FileExistsError if the target exists, even if it is brand-new."""
-    os.close(os.open(target, os.O_CREAT | os.O_EXCL))  # only one of two runs can make it
+    """Renames a file; raises FileExistsError if the target exists."""
     try:
-        os.replace(source, target)
-    except BaseException:
-        os.remove(target)
+        os.link(source, target)  # fails if another run has made the target a moment ago
+    except FileExistsError:
         raise
+    except (AttributeError, OSError):  # as on a USB stick: two runs at once are not told apart
+        if os.path.lexists(target):
+            raise FileExistsError
+        os.replace(source, target)
+    else:
+        os.remove(source)
 
 
 # Image files

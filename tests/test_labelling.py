@@ -227,6 +227,24 @@ def test_a_copy_does_not_replace_one_that_came_meanwhile(tmp_path, monkeypatch):
     assert found == {'x.jpg': b'of another run', 'x 2.jpg': b'own'}
 
 
+def test_copies_to_another_disk(label, tmp_path, monkeypatch):
+    """There are links on each of the two, but none from one to the other."""
+    link = os.link
+    write_photographs(tmp_path / 'in', 'x', 2, RED)
+
+    def link_on_one_disk(source, target):
+        if os.path.dirname(source) != os.path.dirname(target):
+            raise OSError(18, 'Invalid cross-device link')
+        link(source, target)
+
+    monkeypatch.setattr(os, 'link', link_on_one_disk)
+    for _ in range(2):
+        label(tmp_path / 'in', f'--sort_into={tmp_path}/sorted')
+        copies = sorted((tmp_path / 'sorted').rglob('*.*'))
+        assert [path.name for path in copies] == ['x 0.jpg', 'x 1.jpg']
+        assert {path.stat().st_nlink for path in copies} == {1}
+
+
 @pytest.mark.parametrize('flag', ['--heatmap', '--sort_into'])
 def test_outputs_on_other_computers_are_refused(trained, label, tmp_path, monkeypatch, flag):
     monkeypatch.chdir(tmp_path)

@@ -333,6 +333,17 @@ def test_the_archive_of_a_model_is_no_output(job, name):
     job.fails('^--output_graph: .* is the pretrained model', output_graph=url)
 
 
+@pytest.mark.posix
+def test_outputs_keep_their_rights(job):
+    """Those of a private graph, for example."""
+    job.photographs(cat=20, dog=20).main()
+    names = GRAPH, LABELS, RECORD
+    for name in names:
+        (job.folder / name).chmod(0o600)
+    job.main()
+    assert {(job.folder / name).stat().st_mode & 0o777 for name in names} == {0o600}
+
+
 def test_the_path_in_an_error_stays_relative():
     assert tf_retrain.describe(OSError('../b/x.tmp; No space left.')) == '../b/x.tmp; No space left'
 

@@ -269,6 +269,14 @@ def test_an_existing_version_is_left_alone(job):
     assert listing(job.folder) == before
 
 
+def test_nothing_is_written_into_an_existing_version(job, monkeypatch):
+    write_other_version(job)
+    monkeypatch.chdir(job.folder)
+    message = 'is inside of a SavedModel. Name --saved_model_dir=versions/8$'
+    with pytest.raises(retrain_serving.UserError, match=message):
+        retrain_serving.check_saved_model_dir('versions/7/2')
+
+
 @pytest.mark.parametrize('existing', [False, True])
 def test_a_version_that_came_meanwhile_is_left_alone(job, monkeypatch, existing):
     if existing:

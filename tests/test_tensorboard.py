@@ -342,7 +342,7 @@ def test_the_log_of_a_run_that_is_at_work_stays(job):
     """With distortions, a step may take longer than the whole of another run."""
     logs = job.folder / 'logs/train'
     logs.mkdir(parents=True)
-    host = socket.gethostname()
+    host = tf_retrain.get_computer()
     with subprocess.Popen(['cat'], stdin=subprocess.PIPE) as other:
         # A notebook may live on after its training: what counts is that the file is open.
         old = logs / f'events.out.tfevents.1.{host}.{other.pid}'
@@ -396,6 +396,18 @@ def test_logs_of_other_computers_whose_clocks_differ(tmp_path, capsys, seconds, 
     tf_retrain.clear_events(str(tmp_path), datetime.datetime.now())
     assert events.exists() == stays
     assert ('another run logs to' in capsys.readouterr().out) == stays
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/ns/pid'), reason='not Linux')
+def test_containers_on_this_computer_do_not_remove_logs_of_each_other(tmp_path, capsys):
+    """They may have its name, and the same numbers for their processes."""
+    (tmp_path / 'train').mkdir()
+    log = tmp_path / f'train/events.out.tfevents.1.{socket.gethostname()}-1.{os.getpid()}'
+    log.touch()
+    os.utime(log, (time.time() - 9, time.time() - 9))
+    tf_retrain.clear_events(str(tmp_path), datetime.datetime.now())
+    assert log.exists()
+    assert 'WARNING: another run logs to' in capsys.readouterr().out
 
 
 def test_the_logs_of_containers_that_have_ended_are_removed(tmp_path, capsys):
