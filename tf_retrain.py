@@ -438,8 +438,8 @@ def quit_at_once(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-# What Ctrl-C does if there is nothing to finish. The first process of a container needs a handler:
-# Linux drops signals for it if they have none.
+# What Ctrl-C does if there is nothing to finish. Linux drops each signal to the first process of a
+# container for which this process has no handler.
 QUIT = quit_at_once if os.getpid() == 1 else signal.SIG_DFL
 
 
@@ -878,7 +878,7 @@ def is_inside(path: str, folder: str) -> bool:
 
 def is_same_or_inside(path: str, folder: str) -> bool:
     """Tells whether a path is a folder itself, or lies in it, at any depth."""
-    # What lies in the path lies in the folder, even if they are the same.
+    # A folder is not inside itself, but any file in it is.
     return is_inside(os.path.join(path, 'any name'), folder)
 
 
@@ -1197,11 +1197,6 @@ def warn_of_labels(paths: dict[str, str]) -> None:
                 f"WARNING: the label of {escape(path)} is '{label}', as only a-z and 0-9 stay. "
                 'To get another one, rename the folder, or change a copy of the labels file.'
             )
-        if '_nohash_' in name:
-            print(
-                f"WARNING: '_nohash_' in {escape(path)} puts all of its images into one set. "
-                'Rename the folder.'
-            )
         if re.fullmatch('|'.join(SET_FOLDERS), re.sub(r'[ _-]?[0-9]+$', '', name.lower())):
             print(
                 f"WARNING: {escape(path)} is used as a class, '{label}'. If it holds images of "
@@ -1212,6 +1207,24 @@ def warn_of_labels(paths: dict[str, str]) -> None:
             print(
                 f"WARNING: '{word}' is what tf_test.py {flag} says of images that it leaves "
                 f'unlabeled. Rename {escape(paths[word])}, or it will refuse this flag.'
+            )
+
+
+def check_nohash(image_dir: str, class_folders: Iterable[str]) -> None:
+    """Warns of class folders whose images would all be in one set.
+
+    That is so behind '_nohash_', as get_stem() cuts it off. Raises UserError if it is in image_dir.
+    """
+    if '_nohash_' in image_dir:
+        raise UserError(
+            f"--image_dir: '_nohash_' in '{image_dir}' would put all images into one set. Rename "
+            'the folder.'
+        )
+    for path in class_folders:
+        if '_nohash_' in path:
+            print(
+                f"WARNING: '_nohash_' in {escape(path)} puts all of its images into one set. "
+                'Rename the folder.'
             )
 
 
@@ -1321,12 +1334,6 @@ def list_images(flags: argparse.Namespace) -> Images:
     """Returns the images of the class folders; raises UserError for fewer than two classes."""
     image_dir = flags.image_dir
     set_folders = find_set_folders(image_dir)
-    has_all_sets = {'validation', 'testing'} <= set(set_folders.values())
-    if '_nohash_' in image_dir and not has_all_sets:  # get_stem() would cut it off there
-        raise UserError(
-            f"--image_dir: '_nohash_' in '{image_dir}' would put all images into one set. Rename "
-            'the folder.'
-        )
     if set_folders:
         files_of_class = list_split_folders(image_dir, set_folders)
     else:
@@ -1341,6 +1348,8 @@ def list_images(flags: argparse.Namespace) -> Images:
         for name, files in files_of_class.items()
     }
     labels = get_labels(paths)
+    if not {'validation', 'testing'} <= set(set_folders.values()):  # get_set() draws some
+        check_nohash(image_dir, paths.values())
     if len(labels) < 2:
         raise UserError(
             f"--image_dir: '{image_dir}' has {len(labels) or 'no'} class folder with images. "
@@ -1448,8 +1457,8 @@ SIGNATURES = {
     'Photoshop (PSD)': rb'8BPS',
     'FITS': rb'SIMPLE',
     'PDF': rb'%PDF',
+    'a web page (HTML)': rb'(?i:\s*(<\?xml[^>]*>\s*)?(<!doctype )?<?html)',
     'SVG': rb'\s*<svg|\s*<\?xml',
-    'a web page (HTML)': rb'(?i:\s*(<!doctype )?<?html)',
     'a ZIP archive': rb'PK',
 }
 # The formats that are read, and Pillow's names for them. Pillow knows thirty more: for some, it
@@ -2065,7 +2074,7 @@ def freeze_function(function: Callable, input_format: InputFormat, size: int) ->
 
 
 def allow_inlining(graph_def: GraphDef) -> GraphDef:
-    """Removes from a graph, in place, the attributes of functions that are not to be inlined."""
+    """Removes from a graph, in place, the attributes that forbid to inline a function."""
     functions = graph_def.library.function
     nodes = itertools.chain(graph_def.node, *(function.node_def for function in functions))
     for owner in itertools.chain(nodes, functions):
@@ -2673,9 +2682,9 @@ class BottleneckCache:
         old = self.records[row]
         self.records[row] = record  # this run goes by it, even if it cannot be written
         text = json.dumps(vars(record))
-        # The old cache file is removed before the record is written: after a kill between the two,
-        # the original would take it for that of the image, and so would this program if the record
-        # were lost. Without an old record, there is no readable cache file: see trust_unrecorded().
+        # The old cache file is removed before the record is written. Otherwise, after a kill in
+        # between, retrain.py of 2017 would use it, and so would this program if the record is lost.
+        # Without an old record, there is none that is readable: trust_unrecorded() records all.
         if old is not None and old.outcome != outcome:
             with contextlib.suppress(tf.errors.NotFoundError):
                 gfile.remove(follow_link(self.paths[row]))
@@ -3271,7 +3280,7 @@ def evaluate_blocks(
 # Familiarity
 
 NEIGHBOR = 3  # an image is as similar as its third nearest training image
-# The graph has so many training images to compare with, or one per class if these are more.
+# The graph has this many training images to compare with, or one per class if these are more.
 REFERENCES = 500
 MAX_REFERENCES = 5_000  # 40 MB
 MAX_OWN_IMAGES = 2_500  # whose similarities are in the graph
@@ -3343,8 +3352,8 @@ def choose_neighbors(
     is_other holds for all but the image itself, and is_distinct for those of them that are no near
     copies of it. The distinct ones are chosen if both hold:
     - There are at least `needed` of them.
-    - At least `needed` of them are of the image's class, or at least half of what is_other has of
-      this class.
+    - At least `needed` of them are of the image's class, or at least half of all others of this
+      class.
     Otherwise, the nearest ones would be of other classes, and the image would look unfamiliar. So
     near copies count then, too.
     """
@@ -4019,8 +4028,8 @@ def check_outputs_and_images(images: Images, flags: argparse.Namespace) -> None:
 SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
 # The names of event files end with the time in ns, the computer and the process.
 LOG_NAME = re.compile(r'\.tfevents\.(\d+)\.(.+)\.(\d+)$')
-# Seconds: a run on another computer may have written its log so long before this run, and still be
-# at work. It may be in a long step, or the clock there may be wrong.
+# A run on another computer may still be at work if it wrote its log up to this many seconds before
+# this run started: it may be in a long step, or the clock there may be wrong.
 OTHER_RUNS = 60
 SHOWN_IMAGES = 100  # misclassified or suspect images, at most
 MAX_HISTOGRAM = 1_000_000  # numbers: of more, only a sample is counted
@@ -4096,8 +4105,8 @@ def is_of_this_run(path: str, started: datetime.datetime) -> bool:
 def is_at_work(path: str, started: datetime.datetime, ended: set) -> bool:
     """Tells whether another run still writes an event file, as far as can be told.
 
-    Logs of other computers count from OTHER_RUNS seconds before this run on. So `ended`, the owners
-    of runs that are known to have ended, leaves out those that were over by then.
+    A log of another computer counts as one at work if it was written later than OTHER_RUNS seconds
+    before this run started, unless its owner is in `ended`: the owners of runs that have ended.
     """
     owner = get_owner(path)
     if owner and owner[0] != get_computer():

@@ -138,8 +138,8 @@ def quit_at_once(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-# What Ctrl-C does if there is nothing to finish. The first process of a container needs a handler:
-# Linux drops signals for it if they have none.
+# What Ctrl-C does if there is nothing to finish. Linux drops each signal to the first process of a
+# container for which this process has no handler.
 QUIT = quit_at_once if os.getpid() == 1 else signal.SIG_DFL
 
 
@@ -270,7 +270,7 @@ JPEG_DATA_NODE = 'DecodeJpeg/contents'
 RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
 LABELS_NODE = 'final_training_ops/labels'
 FAMILIARITY_NODE = 'familiarity'
-UNFAMILIAR = 0.02  # share of one's own images: at or below it, the scores mean little
+UNFAMILIAR = 0.02  # a familiarity, see Answer: at or below it, the scores mean little
 # Extensions of the files that are taken for images. Their content decides how they are decoded.
 IMAGE_EXTENSIONS = tuple(
     '.jpg .jpeg .jpe .jfif .png .gif .webp .avif .bmp .tif .tiff .jp2 .heic .heif'.split()
@@ -727,8 +727,8 @@ SIGNATURES = {
     'Photoshop (PSD)': rb'8BPS',
     'FITS': rb'SIMPLE',
     'PDF': rb'%PDF',
+    'a web page (HTML)': rb'(?i:\s*(<\?xml[^>]*>\s*)?(<!doctype )?<?html)',
     'SVG': rb'\s*<svg|\s*<\?xml',
-    'a web page (HTML)': rb'(?i:\s*(<!doctype )?<?html)',
     'a ZIP archive': rb'PK',
 }
 # The formats that are read, and Pillow's names for them. Pillow knows thirty more: for some, it
@@ -1349,8 +1349,8 @@ class Classes:
     def indices(self) -> dict[str, int]:
         """The class of each class folder, of each label, and of each label of the training.
 
-        Labels differ from those of the training where people have translated the labels file. If
-        two classes then have the same label, it stands for the first of them.
+        Labels differ from those of the training where people have translated the labels file.
+        Classes with the same label count as one, the first: so do their folders.
         """
         of_labels = {label: self.labels.index(label) for label in self.labels}
         pairs = list(zip(self.folders, self.labels, strict=True))
@@ -1418,7 +1418,8 @@ class Tally:
         """Counts an image and its label."""
         self.sideways += answer.orientation > 1
         is_unfamiliar = answer.familiarity is not None and answer.familiarity <= UNFAMILIAR
-        self.unfamiliar += is_unfamiliar and label != UNKNOWN
+        is_refused = label == UNKNOWN and label not in self.classes.labels
+        self.unfamiliar += is_unfamiliar and not is_refused
         if not self.classes.roots:  # the accuracy is only for folders
             return
         index = self.classes.find(path)

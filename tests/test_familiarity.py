@@ -195,6 +195,13 @@ def test_one_foreign_image_is_a_warning(trained, foreign, monkeypatch, capsys):
     assert err == f'WARNING: {expected}\n'
 
 
+def test_a_class_that_is_called_unknown_is_no_refusal():
+    tally = tf_test.Tally(tf_test.Classes(['cat', 'unknown'], ['cat', 'unknown'], []), None)
+    answer = tf_test.Answer(np.array([0.1, 0.9]), np.float32(0), 1)
+    tally.add('x.jpg', answer, 'unknown')
+    assert tally.unfamiliar == 1
+
+
 def test_foreign_images_among_others_are_counted(trained, foreign, monkeypatch, capsys):
     monkeypatch.chdir(trained.folder)
     images = foreign, trained.data / 'dog/dog 7.jpg', foreign

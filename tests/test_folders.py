@@ -140,6 +140,15 @@ def test_a_class_folder_whose_images_all_get_one_set_is_a_warning(touch, capsys)
     assert warning in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('is_drawn', [False, True])
+def test_nohash_matters_only_to_sets_that_are_drawn(touch, capsys, is_drawn):
+    names = ('train', 'test') if is_drawn else ('train', 'val', 'test')
+    create_split(touch, *names)
+    touch(*(f'd/{name}/c_nohash_1/1.jpg' for name in names))
+    list_images()
+    assert ("WARNING: '_nohash_' in d/" in capsys.readouterr().out) == is_drawn
+
+
 def test_a_class_that_is_named_like_a_set_is_a_warning(touch, capsys):
     touch(*(f'd/{name}/1.jpg' for name in ('cat', 'dog', 'test1')))
     assert list_images().labels == ['cat', 'dog', 'test1']

@@ -301,6 +301,14 @@ BAD = {
         lambda p: p.write_text('<!doctype html><title>404</title>'),
         'it is a web page (HTML), which is not read',
     ),
+    'xhtml.jpg': (
+        lambda p: p.write_text('<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "">'),
+        'it is a web page (HTML), which is not read',
+    ),
+    'drawing.png': (
+        lambda p: p.write_text('<?xml version="1.0"?>\n<!DOCTYPE svg>'),
+        'it is SVG, which is not read',
+    ),
     'resource.jpg': (lambda p: p.write_bytes(b'\0\5\x16\7' + b'\0' * 50), NO_FORMAT),
     'text.png': (lambda p: p.write_text('hello'), NO_FORMAT + "b'hello'"),
     'giant.jpg': (lambda p: p.write_text('GIant'), NO_FORMAT + "b'GIant'"),  # as a GIF: GIF8
