@@ -878,8 +878,8 @@ def is_inside(path: str, folder: str) -> bool:
 
 def is_same_or_inside(path: str, folder: str) -> bool:
     """Tells whether a path is a folder itself, or lies in it, at any depth."""
-    # A folder is not inside itself, but any file in it is.
-    return is_inside(os.path.join(path, 'any name'), folder)
+    is_same = os.path.realpath(to_bytes(path)) == os.path.realpath(to_bytes(folder))
+    return is_same or is_inside(path, folder)
 
 
 def list_dir(path: str) -> list[str]:
@@ -4105,13 +4105,16 @@ def is_of_this_run(path: str, started: datetime.datetime) -> bool:
 def is_at_work(path: str, started: datetime.datetime, ended: set) -> bool:
     """Tells whether another run still writes an event file, as far as can be told.
 
-    A log of another computer counts as one at work if it was written later than OTHER_RUNS seconds
-    before this run started, unless its owner is in `ended`: the owners of runs that have ended.
+    It does if the file was written since this run started. If it was not, a run on this computer
+    still has it open. One on another computer has written it up to OTHER_RUNS seconds before this
+    run started, and is not in `ended`, the owners of event files whose runs have ended.
     """
+    if is_recent(path, started, margin=0):
+        return True
     owner = get_owner(path)
     if owner and owner[0] != get_computer():
         return owner not in ended and is_recent(path, started, OTHER_RUNS)
-    return is_recent(path, started, margin=0) or is_open_elsewhere(path)
+    return is_open_elsewhere(path)
 
 
 def is_open_elsewhere(path: str) -> bool:
