@@ -1600,7 +1600,7 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
     except (MemoryError, tf.errors.ResourceExhaustedError):
         raise  # a lack of memory says nothing about the image
     except PIL.UnidentifiedImageError:
-        raise ImageError(f'it is {name}, and damaged')
+        raise ImageError(f'it is {name}, and damaged, or of a kind that is not read')
     except Exception as error:  # Pillow has many kinds
         raise ImageError(f'it is {name}, and damaged ({describe(error)})')
     return turn(pixels, get_orientation(contents)) if is_upright else pixels
@@ -4027,7 +4027,7 @@ def check_outputs_and_images(images: Images, flags: argparse.Namespace) -> None:
 
 SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
 # The names of event files end with the time in ns, the computer and the process.
-LOG_NAME = re.compile(r'\.tfevents\.(\d+)\.(.+)\.(\d+)$')
+LOG_NAME = re.compile(r'\.tfevents\.\d+\.(.+)\.(\d+)$')
 # A run on another computer may still be at work if it wrote its log up to this many seconds before
 # this run started: it may be in a long step, or the clock there may be wrong.
 OTHER_RUNS = 60
@@ -4036,29 +4036,50 @@ MAX_HISTOGRAM = 1_000_000  # numbers: of more, only a sample is counted
 SAMPLE_SIZE = 100_000
 
 
-def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
-    """Removes the logs of earlier runs, but neither those of this run nor of another at work."""
-    is_shared = False
-    locked = []
-    # The log of the test is the last one that a run makes.
-    ended = {get_owner(file) for file in list_dir(os.path.join(summaries_dir, 'test'))}
+class Start(NamedTuple):
+    """When a run started, and what was there."""
+
+    time: datetime.datetime
+    monotonic: float  # seconds of a clock that is never set back
+    logs: list[str]  # the event files of earlier runs
+
+
+def note_start(summaries_dir: str) -> Start:
+    """Returns the start of a run, now."""
+    logs = []
+    with extra('the removal of earlier logs'):
+        logs = list_events(summaries_dir)
+    return Start(datetime.datetime.now(), time.monotonic(), logs)
+
+
+def list_events(summaries_dir: str) -> list[str]:
+    """Returns the paths of the event files that runs have written in a folder."""
+    paths = []
     for name in SUMMARY_FOLDERS:
         folder = os.path.join(summaries_dir, name)
-        for file in list_dir(folder):
-            path = os.path.join(folder, file)
-            if not file.startswith('events.out.tfevents.') or is_special(path):
-                continue
-            if is_of_this_run(path, started):
-                continue
-            if is_at_work(path, started, ended):
-                is_shared = True
-                continue
-            try:
-                gfile.remove(path)
-            except tf.errors.NotFoundError:
-                pass  # another run has removed it
-            except tf.errors.OpError:
-                locked.append(path)
+        files = [file for file in list_dir(folder) if file.startswith('events.out.tfevents.')]
+        paths += [os.path.join(folder, file) for file in files]
+    return [path for path in paths if not is_special(path)]
+
+
+def clear_events(summaries_dir: str, start: Start) -> None:
+    """Removes the logs of earlier runs, unless they are still at work."""
+    now = list_events(summaries_dir)
+    new_owners = {get_owner(path) for path in now if path not in start.logs}
+    is_shared = bool(new_owners - {get_process()})
+    # The log of the test is the last one that a run makes.
+    ended = {get_owner(path) for path in now if os.path.basename(os.path.dirname(path)) == 'test'}
+    locked = []
+    for path in start.logs:
+        if is_at_work(path, start, ended):
+            is_shared = True
+            continue
+        try:
+            gfile.remove(path)
+        except tf.errors.NotFoundError:
+            pass  # another run has removed it
+        except tf.errors.OpError:
+            locked.append(path)
     if locked:
         print(
             f'WARNING: logs of an earlier run stay, as they cannot be removed: {name_some(locked)}.'
@@ -4071,58 +4092,50 @@ def clear_events(summaries_dir: str, started: datetime.datetime) -> None:
         )
 
 
-def is_recent(path: str, started: datetime.datetime, margin: int) -> bool:
+def is_recent(path: str, start: Start, margin: int) -> bool:
     """Tells whether a file was written since the run started, or `margin` seconds before it.
 
     A file from the future, by more than the margin, is an old one, made while the clock was wrong.
     """
     modified = get_status(path).modified / 1e9
-    return started.timestamp() - margin < modified <= time.time() + margin
+    return start.time.timestamp() - margin < modified <= time.time() + margin
 
 
-def get_computer() -> str:
-    """Returns a name for where process IDs are unique: this computer, or a container on it."""
-    name = socket.gethostname()  # which containers may have in common
+def get_process() -> tuple[str, str]:
+    """Returns this computer, or the container on it, and the ID of this process there."""
+    computer = socket.gethostname()  # which containers may have in common
     with contextlib.suppress(OSError):  # not Linux
-        name += f'-{os.stat("/proc/self/ns/pid").st_ino}'
-    return name
+        computer += f'-{os.stat("/proc/self/ns/pid").st_ino}'
+    return computer, str(os.getpid())
 
 
 def get_owner(path: str) -> tuple[str, ...]:
-    """Returns the computer and the process that write an event file, by its name; () if unknown."""
+    """Returns get_process() of the run that made an event file; () if its name does not tell."""
     match = LOG_NAME.search(path)
-    return match.group(2, 3) if match else ()
+    return match.groups() if match else ()
 
 
-def is_of_this_run(path: str, started: datetime.datetime) -> bool:
-    """Tells whether this run has made an event file, such as that of the suspects."""
-    match = LOG_NAME.search(path)
-    if not match or get_owner(path) != (get_computer(), str(os.getpid())):
-        return False
-    return int(match[1]) > started.timestamp() * 1e9  # an earlier process may have had this ID
-
-
-def is_at_work(path: str, started: datetime.datetime, ended: set) -> bool:
+def is_at_work(path: str, start: Start, ended: set) -> bool:
     """Tells whether another run still writes an event file, as far as can be told.
 
     It does if the file was written since this run started. If it was not, a run on this computer
     still has it open. One on another computer has written it up to OTHER_RUNS seconds before this
     run started, and is not in `ended`, the owners of event files whose runs have ended.
     """
-    if is_recent(path, started, margin=0):
+    if is_recent(path, start, margin=0):
         return True
     owner = get_owner(path)
-    if owner and owner[0] != get_computer():
-        return owner not in ended and is_recent(path, started, OTHER_RUNS)
+    if owner and owner[0] != get_process()[0]:
+        return owner not in ended and is_recent(path, start, OTHER_RUNS)
     return is_open_elsewhere(path)
 
 
 def is_open_elsewhere(path: str) -> bool:
     """Tells whether another program here still writes an event file, as far as Linux tells."""
-    match = LOG_NAME.search(path)
-    if not match or match[2] != get_computer() or int(match[3]) == os.getpid():
+    owner = get_owner(path)
+    if not owner or owner == get_process():
         return False
-    folder = f'/proc/{match[3]}/fd'
+    folder = f'/proc/{owner[1]}/fd'
     real_path = os.path.realpath(to_bytes(path))
     with contextlib.suppress(OSError):  # it has ended, or is another user's
         links = [os.path.join(folder, name).encode() for name in os.listdir(folder)]
@@ -4204,7 +4217,7 @@ class SummaryWriter:
 
     def __init__(self, folder: str) -> None:
         self.file = None
-        name = f'events.out.tfevents.{time.time_ns()}.{get_computer()}.{os.getpid()}'
+        name = '.'.join(['events.out.tfevents', str(time.time_ns()), *get_process()])
         try:
             gfile.makedirs(folder)
             self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
@@ -4399,14 +4412,14 @@ def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Names
 
 def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     """Runs the whole training. export(backbone, head), if given, writes the SavedModel."""
-    started = datetime.datetime.now()
+    start = note_start(flags.summaries_dir)
     ensure_image_dir(flags.image_dir)
     check_outputs(flags)
     images = list_images(flags)
     check_outputs_and_images(images, flags)
     backbone = load_backbone(flags)
     report_start(images, backbone)
-    facts: dict[str, Any] = {'started': str(started)}
+    facts: dict[str, Any] = {'started': str(start.time)}
     bottlenecks, readable, facts['sideways'] = cache_bottlenecks(images, backbone, flags)
     if not readable.all():
         images = images.keep(readable)
@@ -4418,7 +4431,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     with extra('the familiarity'):
         familiarity = find_familiarity(images, bottlenecks, flags)
     with extra('the removal of earlier logs'):
-        clear_events(flags.summaries_dir, started)
+        clear_events(flags.summaries_dir, start)
     layer = train(images, bottlenecks, backbone, flags)
     facts['steps'] = layer.steps
     tested = None
@@ -4433,7 +4446,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     if flags.output_graph in results:
         with extra('the record of the run'):
             facts['graph_checksum'] = results[flags.output_graph]
-            facts['seconds'] = time.time() - started.timestamp()
+            facts['seconds'] = time.monotonic() - start.monotonic
             write_record(create_record(images, backbone, head, tested, flags) | facts, flags)
     with extra('the pictures for TensorBoard'):
         write_pictures(images, head, tested, flags)

@@ -870,7 +870,7 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
     except (MemoryError, tf.errors.ResourceExhaustedError):
         raise  # a lack of memory says nothing about the image
     except PIL.UnidentifiedImageError:
-        raise ImageError(f'it is {name}, and damaged')
+        raise ImageError(f'it is {name}, and damaged, or of a kind that is not read')
     except Exception as error:  # Pillow has many kinds
         raise ImageError(f'it is {name}, and damaged ({describe(error)})')
     return turn(pixels, get_orientation(contents)) if is_upright else pixels

@@ -282,7 +282,7 @@ BAD = {
     'webp.jpg': (lambda p: (save(p, 'WEBP'), os.truncate(p, 200)), 'it is WebP, and damaged ('),
     'heic.jpg': (
         lambda p: p.write_bytes(b'\0\0\0\x24ftypheic' + b'\0' * 50),
-        'it is HEIC, and damaged',
+        'it is HEIC, and damaged, or of a kind that is not read',
     ),
     'eps.jpg': (lambda p: save(p, 'EPS'), 'it is EPS, which is not read'),
     'psd.jpg': (

@@ -1,7 +1,6 @@
 """What TensorBoard shows: curves, distributions, graph and pictures; and the table of classes."""
 
 import collections
-import datetime
 import importlib
 import io
 import itertools
@@ -342,7 +341,7 @@ def test_the_log_of_a_run_that_is_at_work_stays(job):
     """With distortions, a step may take longer than the whole of another run."""
     logs = job.folder / 'logs/train'
     logs.mkdir(parents=True)
-    host = tf_retrain.get_computer()
+    host, _ = tf_retrain.get_process()
     with subprocess.Popen(['cat'], stdin=subprocess.PIPE) as other:
         # A notebook may live on after its training: what counts is that the file is open.
         old = logs / f'events.out.tfevents.1.{host}.{other.pid}'
@@ -385,6 +384,11 @@ def test_events_of_the_future_are_old_ones(job):
     assert not events.exists()
 
 
+def clear_events(folder):
+    """As a run that starts now."""
+    tf_retrain.clear_events(str(folder), tf_retrain.note_start(str(folder)))
+
+
 @pytest.mark.parametrize(('seconds', 'stays'), [(-30, True), (30, True), (-99, False), (99, False)])
 def test_logs_of_other_computers_whose_clocks_differ(tmp_path, capsys, seconds, stays):
     """They may log to the same network drive."""
@@ -393,7 +397,7 @@ def test_logs_of_other_computers_whose_clocks_differ(tmp_path, capsys, seconds, 
     events.touch()
     modified = time.time() + seconds
     os.utime(events, (modified, modified))
-    tf_retrain.clear_events(str(tmp_path), datetime.datetime.now())
+    clear_events(tmp_path)
     assert events.exists() == stays
     assert ('another run logs to' in capsys.readouterr().out) == stays
 
@@ -405,7 +409,7 @@ def test_containers_on_this_computer_do_not_remove_logs_of_each_other(tmp_path, 
     log = tmp_path / f'train/events.out.tfevents.1.{socket.gethostname()}-1.{os.getpid()}'
     log.touch()
     os.utime(log, (time.time() - 9, time.time() - 9))
-    tf_retrain.clear_events(str(tmp_path), datetime.datetime.now())
+    clear_events(tmp_path)
     assert log.exists()
     assert 'WARNING: another run logs to' in capsys.readouterr().out
 
@@ -415,21 +419,24 @@ def test_the_logs_of_containers_that_have_ended_are_removed(tmp_path, capsys):
     for name in ('train', 'validation', 'test'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'events.out.tfevents.1.other.2').touch()
-    tf_retrain.clear_events(str(tmp_path), datetime.datetime.now())
+    clear_events(tmp_path)
     assert list(tmp_path.rglob('events*')) == []
     assert capsys.readouterr().out == ''
 
 
-def test_the_logs_of_this_run_stay_on_a_drive_whose_clock_is_wrong(tmp_path, capsys):
-    started = datetime.datetime.now()
+def test_the_logs_of_this_run_stay_whatever_the_clocks_say(tmp_path, capsys, monkeypatch):
+    """That of the drive is wrong, and that of this computer is set back during the run."""
+    start = tf_retrain.note_start(str(tmp_path))
+    past = time.time_ns() - 10**12
+    monkeypatch.setattr(time, 'time_ns', lambda: past)
     tf_retrain.SummaryWriter(f'{tmp_path}/suspects')
     (log,) = (tmp_path / 'suspects').iterdir()
     os.utime(log, (2**40, 2**40))
-    tf_retrain.clear_events(str(tmp_path), started)
+    tf_retrain.clear_events(str(tmp_path), start)
     assert log.exists()
     assert capsys.readouterr().out == ''
     # A notebook trains again: now it is the log of an earlier run.
-    tf_retrain.clear_events(str(tmp_path), started + datetime.timedelta(seconds=9))
+    clear_events(tmp_path)
     assert not log.exists()
 
 
