@@ -2451,7 +2451,9 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
             while batch := call_with_timeout(next, iterator, None):
                 yield batch
     except (tf.errors.OpError, multiprocessing.TimeoutError) as error:
-        reason = getattr(error, 'message', f'nothing came for {DATA_SERVICE_TIMEOUT} s')
+        reason = f'nothing came for {DATA_SERVICE_TIMEOUT} s'
+        if isinstance(error, tf.errors.OpError):
+            reason = describe(error)
         print(f'WARNING: {address} failed ({reason}).')
 
 
@@ -2910,11 +2912,11 @@ def report_headers(records: list[CacheRecord | None], is_upright: bool) -> int:
 
 def cache_bottlenecks(
     images: Images, backbone: Backbone, flags: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Returns bottlenecks, float32 [images, size], and which of them exist, bool [images].
+) -> tuple[Images, np.ndarray, dict[str, Any]]:
+    """Returns the images that can be read, and their bottlenecks, float32 [images, size].
 
-    The third value is how many images are stored sideways. Raises UserError if none of a class can
-    be read.
+    The third value is what the record of the run says of the images. Raises UserError if none of a
+    class can be read.
 
     What was computed is not read again: a float32 that is written as text and parsed is the same
     number.
@@ -2935,7 +2937,10 @@ def cache_bottlenecks(
         raise UserError(
             f"No image in the class folder '{folder}' can be read. Add some, or remove the folder."
         )
-    return cache.bottlenecks, readable, sideways
+    facts = {'sideways': sideways, 'unreadable': len(reasons)}
+    if not reasons:
+        return images, cache.bottlenecks, facts  # without a copy
+    return images.keep(readable), cache.bottlenecks[readable], facts
 
 
 # What the images say
@@ -4419,13 +4424,8 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     check_outputs_and_images(images, flags)
     backbone = load_backbone(flags)
     report_start(images, backbone)
-    facts: dict[str, Any] = {'started': str(start.time)}
-    bottlenecks, readable, facts['sideways'] = cache_bottlenecks(images, backbone, flags)
-    if not readable.all():
-        images = images.keep(readable)
-        bottlenecks = bottlenecks[readable]
+    images, bottlenecks, facts = cache_bottlenecks(images, backbone, flags)
     check_sets(images, flags)
-    facts['unreadable'] = int((~readable).sum())
     facts['duplicates'] = search_images(images, bottlenecks, flags)
     familiarity = None
     with extra('the familiarity'):
@@ -4445,6 +4445,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     results, failures = write_outputs(writers)
     if flags.output_graph in results:
         with extra('the record of the run'):
+            facts = {'started': str(start.time), **facts}
             facts['graph_checksum'] = results[flags.output_graph]
             facts['seconds'] = time.monotonic() - start.monotonic
             write_record(create_record(images, backbone, head, tested, flags) | facts, flags)

@@ -665,7 +665,7 @@ def embed_folder(bench, folder):
     flags = parse(*flags)
     images = tf_retrain.list_images(flags)
     backbone = tf_retrain.load_backbone(flags)
-    return images, tf_retrain.cache_bottlenecks(images, backbone, flags)[0]
+    return tf_retrain.cache_bottlenecks(images, backbone, flags)[:2]
 
 
 def accept(images, bottlenecks, foreign, seed):

@@ -149,8 +149,7 @@ class Job:
         flags = parse(*self.arguments(*more, **changes))
         images = tf_retrain.list_images(flags)
         backbone = tf_retrain.load_backbone(flags)
-        cached = tf_retrain.cache_bottlenecks(images, backbone, flags)
-        self.bottlenecks, self.readable, _ = cached
+        _, self.bottlenecks, _ = tf_retrain.cache_bottlenecks(images, backbone, flags)
         return self.capsys.readouterr().out
 
     def cache_file(self, file):

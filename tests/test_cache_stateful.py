@@ -218,12 +218,12 @@ class Cache(RuleBasedStateMachine):
             assert run.computed[str(self.image(name))] <= (not was_cached), name
         if run.result is None:
             return
-        bottlenecks, readable, _ = run.result
-        for name, bottleneck, is_readable in zip(before, bottlenecks, readable, strict=True):
-            expected = self.expected(name)
-            assert is_readable == (expected is not None), name
-            if is_readable:
-                np.testing.assert_array_equal(bottleneck, expected, name)
+        images, bottlenecks, _ = run.result
+        found = dict(zip(images.files, bottlenecks, strict=True))
+        expected = {name: self.expected(name) for name in before}
+        assert list(found) == [name for name in before if expected[name] is not None]
+        for name in found:
+            np.testing.assert_array_equal(found[name], expected[name], name)
 
     def check_finished(self, run, before):
         self.check(run, before)

@@ -29,8 +29,8 @@ def compare(job, monkeypatch):
             path = job.data / f'{name}.jpg'
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-        found = np.float32(bottlenecks), np.ones(len(names), bool), 0
-        monkeypatch.setattr(tf_retrain, 'cache_bottlenecks', lambda *arguments: found)
+        found = np.float32(bottlenecks)
+        monkeypatch.setattr(tf_retrain, 'cache_bottlenecks', lambda images, *_: (images, found, {}))
         return job.main(*more, **{'how_many_training_steps': '1', **changes})
 
     def get_set(path, *percentages):

@@ -396,8 +396,9 @@ def test_many_classes(job, monkeypatch, count):
     monkeypatch.setattr(
         tf_retrain, 'get_set', lambda path, *_: 'testing' if 'test' in path else 'training'
     )
-    found = bottlenecks, np.ones(images, bool), 0
-    monkeypatch.setattr(tf_retrain, 'cache_bottlenecks', lambda *arguments: found)
+    monkeypatch.setattr(
+        tf_retrain, 'cache_bottlenecks', lambda images, *_: (images, bottlenecks, {})
+    )
     out = job.main('--find_suspects=3', how_many_training_steps='2')
     assert len(out.splitlines()) < 70
     assert len(re.findall(r'^\d+ +1 +[01] +[01] ', out, re.MULTILINE)) == 20
