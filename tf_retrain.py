@@ -438,8 +438,8 @@ def quit_at_once(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-# What Ctrl-C does if there is nothing to finish. Linux drops each signal to the first process of a
-# container for which this process has no handler.
+# What Ctrl-C does if there is nothing to finish. The first process of a container needs a handler:
+# for this process, Linux takes SIG_DFL as SIG_IGN.
 QUIT = quit_at_once if os.getpid() == 1 else signal.SIG_DFL
 
 
@@ -2683,15 +2683,21 @@ class BottleneckCache:
         )
         old = self.records[row]
         self.records[row] = record  # this run goes by it, even if it cannot be written
-        text = json.dumps(vars(record))
-        # The old cache file is removed before the record is written. Otherwise, after a kill in
-        # between, retrain.py of 2017 would use it, and so would this program if the record is lost.
-        # Without an old record, there is none that is readable: trust_unrecorded() records all.
         if old is not None and old.outcome != outcome:
-            with contextlib.suppress(tf.errors.NotFoundError):
-                gfile.remove(follow_link(self.paths[row]))
+            self.remove_cache_file(row)
+        text = json.dumps(vars(record))
         write_whole(self.record_paths[row], text.encode())
         return True
+
+    def remove_cache_file(self, row: int) -> None:
+        """Removes the cache file of the old record of a row, before there is a new record.
+
+        If a kill left the file beside the new record, retrain.py of 2017 would use it, and so would
+        this program if the record is lost. A row without an old record has no such file, as
+        trust_unrecorded() makes a record for each one.
+        """
+        with contextlib.suppress(tf.errors.NotFoundError):
+            gfile.remove(follow_link(self.paths[row]))
 
     def try_to_save_record(
         self, row: int, image_digest: int | None, outcome: int | str, header: Header
@@ -2833,6 +2839,8 @@ class BottleneckCache:
             self.write_batch(found_rows, image_digests, bottlenecks)
             left.difference_update(found_rows.tolist())
             bar.update(len(found_rows))
+            if not left:  # a service may wait for a worker that has gone
+                break
             # Rows come in order. So a row below the last one found has failed, if it is left.
             if is_strict and left and min(left) < found_rows.max():
                 break
@@ -3204,6 +3212,7 @@ class FinalLayer:
         self.biases = np.zeros(class_count, np.float32)
         self.learning_rate = np.float32(learning_rate)
         self.steps = 0
+        self.problem = ''  # why the training ended before its last step, unless Ctrl-C ended it
 
     def evaluate(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
         """Evaluates bottlenecks, float [N, size], of classes, int [N].
@@ -3512,7 +3521,7 @@ def report_vanished(paths: set[str]) -> None:
     """Warns of images that could not be read again."""
     if paths:
         print(
-            f'WARNING: {len(paths)} images could no longer be read, and were not trained on: '
+            f'WARNING: {len(paths)} images could no longer be read, and are missing in some steps: '
             f'{name_some(sorted(paths))}'
         )
 
@@ -3548,8 +3557,11 @@ def train(
         batches = draw_batches(images, bottlenecks, backbone, flags)
         for step, (rows, batch) in enumerate(until_stopped(batches)):
             is_evaluated = step % flags.eval_step_interval == 0 or step == last
-            if rows.size:  # it is empty if none of the images to distort can be read any longer
+            if rows.size:
                 train_step(layer, batch, images.classes[rows], step, is_evaluated, logs['train'])
+            elif are_gone(images):  # with distortions, they are read again
+                layer.problem = f'images can no longer be read after {layer.steps} training steps'
+                break
             if is_evaluated:
                 drawn = images.draw('validation', flags.validation_batch_size, rng)
                 validate(layer, bottlenecks[drawn], images.classes[drawn], step, logs['validation'])
@@ -3561,6 +3573,12 @@ def train(
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
     return layer
+
+
+def are_gone(images: Images) -> bool:
+    """Tells whether no training image exists any longer, as on a drive that was removed."""
+    training_paths = (images.paths[row] for row in images.rows['training'])
+    return all(get_status(path).size < 0 for path in training_paths)
 
 
 def train_step(
@@ -4123,9 +4141,9 @@ def get_owner(path: str) -> tuple[str, ...]:
 def is_at_work(path: str, start: Start, ended: set) -> bool:
     """Tells whether another run still writes an event file, as far as can be told.
 
-    It does if the file was written since this run started. If it was not, a run on this computer
-    still has it open. One on another computer has written it up to OTHER_RUNS seconds before this
-    run started, and is not in `ended`, the owners of event files whose runs have ended.
+    It does if the file was written since this run started. Otherwise, a run on this computer does
+    if it has the file open, and one on another computer if it wrote the file up to OTHER_RUNS
+    seconds before this run started, and is not in `ended`: the owners of files that have ended.
     """
     if is_recent(path, start, margin=0):
         return True
@@ -4376,13 +4394,16 @@ def report_end(
     head: Head,
     flags: argparse.Namespace,
 ) -> None:
-    """Prints what was written, and what to do next; raises UserError if an output is missing."""
+    """Prints what was written, and what to do next; raises UserError if something went wrong."""
+    problems = [head.layer.problem] if head.layer.problem else []
     if failures:
-        problems = '; '.join(f'{output} ({reason})' for output, reason in failures.items())
+        reasons = '; '.join(f'{output} ({reason})' for output, reason in failures.items())
+        problems.append(f'could not be written: {reasons}')
+    if problems:
         written = ', '.join(output for output in writers if output not in failures)
         raise UserError(
-            f'could not be written: {problems}. Written: {written or "nothing"}. Fix this, and run '
-            'the same command again.'
+            f'{". ".join(problems)}. Written: {written or "nothing"}. Fix this, and run the same '
+            'command again.'
         )
     graph = shlex.quote(flags.output_graph)
     labels = shlex.quote(flags.output_labels)

@@ -138,8 +138,8 @@ def quit_at_once(number: int, frame: object) -> None:
     os._exit(128 + number)
 
 
-# What Ctrl-C does if there is nothing to finish. Linux drops each signal to the first process of a
-# container for which this process has no handler.
+# What Ctrl-C does if there is nothing to finish. The first process of a container needs a handler:
+# for this process, Linux takes SIG_DFL as SIG_IGN.
 QUIT = quit_at_once if os.getpid() == 1 else signal.SIG_DFL
 
 
@@ -458,8 +458,8 @@ def load_graph(path: str) -> Graph:
 def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> None:
     """Raises UserError if the labels file has the labels of the graph in another order.
 
-    That is so if a label has another one in its place, and is elsewhere in the file. All other
-    differences are only a warning, which names the first: people translate labels, and merge
+    That is so if a label of the graph is not on its own line of the file, but on another line. All
+    other differences are only a warning, which names the first: people translate labels, and merge
     classes by giving them one label. rank() raises UserError if there are more or fewer labels.
     """
     trained = graph.labels
@@ -507,7 +507,11 @@ def check_refusal_flags(classes: 'Classes', graph: Graph, flags: argparse.Namesp
 
 def is_folder(path: str) -> bool:
     """Tells whether a path is a folder, also one such as gs://bucket/folder."""
-    return os.path.isdir(to_bytes(path)) or ('://' in path and gfile.isdir(path))
+    if os.path.isdir(to_bytes(path)):
+        return True
+    with contextlib.suppress(UnicodeError):  # a name that is not UTF-8
+        return '://' in path and gfile.isdir(path)
+    return False
 
 
 def is_linked_folder(path: str) -> bool:
@@ -644,7 +648,7 @@ def place(path: str, class_folder: str, target_dir: str) -> None:
             with contextlib.suppress(FileExistsError):  # another run was faster
                 link_or_copy(source, target)
                 return
-        elif os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):
+        if os.path.isfile(target) and filecmp.cmp(source, target, shallow=False):
             return
 
 
@@ -1356,7 +1360,8 @@ class Classes:
         pairs = list(zip(self.folders, self.labels, strict=True))
         of_folders = {folder: of_labels[label] for folder, label in pairs}
         of_trained_labels = {get_label(folder): of_labels[label] for folder, label in pairs}
-        # Labels without a-z have kept their capitals.
+        # get_label() keeps the capitals of names without a-z and 0-9, such as 'КОТ'. So find() also
+        # looks for the name in small letters.
         of_small_letters = {label.lower(): index for label, index in of_trained_labels.items()}
         return of_small_letters | of_trained_labels | of_labels | of_folders
 
@@ -1407,10 +1412,10 @@ class Tally:
     unfamiliar: int = 0  # images with a label although they are unlike those of the training
     sideways: int = 0
     not_new: int = 0  # images that the training used for more than its test
-    refused: int = 0  # new images in class folders whose label is UNSURE or UNKNOWN
+    refused: int = 0  # new images in class folders that got UNSURE or UNKNOWN
     other_folders: set[str] = dataclasses.field(default_factory=set)
     counted: set[pathlib.PurePath] = dataclasses.field(default_factory=set)  # real paths
-    # One for each new image in a class folder whose label is that of a class:
+    # One for each new image in a class folder, unless the image got UNSURE or UNKNOWN:
     true_classes: list[int] = dataclasses.field(default_factory=list)
     predictions: list[int] = dataclasses.field(default_factory=list)
 

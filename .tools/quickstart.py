@@ -13,6 +13,7 @@ import hashlib
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -120,10 +121,17 @@ def choose_model() -> list[str]:
 def run(script: str, *arguments: str) -> int:
     """Runs a script, which says why if it fails; returns its exit code.
 
-    Ctrl-C reaches the script too. A training that has begun ends early then, and succeeds.
+    Ctrl-C reaches the script too, and SIGTERM is passed on. A training that has begun ends early
+    then, and succeeds.
     """
     print('\n$ python3', script, *arguments, flush=True)
     process = subprocess.Popen([sys.executable, script, *arguments], cwd=ROOT)
+
+    def pass_on(*signal_and_frame: object) -> None:
+        process.terminate()
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, pass_on)
     is_stopped = False
     while True:
         try:
@@ -131,6 +139,7 @@ def run(script: str, *arguments: str) -> int:
             break
         except KeyboardInterrupt:
             is_stopped = True
+    signal.signal(signal.SIGTERM, previous)
     if is_stopped and code:
         raise KeyboardInterrupt
     return code

@@ -132,6 +132,19 @@ def test_a_service_that_fails_says_why_at_once(job, monkeypatch, address):
     assert len(created(out)) == 60
 
 
+def test_a_service_is_not_waited_for_when_all_has_come(job, monkeypatch, address):
+    """It waits for a worker that was ended before the run."""
+
+    def run_service(*arguments, original=tf_retrain.run_service):
+        yield from original(*arguments)
+        raise AssertionError('the service was asked for more')
+
+    monkeypatch.setattr(tf_retrain, 'run_service', run_service)
+    image_dir = job.photographs(cat=20, dog=20).data
+    out = job.cache(image_dir=image_dir, data_service=address)
+    assert out.count('Creating bottleneck at') == 40
+
+
 @pytest.mark.parametrize('address', ['localhost:1', 'a..b:5000', 'localhost:99999'])
 def test_a_service_that_is_not_there(job, address):
     match = f'--data_service: grpc://{address} does not answer .*Start it, or leave'

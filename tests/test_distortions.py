@@ -1,10 +1,11 @@
 """Distorted training images: what is done to them, and runs that lose images on the way."""
 
+import json
 import re
 
 import numpy as np
 import pytest
-from helpers import get_scores, get_set, parse, read_events, write_mobilenet
+from helpers import GRAPH, get_scores, get_set, parse, read_events, write_mobilenet
 
 import tf_retrain
 
@@ -92,7 +93,7 @@ def test_images_that_vanish_are_missing_from_their_steps(job, monkeypatch):
     out = job.main('--flip_left_right', how_many_training_steps='25', train_batch_size='40')
     assert 'Step 24: Train accuracy' in out
     names = ', '.join(str(path.relative_to(job.folder)) for path in gone)
-    warning = 'WARNING: 2 images could no longer be read, and were not trained on: '
+    warning = 'WARNING: 2 images could no longer be read, and are missing in some steps: '
     assert re.findall('^.* could no longer be read.*$', out, re.MULTILINE) == [warning + names]
     scores = get_scores(job.graph(), (job.data / 'dog/dog 0.jpg').read_bytes())
     assert scores.argmax() == 1
@@ -106,6 +107,28 @@ def test_without_any_image_the_old_graph_stays(job, monkeypatch):
     out = job.fails(message, '--flip_left_right', how_many_training_steps='12')
     assert re.search(r'WARNING: \d+ images could no longer be read, .* and \d+ more\n', out)
     assert job.graph() == before
+
+
+def test_a_drive_that_is_removed_ends_the_training(job, monkeypatch):
+    """What was learned until then is written, and the last line says that it is not all."""
+    monkeypatch.setattr(tf_retrain, 'DISTORTED_STEPS', 2)
+    step = tf_retrain.train_step
+
+    def train_step(layer, *arguments):
+        if layer.steps == 3:
+            (job.folder / 'data').rename(job.folder / 'gone')
+        step(layer, *arguments)
+
+    monkeypatch.setattr(tf_retrain, 'train_step', train_step)
+    flags = {'how_many_training_steps': '50', 'train_batch_size': '10'}
+    job.photographs(cat=30, dog=30)
+    written = ', '.join(job.flags[name] for name in ('output_graph', 'output_labels'))
+    message = rf'^images can no longer be read after \d training steps. Written: {written}. Fix'
+    out = job.fails(message, '--flip_left_right', **flags)
+    assert 'Final test accuracy = ' in out
+    record = json.loads((job.folder / f'{GRAPH}.json').read_text())
+    assert 3 <= record['steps'] < 10
+    assert job.graph().node[-1].name == 'final_result'
 
 
 def test_images_are_regrouped_by_step():

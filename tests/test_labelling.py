@@ -227,6 +227,19 @@ def test_a_copy_does_not_replace_one_that_came_meanwhile(tmp_path, monkeypatch):
     assert found == {'x.jpg': b'of another run', 'x 2.jpg': b'own'}
 
 
+def test_two_runs_that_sort_the_same_images_at_once(tmp_path, monkeypatch):
+    (tmp_path / 'x.jpg').write_bytes(b'own')
+    link = os.link
+
+    def link_late(source, target):
+        link(source, target)  # by the other run
+        link(source, target)
+
+    monkeypatch.setattr(os, 'link', link_late)
+    tf_test.place(f'{tmp_path}/x.jpg', 'cat', f'{tmp_path}/sorted')
+    assert os.listdir(tmp_path / 'sorted/cat') == ['x.jpg']
+
+
 def test_copies_to_another_disk(label, tmp_path, monkeypatch):
     """There are links on each of the two, but none from one to the other."""
     link = os.link
@@ -422,12 +435,13 @@ def test_names_that_are_not_utf_8(trained, tmp_path):
     os.mkdir(folder)
     with open(os.path.join(folder, b'\xff.jpg'), 'wb') as file:
         file.write(trained.test_image().read_bytes())
-    arguments = tmp_path / 'in', os.fsdecode(b'\xfe.jpg'), *FILES
+    missing = os.fsdecode(b'\xfe.jpg'), os.fsdecode(b'gs://bucket/\xfe.jpg')
+    arguments = tmp_path / 'in', *missing, *FILES
     process = run('tf_test.py', *arguments, cwd=trained.folder, check=False)
     assert len(process.stdout.splitlines()) == 1
-    failure, summary = process.stderr.splitlines()
-    assert 'cannot be read' in failure
-    assert summary == 'ERROR: 1 of 2 images could not be labeled.'
+    *failures, summary = process.stderr.splitlines()
+    assert all('cannot be read' in failure for failure in failures)
+    assert summary == 'ERROR: 2 of 3 images could not be labeled.'
 
 
 def test_images_that_do_not_exist_do_not_go_through_the_network(label, monkeypatch):

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -220,6 +221,23 @@ def test_ctrl_c_leaves_a_script_the_time_to_finish(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         quickstart.run('tf_retrain.py')
     assert quickstart.run('tf_retrain.py') == 1
+
+
+def test_kill_is_passed_on_to_the_script(monkeypatch):
+    process = mock.Mock()
+
+    def wait():
+        if not process.terminate.called:
+            signal.raise_signal(signal.SIGTERM)
+        return 130
+
+    process.wait = wait
+    monkeypatch.setattr(quickstart.subprocess, 'Popen', lambda *command, **options: process)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        quickstart.run('tf_retrain.py')
+    assert process.terminate.call_count == 1
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_class_folders_are_those_of_the_training(project):
