@@ -1424,7 +1424,7 @@ class Tally:
         self.sideways += answer.orientation > 1
         is_unfamiliar = answer.familiarity is not None and answer.familiarity <= UNFAMILIAR
         is_refused = label == UNKNOWN and label not in self.classes.labels
-        self.unfamiliar += is_unfamiliar and not is_refused
+        self.unfamiliar += bool(is_unfamiliar and not is_refused)
         if not self.classes.roots:  # the accuracy is only for folders
             return
         index = self.classes.find(path)
