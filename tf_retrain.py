@@ -110,13 +110,29 @@ def checked(convert: Callable, is_valid: Callable, rule: str) -> Callable:
     return parse
 
 
+def decode_url(text: str) -> str:
+    """Returns the path in a URL such as 'file:///my%20data'; any other text unchanged."""
+    if not text.startswith('file://'):
+        return text
+    path = text.removeprefix('file://').removeprefix('localhost')
+    if os.sep == '\\':
+        path = path.lstrip('/')  # of /C:/data
+    return urllib.parse.unquote(path, errors='surrogateescape').replace('\0', '%00')
+
+
 def to_path(text: str) -> str:
-    """Returns the system's path for one that a user wrote: '~/data', or 'file:///my%20data'."""
-    if text.startswith('file://'):
-        path = text.removeprefix('file://').removeprefix('localhost')
-        path = path.lstrip('/') if os.sep == '\\' else path  # of /C:/data
-        text = urllib.parse.unquote(path, errors='surrogateescape').replace('\0', '%00')
-    return os.path.expanduser(text)
+    """Returns the system's path for one that a user wrote: '~/data', or 'file:///my%20data'.
+
+    TensorFlow takes link/../x for x, but the system for what is beside the target of the link. Such
+    a path becomes an absolute one without links, which is the same for both.
+    """
+    path = os.path.expanduser(decode_url(text))
+    if '..' in path and '://' not in path:
+        bytes_path = path.encode(errors='surrogateescape')
+        real_path = os.path.realpath(bytes_path)
+        if real_path != os.path.realpath(os.path.normpath(bytes_path)):
+            return real_path.decode(errors='surrogateescape')
+    return path
 
 
 PERCENTAGE = checked(int, lambda value: 0 <= value <= 100, 'a whole number from 0 to 100')

@@ -348,6 +348,17 @@ def test_the_path_in_an_error_stays_relative():
     assert tf_retrain.describe(OSError('../b/x.tmp; No space left.')) == '../b/x.tmp; No space left'
 
 
+@pytest.mark.posix
+def test_the_folder_above_the_target_of_a_link(tmp_path, monkeypatch):
+    """The split depends on --image_dir as typed: so other paths stay."""
+    (tmp_path / 'real/deep').mkdir(parents=True)
+    (tmp_path / 'link').symlink_to('real/deep')
+    monkeypatch.chdir(tmp_path)
+    assert tf_retrain.to_path('link/../x') == f'{tmp_path.resolve()}/real/x'
+    for path in ('real/../x', '../data/', 'link/x', 'a..b', '/..'):
+        assert tf_retrain.to_path(path) == path
+
+
 def test_urls_of_files_are_decoded():
     """As file managers write them."""
     assert tf_retrain.to_path('file:///my%20data/%C3%A4') == '/my data/ä'
