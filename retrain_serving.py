@@ -1235,7 +1235,8 @@ def warn_of_labels(paths: dict[str, str]) -> None:
 def check_nohash(image_dir: str, class_folders: Iterable[str]) -> None:
     """Warns of class folders whose images would all be in one set.
 
-    That is so behind '_nohash_', as get_stem() cuts it off. Raises UserError if it is in image_dir.
+    If the path of a folder has '_nohash_', get_stem() cuts off all that follows. Raises UserError
+    if image_dir itself has it.
     """
     if '_nohash_' in image_dir:
         raise UserError(
@@ -3388,8 +3389,8 @@ def choose_neighbors(
     is_other holds for all but the image itself, and is_distinct for those of them that are no near
     copies of it. The distinct ones are chosen if both hold:
     - There are at least `needed` of them.
-    - At least `needed` of them are of the image's class, or at least half of all others of this
-      class.
+    - At least `needed` of them are of the image's class, or at least half of the references of this
+      class, where near copies count and the image itself does not.
     Otherwise, the nearest ones would be of other classes, and the image would look unfamiliar. So
     near copies count then, too.
     """

@@ -1425,7 +1425,7 @@ class Tally:
     images: int = 0
     failed: int = 0
     placed: Counter[str] = dataclasses.field(default_factory=Counter)  # by folder of --sort_into
-    unfamiliar: int = 0  # images with a label although they are unlike those of the training
+    unfamiliar: int = 0  # images unlike those of the training that did not get UNKNOWN
     sideways: int = 0
     not_new: int = 0  # images that the training used for more than its test
     refused: int = 0  # new images in class folders that got UNSURE or UNKNOWN
@@ -1439,8 +1439,8 @@ class Tally:
         """Counts an image and its label."""
         self.sideways += answer.orientation > 1
         is_unfamiliar = answer.familiarity is not None and answer.familiarity <= UNFAMILIAR
-        is_refused = label == UNKNOWN and label not in self.classes.labels
-        self.unfamiliar += bool(is_unfamiliar and not is_refused)
+        is_unknown = label == UNKNOWN and label not in self.classes.labels  # not a class
+        self.unfamiliar += bool(is_unfamiliar and not is_unknown)
         if not self.classes.roots:  # the accuracy is only for folders
             return
         index = self.classes.find(path)
