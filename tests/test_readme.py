@@ -82,7 +82,7 @@ def test_data(tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in train_dir.iterdir()}
     write_photographs(tmp_path, 'photographs', 2, COLOURS[2])
     rows = 'file,label', 'photographs 0.jpg,bird', 'photographs 1.jpg,cat'
-    (tmp_path / 'labels.csv').write_text('\n'.join(rows))
+    (tmp_path / 'labels.csv').write_text('\n'.join(rows), 'utf-8-sig')  # as Excel does
     Image.fromarray(np.arange(0, 4096, 2, np.uint16).reshape(32, 64)).save('scan.png')
     names = {'name': 'data/cat/cat.0.jpg', 'validation_percentage': 10, 'testing_percentage': 10}
     reader = Reader(tmp_path, **names).follow('data/README.md')
