@@ -31,7 +31,6 @@ import platform
 import posixpath
 import re
 import shlex
-import shutil
 import signal
 import socket
 import stat
@@ -805,11 +804,21 @@ def create_hidden_name() -> str:
     return f'.{uuid.uuid4().hex[:8]}.tmp'
 
 
+def keep_rights(path: str, temporary: str) -> None:
+    """Gives a temporary file the rights of the file that it will replace, if that has its owner.
+
+    If another user has made that file private, this user must be able to read the new one.
+    """
+    with contextlib.suppress(OSError):  # there is no file yet, or it is on gs:// and the like
+        status = os.stat(to_bytes(path))
+        if status.st_uid == os.stat(to_bytes(temporary)).st_uid:
+            os.chmod(to_bytes(temporary), stat.S_IMODE(status.st_mode))
+
+
 def write_whole(path: str, contents: bytes) -> None:
     """Writes a file so that `path` holds all of `contents` or is left as it was.
 
     That holds whenever the program is stopped. A symbolic link stays a link: its target is written.
-    The rights of an existing file are kept.
     """
     path = follow_link(path)
     folder = os.path.dirname(path)
@@ -818,8 +827,7 @@ def write_whole(path: str, contents: bytes) -> None:
     try:
         with gfile.GFile(temporary, 'wb') as file:
             file.write(contents)
-        with contextlib.suppress(OSError):  # there is no file yet, or it is on gs:// and the like
-            shutil.copymode(to_bytes(path), to_bytes(temporary))
+        keep_rights(path, temporary)
         gfile.rename(temporary, path, overwrite=True)
     except BaseException:
         with contextlib.suppress(tf.errors.OpError):
@@ -1039,10 +1047,12 @@ def get_label(folder: str) -> str:
 
     That is its name in lower case. Each run of characters other than a-z and 0-9 becomes one space,
     or nothing at either end. If nothing is left, the original's label was ' ', and here it is the
-    name as it is, in the form NFC: macOS has another form of some names, which looks the same.
+    name as it is. Names that look the same have the same label: macOS stores letters such as 'ä' in
+    another form, which becomes NFC.
     """
-    label = re.sub(r'[^a-z0-9]+', ' ', folder.lower()).strip()
-    return label or ' '.join(unicodedata.normalize('NFC', folder).split())
+    name = unicodedata.normalize('NFC', folder)
+    label = re.sub(r'[^a-z0-9]+', ' ', name.lower()).strip()
+    return label or ' '.join(name.split())
 
 
 def get_stem(path: str) -> str:
@@ -1343,10 +1353,13 @@ def list_split_folders(image_dir: str, set_folders: dict[str, str]) -> dict[str,
         if set_folders[set_folder] == 'training':
             missing = [name for name in classes if name not in folders]
             if missing:
-                raise UserError(
-                    f'{path} has no images of: {name_some(missing)}. Add some there, or rename or '
-                    'remove these folders in the other sets.'
-                )
+                labels = [get_label(name) for name in folders]
+                advice = 'Add some there, or rename or remove these folders in the other sets.'
+                if get_label(missing[0]) in labels:
+                    advice = (
+                        'A folder there has nearly this name: give both the same, letter by letter.'
+                    )
+                raise UserError(f'{path} has no images of: {name_some(missing)}. {advice}')
             report_small_folders(path, folders)
         for name, images in folders.items():
             files_of_class[name] += [os.path.join(set_folder, name, image) for image in images]
@@ -3803,6 +3816,8 @@ def describe_class(
 
 # Outputs
 
+SAVED_MODEL = 'the SavedModel'  # an output of retrain_serving.py
+
 
 def freeze(value: np.ndarray, name: str) -> tf.Tensor:
     """Returns a constant behind an Identity, as TensorFlow freezes a variable."""
@@ -4423,10 +4438,12 @@ def report_end(
         reasons = '; '.join(f'{output} ({reason})' for output, reason in failures.items())
         problems.append(f'could not be written: {reasons}')
     if problems:
-        written = ', '.join(output for output in writers if output not in failures)
+        written = [output for output in writers if output not in failures]
+        advice = 'Fix this, and run the same command again.'
+        if SAVED_MODEL in written:
+            advice = 'Fix this, and run the command again with a new --saved_model_dir.'
         raise UserError(
-            f'{". ".join(problems)}. Written: {written or "nothing"}. Fix this, and run the same '
-            'command again.'
+            f'{". ".join(problems)}. Written: {", ".join(written) or "nothing"}. {advice}'
         )
     graph = shlex.quote(flags.output_graph)
     labels = shlex.quote(flags.output_labels)
@@ -4485,7 +4502,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     head = Head(layer, images.labels, familiarity)
     writers = create_writers(backbone, head, flags)
     if export:
-        writers['the SavedModel'] = functools.partial(export, backbone, head)
+        writers[SAVED_MODEL] = functools.partial(export, backbone, head)
     results, failures = write_outputs(writers)
     if flags.output_graph in results:
         with extra('the record of the run'):

@@ -1351,10 +1351,12 @@ def get_label(folder: str) -> str:
 
     That is its name in lower case. Each run of characters other than a-z and 0-9 becomes one space,
     or nothing at either end. If nothing is left, the original's label was ' ', and here it is the
-    name as it is, in the form NFC: macOS has another form of some names, which looks the same.
+    name as it is. Names that look the same have the same label: macOS stores letters such as 'ä' in
+    another form, which becomes NFC.
     """
-    label = re.sub(r'[^a-z0-9]+', ' ', folder.lower()).strip()
-    return label or ' '.join(unicodedata.normalize('NFC', folder).split())
+    name = unicodedata.normalize('NFC', folder)
+    label = re.sub(r'[^a-z0-9]+', ' ', name.lower()).strip()
+    return label or ' '.join(name.split())
 
 
 @dataclasses.dataclass(frozen=True)

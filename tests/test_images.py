@@ -34,6 +34,8 @@ from tf_retrain import UserError, tf
         ('---', '---'),
         (' ', ''),
         ('ハ\u309aン', 'パン'),  # as macOS writes it
+        ('Ga\u0308nse', 'g nse'),
+        ('Gänse', 'g nse'),
     ],
 )
 def test_labels(folder, label):
@@ -156,6 +158,7 @@ def test_the_path_is_hashed_as_typed(touch, tmp_path, typed):
         (['d/cat/1.jpg'], "--image_dir: 'd' has 1 class folder with images"),
         (['d/Cat/1.jpg', 'd/cat/1.jpg'], "d/Cat and d/cat have the same label 'cat'"),
         (['d/パン/1.jpg', 'd/ハ\u309aン/1.jpg'], "have the same label 'パン'"),
+        (['d/Gänse/1.jpg', 'd/Ga\u0308nse/1.jpg'], "have the same label 'g nse'"),
         (['d/a-b/1.jpg', 'd/a b/1.jpg'], "d/a b and d/a-b have the same label 'a b'"),
         (['d/ /1.jpg', 'd/cat/1.jpg'], 'blank'),
     ],

@@ -51,6 +51,7 @@ def test_an_output_that_fails_is_the_only_one_that_is_missing(job, monkeypatch, 
         assert error is None
     else:
         assert f'could not be written: {failing} (No space left on device). Written: ' in error
+        assert error.endswith('Fix this, and run the command again with a new --saved_model_dir.')
 
 
 @pytest.mark.parametrize(
@@ -342,6 +343,19 @@ def test_outputs_keep_their_rights(job):
         (job.folder / name).chmod(0o600)
     job.main()
     assert {(job.folder / name).stat().st_mode & 0o777 for name in names} == {0o600}
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid(), reason='only root gives files away')
+def test_rights_of_files_of_other_users_are_not_kept(tmp_path):
+    """In a cache that several users share, the next one must be able to read the new file."""
+    path = tmp_path / 'x.txt'
+    for owner, is_kept in ((os.geteuid(), True), (12345, False)):
+        path.write_text('old')
+        path.chmod(0o600)
+        os.chown(path, owner, -1)
+        tf_retrain.write_whole(str(path), b'new')
+        assert path.read_text() == 'new'
+        assert (path.stat().st_mode & 0o777 == 0o600) == is_kept
 
 
 def test_the_path_in_an_error_stays_relative():

@@ -245,8 +245,13 @@ def test_class_folders_are_those_of_the_training(project):
     assert quickstart.IMAGE_EXTENSIONS == tf_retrain.IMAGE_EXTENSIONS
     touch(project, 'data/cat/IMG_1.HEIC', 'data/dog/.hidden.jpg', 'data/dog/x.txt')
     assert quickstart.list_classes() == {'cat': ['IMG_1.HEIC']}
+    touch(project, 'data/training')  # a list of names, for example
+    assert quickstart.list_classes() == {'cat': ['IMG_1.HEIC']}
+    (project / 'data/training').unlink()
     shutil.rmtree(project / 'data/cat')
     touch(project, 'data/Training/cat/1.webp', 'data/test/cat/2.jpg')
     assert quickstart.list_classes() == {'Training/cat': ['1.webp']}
     touch(project, 'bottlenecks/Training/cat/1.webp.txt')
-    assert quickstart.find_readable(quickstart.list_classes()) == 'data/Training/cat/1.webp'
+    classes = quickstart.list_classes()
+    assert quickstart.find_readable(classes, []) == 'data/Training/cat/1.webp'
+    assert quickstart.find_readable(classes, [quickstart.MOBILENET_FLAG]) is None
