@@ -464,6 +464,7 @@ def prepare_process() -> None:
     Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are read as
     UTF-8 in any locale. Standard streams that the shell has closed are opened again: otherwise the
     next files would get their numbers, and what TensorFlow's libraries print would end up there.
+    They wait: Node.js leaves pipes in a mode in which print() loses text that nobody has read yet.
     TensorFlow imports Keras, which would fail if the shell names a backend that is not installed.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -472,6 +473,9 @@ def prepare_process() -> None:
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
+    for stream in range(3):
+        with contextlib.suppress(AttributeError, OSError):  # on Windows
+            os.set_blocking(stream, True)
 
 
 @contextlib.contextmanager
@@ -1383,7 +1387,7 @@ def list_images(flags: argparse.Namespace) -> Images:
     if len(labels) < 2:
         raise UserError(
             f"--image_dir: '{image_dir}' has {len(labels) or 'no'} class folder with images. "
-            'Two or more are needed: put the images of each class into a folder of its own.'
+            f'Two or more are needed: {suggest_class_folders(image_dir)}.'
         )
     files = list(itertools.chain.from_iterable(files_of_class.values()))
     counts = [len(names) for names in files_of_class.values()]
@@ -1400,6 +1404,15 @@ def list_images(flags: argparse.Namespace) -> Images:
     if set_folders:
         report_set_folders(images)
     return images
+
+
+def suggest_class_folders(image_dir: str) -> str:
+    """Returns what to do about a folder without class folders."""
+    for name in list_dir(image_dir):
+        path = os.path.join(image_dir, name)
+        if has_class_folders(path):  # such as train/
+            return f'those in {path} are used with --image_dir={path}'
+    return 'put the images of each class into a folder of its own'
 
 
 def report_set_folders(images: Images) -> None:
@@ -2484,6 +2497,8 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
         reason = f'nothing came for {DATA_SERVICE_TIMEOUT} s'
         if isinstance(error, tf.errors.OpError):
             reason = describe(error)
+        elif urllib.request.getproxies():
+            reason += '; it may be the proxy: no_proxy must name the dispatcher and the workers'
         print(f'WARNING: {address} failed ({reason}).')
 
 

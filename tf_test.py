@@ -165,6 +165,7 @@ def prepare_process() -> None:
     Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are read as
     UTF-8 in any locale. Standard streams that the shell has closed are opened again: otherwise the
     next files would get their numbers, and what TensorFlow's libraries print would end up there.
+    They wait: Node.js leaves pipes in a mode in which print() loses text that nobody has read yet.
     TensorFlow imports Keras, which would fail if the shell names a backend that is not installed.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -173,6 +174,9 @@ def prepare_process() -> None:
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
+    for stream in range(3):
+        with contextlib.suppress(AttributeError, OSError):  # on Windows
+            os.set_blocking(stream, True)
 
 
 @contextlib.contextmanager

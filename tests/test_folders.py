@@ -88,6 +88,13 @@ def test_classes_that_are_missing_in_a_set(touch, capsys):
         list_images()
 
 
+def test_the_folder_that_has_the_class_folders_is_named(touch):
+    """As after unpacking an archive that has only the training images."""
+    create_split(touch, 'train')
+    with pytest.raises(UserError, match='those in d/train are used with --image_dir=d/train.$'):
+        list_images()
+
+
 @pytest.mark.parametrize('name', ['パン', 'Gänse'])
 def test_a_name_that_only_looks_the_same_in_another_set(touch, name):
     """Of two archives, one was made on a Mac."""

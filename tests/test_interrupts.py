@@ -89,6 +89,23 @@ def signals():
     tf_retrain.stop_requested.clear()
 
 
+@pytest.mark.posix
+def test_standard_streams_wait_for_their_reader():
+    """Node.js may leave a pipe in a mode in which print() would lose what does not fit into it."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    command = [
+        sys.executable,
+        '-c',
+        'import tf_test; tf_test.prepare_process(); print("x" * 10**6)',
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stdout=writer) as process:
+        os.close(writer)
+        with open(reader) as stream:
+            assert len(stream.readline()) == 10**6 + 1
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize('signum', STOPS)
 @pytest.mark.parametrize('is_stopped', [False, True])
 def test_the_first_process_of_a_container_can_be_stopped(signum, is_stopped):
