@@ -2037,6 +2037,25 @@ def get_keras_home() -> str:
     return os.environ.get('KERAS_HOME', os.path.expanduser('~/.keras'))
 
 
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """Has Keras compute in float32, and give up downloads that hang.
+
+    A notebook gets back what it has set, such as mixed precision.
+    """
+    import keras
+
+    policy = keras.config.dtype_policy()
+    timeout = socket.getdefaulttimeout()
+    keras.config.set_dtype_policy('float32')
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # Keras would wait forever
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(policy)
+        socket.setdefaulttimeout(timeout)
+
+
 def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
     """Calls a function of Keras Applications, which downloads the weights if need be.
 
@@ -2045,17 +2064,14 @@ def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
     if get_keras_home() == model_dir:  # by prepare_keras()
         # If it is not writable, Keras takes another folder, under /tmp, without a word.
         ensure_writable_dir(model_dir, '--model_dir')
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # Keras would wait forever
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # the progress, as that of other downloads
+        # The progress goes where that of other downloads goes.
+        with own_settings(), contextlib.redirect_stdout(sys.stderr):
             return create(include_top=False, input_shape=[side, side, 3], pooling='avg')
     except (MemoryError, tf.errors.ResourceExhaustedError):
         raise
     except Exception as error:  # Keras has no class of its own for what fails
         raise UserError(explain_keras_error(error))
-    finally:
-        socket.setdefaulttimeout(timeout)
 
 
 def explain_keras_error(error: Exception) -> str:

@@ -13,6 +13,7 @@ import pytest
 from helpers import (
     GRAPH,
     ROOT,
+    check_same_bottlenecks,
     classify_images,
     created,
     label_images,
@@ -232,6 +233,19 @@ def test_bottlenecks_are_those_of_keras(job, keras_host, name, side, prepare):
     expected = network(prepare(resized)).numpy()
     assert np.ptp(expected, axis=0).max() > 0
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_notebook_that_computes_in_half_precision(job, keras_host):
+    """Its bottlenecks are the same as those of a command, and its setting stays."""
+    job.photographs(cat=20, dog=20).cache('--architecture=ResNet50V2')
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy('mixed_bfloat16')
+    try:
+        job.cache('--architecture=ResNet50V2', bottleneck_dir='notebook')
+        assert keras.config.dtype_policy().name == 'mixed_bfloat16'
+    finally:
+        keras.config.set_dtype_policy(before)
+    check_same_bottlenecks(job.folder / 'bottlenecks', job.folder / 'notebook')
 
 
 def test_a_network_by_its_name(job, keras_host):
