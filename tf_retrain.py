@@ -623,6 +623,7 @@ class OptionalOutput:
             return len(text)
 
 
+KEPT = 'What was computed so far is kept: fix this, and run the same command again.'
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What a first signal does, and its handler. A second one ends the program at once.
 #   before the training: ends the run with exit code 130                    stop_run
@@ -720,7 +721,6 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
     if not isinstance(sys.stdout, OptionalOutput):  # an earlier run of the program may have set it
         sys.stdout = OptionalOutput(sys.stdout or open(os.devnull, 'w'))  # type: ignore[assignment]
         sys.stderr = OptionalOutput(sys.stderr or open(os.devnull, 'w'))  # type: ignore[assignment]
-    advice = 'What was computed so far is kept: fix this, and run the same command again.'
     try:
         with stoppable():
             job(flags)
@@ -728,9 +728,9 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
     except UserError as error:
         problem = str(error)
     except MemoryError:
-        problem = f'the memory is full. Close other programs, or lower the sizes. {advice}'
+        problem = f'the memory is full. Close other programs, or lower the sizes. {KEPT}'
     except (tf.errors.OpError, OSError, UnicodeError) as error:
-        problem = f'{describe(error)}. {advice}'
+        problem = f'{describe(error)}. {KEPT}'
     except KeyboardInterrupt:
         problem = None
     except Exception:
@@ -1169,6 +1169,8 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
         path = os.path.join(image_dir, name)
         if name.startswith('.') or not gfile.isdir(path):
             loose_images += is_image(name)
+            if not gfile.exists(path):  # such as a link to a drive that is not mounted
+                print(f'WARNING: {escape(path)} leads nowhere. It is not used as a class.')
             continue
         try:
             folders[name] = list_class_folder(path)
@@ -2921,6 +2923,9 @@ class BottleneckCache:
             failed = failed[:1]  # those behind it may not have been tried
         reasons = {}
         for row in until_stopped(failed):
+            folder = os.path.dirname(self.images.paths[row])
+            if not gfile.isdir(folder):
+                raise UserError(f"--image_dir: '{folder}' is no longer there. Restore it. {KEPT}")
             reasons[row], image_digest = explain_unreadable(self.images.paths[row])
             if image_digest is not None:
                 self.try_to_save_record(row, image_digest, reasons[row], Header())

@@ -88,6 +88,16 @@ def test_classes_that_are_missing_in_a_set(touch, capsys):
         list_images()
 
 
+@pytest.mark.posix
+def test_a_link_that_leads_nowhere_is_named(touch, tmp_path, capsys):
+    """Such as one to a drive that is not mounted."""
+    touch('d/cat/1.jpg', 'd/dog/1.jpg')
+    (tmp_path / 'd/fox').symlink_to(tmp_path / 'drive/fox')
+    assert list_images().labels == ['cat', 'dog']
+    expected = 'WARNING: d/fox leads nowhere. It is not used as a class.\n'
+    assert expected in capsys.readouterr().out
+
+
 def test_the_folder_that_has_the_class_folders_is_named(touch):
     """As after unpacking an archive that has only the training images."""
     create_split(touch, 'train')

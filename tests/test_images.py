@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 import pytest
-from helpers import Job, build_model, created, parse, run_v1
+from helpers import COLOURS, Job, build_model, created, parse, run_v1, write_photographs
 from PIL import Image
 
 import tf_retrain
@@ -444,6 +444,27 @@ def test_an_image_that_vanishes_before_it_is_read(job, monkeypatch):
     monkeypatch.undo()
     path.write_bytes(contents)
     assert created(job.cache()) == ['cat/cat 0.jpg']
+
+
+def test_a_drive_that_is_removed_while_bottlenecks_are_computed(job, monkeypatch):
+    """The outputs of an earlier training stay, and so does what was computed."""
+    job.photographs(cat=25, dog=25).main()
+    before = job.graph()
+    write_photographs(job.data, 'dog', 225, COLOURS[1])
+    monkeypatch.setattr(tf_retrain, 'NETWORK_BATCH_SIZE', 5)
+    write_batch = tf_retrain.BottleneckCache.write_batch
+
+    def remove_drive(cache, rows, *arrays):
+        write_batch(cache, rows, *arrays)
+        monkeypatch.setattr(tf_retrain.BottleneckCache, 'write_batch', write_batch)
+        job.data.rename(job.folder / 'gone')
+
+    monkeypatch.setattr(tf_retrain.BottleneckCache, 'write_batch', remove_drive)
+    out = job.fails("^--image_dir: 'data/dog' is no longer there. Restore it. What was computed so")
+    count = out.count('Creating bottleneck')
+    assert job.graph() == before
+    (job.folder / 'gone').rename(job.data)
+    assert job.main().count('Creating bottleneck') == 200 - count
 
 
 @pytest.mark.posix
