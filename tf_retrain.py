@@ -967,6 +967,8 @@ SET_FOLDERS = {
     'test': 'testing',
     'testing': 'testing',
 }
+# Folders that systems make beside photographs, for thumbnails and deleted files, in lower case.
+SYSTEM_FOLDERS = ('@eadir', '#recycle', '$recycle.bin', '__macosx')
 UNSURE = 'unsure'  # printed in place of a label below --min_score
 UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
 FEW_IMAGES = 20  # per class: with fewer, the original warns
@@ -1104,6 +1106,11 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith('.')
 
 
+def is_hidden(name: str) -> bool:
+    """Tells whether a file or folder is none of the user's: it is hidden, or made by the system."""
+    return name.startswith('.') or name.lower() in SYSTEM_FOLDERS
+
+
 def count_images(path: str) -> int:
     """Returns how many images are in a folder and below it.
 
@@ -1117,7 +1124,7 @@ def count_images(path: str) -> int:
         return 0
     count = 0
     for _, folders, files in os.walk(to_bytes(path)):
-        folders[:] = [name for name in folders if not name.startswith(b'.')]
+        folders[:] = [name for name in folders if not is_hidden(os.fsdecode(name))]
         count += sum(is_image(name.decode(errors='surrogateescape')) for name in files)
     return count
 
@@ -1137,9 +1144,7 @@ def list_class_folder(path: str) -> list[str]:
 def report_passed_over(path: str, image_count: int, others: list[str]) -> None:
     """Names the other files and folders in a class folder, and warns of photographs among them."""
     folders = [
-        name
-        for name in others
-        if not name.startswith('.') and gfile.isdir(os.path.join(path, name))
+        name for name in others if not is_hidden(name) and gfile.isdir(os.path.join(path, name))
     ]
     below = {name: count_images(os.path.join(path, name)) for name in folders}
     named = [
@@ -1167,7 +1172,7 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
     loose_images = 0
     for name in list_dir(image_dir):
         path = os.path.join(image_dir, name)
-        if name.startswith('.') or not gfile.isdir(path):
+        if is_hidden(name) or not gfile.isdir(path):
             loose_images += is_image(name)
             if not gfile.exists(path):  # such as a link to a drive that is not mounted
                 print(f'WARNING: {escape(path)} leads nowhere. It is not used as a class.')
@@ -1278,8 +1283,7 @@ def has_class_folders(path: str) -> bool:
     for name in list_dir(path):
         # What cannot be listed, such as lost+found, is no class folder.
         with contextlib.suppress(tf.errors.PermissionDeniedError):
-            is_hidden = name.startswith('.')
-            if not is_hidden and any(map(is_image, list_dir(os.path.join(path, name)))):
+            if not is_hidden(name) and any(map(is_image, list_dir(os.path.join(path, name)))):
                 return True
     return False
 
@@ -1291,7 +1295,7 @@ def find_set_folders(image_dir: str) -> dict[str, str]:
     even an empty one. Raises UserError if an image or a folder with images lies beside them, or if
     there are no other folders and train/ has no class folders.
     """
-    visible = [name for name in list_dir(image_dir) if not name.startswith('.')]
+    visible = [name for name in list_dir(image_dir) if not is_hidden(name)]
     named_like_sets = {
         name: SET_FOLDERS[name.lower()] for name in visible if name.lower() in SET_FOLDERS
     }
@@ -1412,7 +1416,8 @@ def suggest_class_folders(image_dir: str) -> str:
     """Returns what to do about a folder without class folders."""
     for name in list_dir(image_dir):
         path = os.path.join(image_dir, name)
-        if has_class_folders(path):  # such as train/
+        is_class = any(map(is_image, list_dir(path)))
+        if not is_hidden(name) and not is_class and has_class_folders(path):  # such as train/
             return f'those in {path} are used with --image_dir={path}'
     return 'put the images of each class into a folder of its own'
 

@@ -299,6 +299,8 @@ LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 MAX_LISTED = 4096  # paths that are listed before their images are labeled
 TABLE_CLASSES = 30  # up to so many, the table has all classes
 WORST_CLASSES = 20  # with more, it has so many: those with the most errors
+# Folders that systems make beside photographs, for thumbnails and deleted files, in lower case.
+SYSTEM_FOLDERS = ('@eadir', '#recycle', '$recycle.bin', '__macosx')
 UNSURE = 'unsure'  # printed in place of a label below --min_score
 UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
@@ -525,6 +527,11 @@ def check_refusal_flags(classes: 'Classes', graph: Graph, flags: argparse.Namesp
         )
 
 
+def is_hidden(name: str) -> bool:
+    """Tells whether a file or folder is none of the user's: it is hidden, or made by the system."""
+    return name.startswith('.') or name.lower() in SYSTEM_FOLDERS
+
+
 def is_folder(path: str) -> bool:
     """Tells whether a path is a folder, also one such as gs://bucket/folder."""
     if os.path.isdir(to_bytes(path)):
@@ -577,7 +584,7 @@ def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
             inner = os.path.join(path, name)
             is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
             is_sorted_dir = sorted_dir and is_same_path(inner, sorted_dir)
-            if is_wanted and not name.startswith('.') and not is_sorted_dir:
+            if is_wanted and not is_hidden(name) and not is_sorted_dir:
                 (linked if is_linked_folder(inner) else remaining).append(inner)
 
 
@@ -1382,10 +1389,10 @@ class Classes:
         pairs = list(zip(self.folders, self.labels, strict=True))
         of_folders = {folder: of_labels[label] for folder, label in pairs}
         of_trained_labels = {get_label(folder): of_labels[label] for folder, label in pairs}
-        # get_label() keeps the capitals of names without a-z and 0-9, such as 'КОТ'. So find() also
-        # looks for the name in small letters.
-        of_small_letters = {label.lower(): index for label, index in of_trained_labels.items()}
-        return of_small_letters | of_trained_labels | of_labels | of_folders
+        # Translated labels have capitals, and so have those of names without a-z and 0-9: 'КОТ'.
+        names = of_trained_labels | of_labels
+        in_lower_case = {name.lower(): index for name, index in names.items()}
+        return in_lower_case | names | of_folders
 
     def find(self, path: str) -> int | None:
         """Returns the class of the nearest folder above an image that is named like a class.
@@ -1401,7 +1408,7 @@ class Classes:
         ]
         for folder in folders:
             label = get_label(folder.name)
-            for name in (folder.name, label, label.lower()):
+            for name in (folder.name, label, label.lower(), folder.name.lower()):
                 if name in self.indices:
                     return self.indices[name]
         return None

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import unicodedata
 from unittest import mock
 
@@ -98,10 +99,24 @@ def test_a_link_that_leads_nowhere_is_named(touch, tmp_path, capsys):
     assert expected in capsys.readouterr().out
 
 
+def test_folders_of_thumbnails_are_not_read(touch, tmp_path, capsys):
+    """As a NAS makes them for each photograph."""
+    touch('d/cat/1.jpg', 'd/dog/1.jpg', 'd/@eaDir/1.jpg', 'd/$RECYCLE.BIN/1.jpg')
+    touch('d/cat/@eaDir/1.jpg/SYNOPHOTO_THUMB_XL.jpg', 'd/dog/#recycle/1.jpg')
+    assert list_images().files.tolist() == ['cat/1.jpg', 'dog/1.jpg']
+    assert 'in folders inside it' not in capsys.readouterr().out
+    found = [os.path.relpath(path, tmp_path) for path in tf_test.find_images(f'{tmp_path}/d', None)]
+    assert found == ['d/cat/1.jpg', 'd/dog/1.jpg']
+
+
 def test_the_folder_that_has_the_class_folders_is_named(touch):
     """As after unpacking an archive that has only the training images."""
     create_split(touch, 'train')
     with pytest.raises(UserError, match='those in d/train are used with --image_dir=d/train.$'):
+        list_images()
+    touch('d/.thumbnails/normal/1.jpg', 'd/cat/1.jpg', 'd/cat/old/1.jpg')
+    shutil.rmtree('d/train')
+    with pytest.raises(UserError, match='put the images of each class into a folder of its own.$'):
         list_images()
 
 
@@ -566,6 +581,8 @@ def test_folders_in_capitals_of_other_alphabets(folder):
     classes = tf_test.Classes(['кот', 'собака'], ['Кот', 'Собака'], [])
     assert classes.find(f'x/{folder}/1.jpg') == 0
     assert classes.find('x/ХАТА/1.jpg') is None
+    translated = tf_test.Classes(['Кот', 'Собака'], ['cat', 'dog'], [])
+    assert translated.find(f'x/{folder}/1.jpg') == 0
     classes = tf_test.Classes(['КОТ', 'Кот'], ['КОТ', 'Кот'], [])
     assert classes.find(f'x/{folder}/1.jpg') == (0 if folder == 'КОТ' else 1)
 
