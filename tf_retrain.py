@@ -1416,9 +1416,10 @@ def suggest_class_folders(image_dir: str) -> str:
     """Returns what to do about a folder without class folders."""
     for name in list_dir(image_dir):
         path = os.path.join(image_dir, name)
-        is_class = any(map(is_image, list_dir(path)))
-        if not is_hidden(name) and not is_class and has_class_folders(path):  # such as train/
-            return f'those in {path} are used with --image_dir={path}'
+        with contextlib.suppress(tf.errors.PermissionDeniedError):
+            is_class = any(map(is_image, list_dir(path)))
+            if not is_hidden(name) and not is_class and has_class_folders(path):  # such as train/
+                return f'those in {path} are used with --image_dir={path}'
     return 'put the images of each class into a folder of its own'
 
 
