@@ -479,8 +479,8 @@ def prepare_process() -> None:
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
-    for stream in range(3):
-        with contextlib.suppress(AttributeError, OSError):  # on Windows
+    if sys.platform != 'win32':
+        for stream in range(3):
             os.set_blocking(stream, True)
 
 
@@ -919,12 +919,20 @@ def is_same_or_inside(path: str, folder: str) -> bool:
 def list_dir(path: str) -> list[str]:
     """Returns the sorted names in a folder, or [] if there is no such folder.
 
-    Raises UserError if a name is not UTF-8.
+    Raises UserError if a name is not UTF-8, and PermissionDeniedError if the folder cannot be read.
     """
-    if not gfile.isdir(path):
-        return []
+    if '://' in path:
+        names = gfile.listdir(path) if gfile.isdir(path) else []
+        return sorted(name.rstrip('/') for name in names)
     try:
-        return sorted(name.rstrip('/') for name in gfile.listdir(path))
+        # gfile.listdir() would take an error of the drive for the end of the folder.
+        return sorted(name.decode() for name in os.listdir(to_bytes(path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except PermissionError as error:
+        raise tf.errors.PermissionDeniedError(None, None, f'{path}; {error.strerror}')
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be listed: {error.strerror}. Check the drive.")
     except UnicodeDecodeError as error:
         name = error.object
         raise UserError(f"'{path}' has a file whose name is not UTF-8, {name!r}. Rename it.")
@@ -2646,6 +2654,16 @@ def get_status(path: str) -> Status:
     return Status(-1, -1, -1)
 
 
+def ensure_folder_is_there(path: str) -> None:
+    """Raises UserError if an image cannot be read as its folder is gone, with a drive for example.
+
+    Without the images of a class, a training would only spoil the outputs of an earlier one.
+    """
+    folder = os.path.dirname(path)
+    if not gfile.isdir(folder):
+        raise UserError(f"--image_dir: '{folder}' is no longer there. Restore it. {KEPT}")
+
+
 def explain_unreadable(path: str) -> tuple[str, int | None]:
     """Returns why an image could not be used, and the digest of its contents.
 
@@ -2716,8 +2734,9 @@ class BottleneckCache:
     """The cache files of some images and one network, and their bottlenecks.
 
     Each cache file has a record, .records/<folder>/<file>.rec. A cache file on disk is always the
-    one of its record: before a record names another one, the cache file is removed, and it is
-    written after its record. So a kill at any moment leaves a missing file, and never a wrong one.
+    one of its record: the old cache file is removed before a record with another outcome is
+    written, and the new cache file is written after it. So a kill at any moment leaves a missing
+    file, and never a wrong one.
     """
 
     def __init__(self, images: Images, backbone: Backbone, folder: str) -> None:
@@ -2935,9 +2954,7 @@ class BottleneckCache:
             failed = failed[:1]  # those behind it may not have been tried
         reasons = {}
         for row in until_stopped(failed):
-            folder = os.path.dirname(self.images.paths[row])
-            if not gfile.isdir(folder):
-                raise UserError(f"--image_dir: '{folder}' is no longer there. Restore it. {KEPT}")
+            ensure_folder_is_there(self.images.paths[row])
             reasons[row], image_digest = explain_unreadable(self.images.paths[row])
             if image_digest is not None:
                 self.try_to_save_record(row, image_digest, reasons[row], Header())
@@ -3290,7 +3307,6 @@ class FinalLayer:
         self.biases = np.zeros(class_count, np.float32)
         self.learning_rate = np.float32(learning_rate)
         self.steps = 0
-        self.problem = ''  # why the training ended before its last step, unless Ctrl-C ended it
 
     def evaluate(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
         """Evaluates bottlenecks, float [N, size], of classes, int [N].
@@ -3444,8 +3460,8 @@ def choose_neighbors(
     is_other holds for all but the image itself, and is_distinct for those of them that are no near
     copies of it. The distinct ones are chosen if both hold:
     - There are at least `needed` of them.
-    - At least `needed` of them are of the image's class, or at least half of the references of this
-      class, where near copies count and the image itself does not.
+    - At least min(needed, half of the other references of the image's class) of them are of this
+      class. Near copies are among these other references.
     Otherwise, the nearest ones would be of other classes, and the image would look unfamiliar. So
     near copies count then, too.
     """
@@ -3567,7 +3583,10 @@ def compute_distorted(
             computed = compute_bottlenecks(keys.ravel(), paths, backbone, distort)
             steps = zip(rows, regroup(computed, keys), strict=True)
             for step_rows, (is_found, bottlenecks) in steps:
-                vanished.update(images.paths[row] for row in step_rows[~is_found])
+                missing = {images.paths[row] for row in step_rows[~is_found]}
+                for path in missing - vanished:
+                    ensure_folder_is_there(path)
+                vanished |= missing
                 yield step_rows[is_found], bottlenecks
             first_key += rows.size
     finally:
@@ -3635,11 +3654,8 @@ def train(
         batches = draw_batches(images, bottlenecks, backbone, flags)
         for step, (rows, batch) in enumerate(until_stopped(batches)):
             is_evaluated = step % flags.eval_step_interval == 0 or step == last
-            if rows.size:
+            if rows.size:  # it is empty if none of the images to distort can be read any longer
                 train_step(layer, batch, images.classes[rows], step, is_evaluated, logs['train'])
-            elif are_gone(images):  # with distortions, they are read again
-                layer.problem = f'images can no longer be read after {layer.steps} training steps'
-                break
             if is_evaluated:
                 drawn = images.draw('validation', flags.validation_batch_size, rng)
                 validate(layer, bottlenecks[drawn], images.classes[drawn], step, logs['validation'])
@@ -3651,12 +3667,6 @@ def train(
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
     return layer
-
-
-def are_gone(images: Images) -> bool:
-    """Tells whether no training image exists any longer, as on a drive that was removed."""
-    training_paths = (images.paths[row] for row in images.rows['training'])
-    return all(get_status(path).size < 0 for path in training_paths)
 
 
 def train_step(
@@ -4170,7 +4180,6 @@ def clear_events(summaries_dir: str, start: Start) -> None:
     now = list_events(summaries_dir)
     new_owners = {get_owner(path) for path in now if path not in start.logs}
     is_shared = bool(new_owners - {get_process()})
-    # The log of the test is the last one that a run makes.
     ended = {get_owner(path) for path in now if os.path.basename(os.path.dirname(path)) == 'test'}
     locked = []
     for path in start.logs:
@@ -4223,7 +4232,8 @@ def is_at_work(path: str, start: Start, ended: set) -> bool:
 
     It does if the file was written since this run started. Otherwise, a run on this computer does
     if it has the file open, and one on another computer if it wrote the file up to OTHER_RUNS
-    seconds before this run started, and is not in `ended`: the owners of files that have ended.
+    seconds before this run started, and has not ended. `ended` has the owners of the logs of tests,
+    which are the last ones that runs make.
     """
     if is_recent(path, start, margin=0):
         return True
@@ -4474,23 +4484,20 @@ def report_end(
     head: Head,
     flags: argparse.Namespace,
 ) -> None:
-    """Prints what was written, and what to do next; raises UserError if something went wrong."""
-    problems = [head.layer.problem] if head.layer.problem else []
+    """Prints what was written, and what to do next; raises UserError if an output is missing."""
     if failures:
-        reasons = '; '.join(f'{output} ({reason})' for output, reason in failures.items())
-        problems.append(f'could not be written: {reasons}')
-    if problems:
-        written = [output for output in writers if output not in failures]
+        problems = '; '.join(f'{output} ({reason})' for output, reason in failures.items())
+        written = [output for output in writers if output not in failures] or ['nothing']
         advice = 'Fix this, and run the same command again.'
         if SAVED_MODEL in written:
             advice = 'Fix this, and run the command again with a new --saved_model_dir.'
         raise UserError(
-            f'{". ".join(problems)}. Written: {", ".join(written) or "nothing"}. {advice}'
+            f'could not be written: {problems}. Written: {", ".join(written)}. {advice}'
         )
     graph = shlex.quote(flags.output_graph)
     labels = shlex.quote(flags.output_labels)
     print(f'To look at the training: tensorboard --logdir {shlex.quote(flags.summaries_dir)}')
-    if head.familiarity:
+    if head.familiarity and UNKNOWN not in head.labels:
         percentage = 5 if len(head.familiarity.similarities) >= 100 else 10
         print(
             f"To get 'unknown' for images unlike yours, add --unknown {percentage}: see README.md."
@@ -4591,7 +4598,7 @@ def check_saved_model_dir(saved_model_dir: str) -> None:
             f"{flag}: '{saved_model_dir}' is not empty, and may be a model that is being served. "
             f'{advice}'
         )
-    if 'saved_model.pb' in list_dir(parent):
+    if 'saved_model.pb' in list_dir(parent or '.'):
         free = find_free_version(os.path.dirname(parent))
         raise UserError(
             f"{flag}: '{saved_model_dir}' is inside of a SavedModel. Name {flag}={free}"

@@ -174,8 +174,8 @@ def prepare_process() -> None:
     sys.argv = [os.fsencode(argument).decode(errors='surrogateescape') for argument in sys.argv]
     while os.open(os.devnull, os.O_RDWR) <= 2:
         pass
-    for stream in range(3):
-        with contextlib.suppress(AttributeError, OSError):  # on Windows
+    if sys.platform != 'win32':
+        for stream in range(3):
             os.set_blocking(stream, True)
 
 
@@ -487,9 +487,9 @@ def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> 
     trained = graph.labels
     if not trained or labels == trained:
         return
-    replaced = {old: new for old, new in zip(trained, labels, strict=False) if old != new}
+    displaced = {old for old, new in zip(trained, labels, strict=False) if old != new}
     for label in labels:
-        if label in replaced:
+        if label in displaced:
             raise UserError(
                 f"'{flags.labels}' has labels of '{flags.graph}' in another order, such as "
                 f"'{label}'. Name files of one training."
@@ -541,6 +541,11 @@ def is_folder(path: str) -> bool:
     return False
 
 
+def is_dangling(path: str) -> bool:
+    """Tells whether a path is a symbolic link that leads nowhere."""
+    return os.path.islink(to_bytes(path)) and not os.path.exists(to_bytes(path))
+
+
 def is_linked_folder(path: str) -> bool:
     """Tells whether a path is a symbolic link to a folder."""
     return os.path.islink(to_bytes(path)) and is_folder(path)
@@ -548,11 +553,11 @@ def is_linked_folder(path: str) -> bool:
 
 def list_names(folder: str) -> list[str]:
     """Returns the names in a folder, sorted."""
-    try:
-        names = gfile.listdir(folder)
-    except UnicodeError:  # a name is not UTF-8
-        names = [name.decode(errors='surrogateescape') for name in os.listdir(to_bytes(folder))]
-    return sorted(name.rstrip('/') for name in names)
+    if '://' in folder:
+        return sorted(name.rstrip('/') for name in gfile.listdir(folder))
+    # gfile.listdir() would take an error of the drive for the end of the folder.
+    names = os.listdir(to_bytes(folder))
+    return sorted(name.decode(errors='surrogateescape') for name in names)
 
 
 def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
@@ -583,6 +588,7 @@ def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
         for name in reversed(names):
             inner = os.path.join(path, name)
             is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
+            is_wanted |= is_dangling(inner)  # perhaps a link to a drive that is not mounted
             is_sorted_dir = sorted_dir and is_same_path(inner, sorted_dir)
             if is_wanted and not is_hidden(name) and not is_sorted_dir:
                 (linked if is_linked_folder(inner) else remaining).append(inner)
@@ -1708,14 +1714,27 @@ def rank(
     return [(labels[index], round(float(scores[index]), 7)) for index in order]
 
 
+def is_photograph(path: str) -> bool:
+    """Tells whether an image exists that may be a photograph: most heatmaps are PNG files."""
+    name = path.lower()
+    is_image = name.endswith(IMAGE_EXTENSIONS) and not name.endswith('.png')
+    return is_image and os.path.isfile(to_bytes(path))
+
+
 def check_heatmap(training: Training | None, flags: argparse.Namespace) -> None:
-    """Raises UserError if the next training would take the heatmap for a photograph."""
-    if flags.heatmap and training:
-        if resolve(flags.heatmap).is_relative_to(resolve(training.absolute_image_dir)):
-            raise UserError(
-                f"--heatmap: '{flags.heatmap}' is in the --image_dir of the training. Name a file "
-                'elsewhere.'
-            )
+    """Raises UserError if the heatmap may replace a photograph, or be one for the next training."""
+    path = flags.heatmap
+    if not path:
+        return
+    if training and resolve(path).is_relative_to(resolve(training.absolute_image_dir)):
+        raise UserError(
+            f"--heatmap: '{path}' is in the --image_dir of the training. Name a file elsewhere."
+        )
+    if is_photograph(path):
+        raise UserError(
+            f"--heatmap: '{path}' exists, and may be a photograph. Delete it, or name another "
+            'file, such as heatmap.png.'
+        )
 
 
 def check_flags(flags: argparse.Namespace, is_single: bool) -> None:
@@ -1802,9 +1821,9 @@ def label_images(flags: argparse.Namespace) -> None:
                 tally.placed[folder] += 1
             else:
                 tally.failed += 1
-        if flags.heatmap:
-            draw(graph, path, answer, labels, flags)
     report_tally(tally, flags)
+    if flags.heatmap:
+        draw(graph, path, answer, labels, flags)
 
 
 def report_unfamiliar(tally: Tally) -> None:
@@ -1815,9 +1834,11 @@ def report_unfamiliar(tally: Tally) -> None:
             'little.'
         )
     elif tally.unfamiliar:
+        is_refused = UNKNOWN in tally.classes.labels  # then --unknown is
+        advice = '' if is_refused else f" --unknown 5 labels them '{UNKNOWN}'."
         print(
             f'WARNING: {tally.unfamiliar} of {tally.images} images are unlike nearly all images of '
-            f"the training, so their scores mean little. --unknown 5 labels them '{UNKNOWN}'."
+            f'the training, so their scores mean little.{advice}'
         )
 
 

@@ -99,6 +99,13 @@ def test_a_link_that_leads_nowhere_is_named(touch, tmp_path, capsys):
     assert expected in capsys.readouterr().out
 
 
+@pytest.mark.posix
+def test_a_link_to_a_drive_that_is_not_mounted_fails_as_an_image(touch, tmp_path):
+    touch('d/1.jpg')
+    (tmp_path / 'd/drive').symlink_to(tmp_path / 'nowhere')
+    assert list(tf_test.find_images('d', None)) == ['d/1.jpg', 'd/drive']
+
+
 def test_folders_of_thumbnails_are_not_read(touch, tmp_path, capsys):
     """As a NAS makes them for each photograph."""
     touch('d/cat/1.jpg', 'd/dog/1.jpg', 'd/@eaDir/1.jpg', 'd/$RECYCLE.BIN/1.jpg')
@@ -286,26 +293,35 @@ def test_links_are_not_followed_without_end(touch, capsys):
     assert 'images in folders inside it' not in capsys.readouterr().out
 
 
-def test_a_folder_that_cannot_be_listed_is_no_class(touch, capsys, monkeypatch):
-    touch('d/a/1.jpg', 'd/b/1.jpg', 'd/lost+found/x')
-    listdir = tf_retrain.gfile.listdir
-
-    def fail(path):
-        if path.endswith('lost+found'):
-            raise tf_retrain.tf.errors.PermissionDeniedError(None, None, 'Permission denied')
+def fail_to_list(monkeypatch, folder, error):
+    def fail(path, listdir=os.listdir):
+        if os.fsdecode(path) == folder:
+            raise error
         return listdir(path)
 
-    monkeypatch.setattr(tf_retrain.gfile, 'listdir', fail)
+    monkeypatch.setattr(os, 'listdir', fail)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_class(touch, capsys, monkeypatch):
+    touch('d/a/1.jpg', 'd/b/1.jpg', 'd/lost+found/x')
+    fail_to_list(monkeypatch, 'd/lost+found', PermissionError(13, 'Permission denied'))
     assert list_images().labels == ['a', 'b']
     assert 'WARNING: d/lost+found cannot be read. It is not used' in capsys.readouterr().out
 
 
 def test_an_image_dir_that_cannot_be_listed(touch, monkeypatch):
     touch('d/a/1.jpg')
-    error = tf_retrain.tf.errors.PermissionDeniedError(None, None, 'Permission denied')
-    monkeypatch.setattr(tf_retrain.gfile, 'listdir', mock.Mock(side_effect=error))
+    fail_to_list(monkeypatch, 'd', PermissionError(13, 'Permission denied'))
     with pytest.raises(UserError, match="^--image_dir: 'd' cannot be read. Check its rights."):
         tf_retrain.ensure_image_dir('d')
+
+
+def test_an_error_of_the_drive_is_not_taken_for_the_end_of_a_folder(touch, monkeypatch):
+    touch('d/a/1.jpg', 'd/b/1.jpg')
+    fail_to_list(monkeypatch, 'd/b', OSError(5, 'Input/output error'))
+    with pytest.raises(UserError, match="^'d/b' cannot be listed: Input/output error. Check the"):
+        list_images()
+    assert list(tf_test.find_images('d', None)) == ['d/a/1.jpg', 'd/b']  # the latter fails
 
 
 def test_a_class_of_which_no_training_image_can_be_read(job):

@@ -13,7 +13,6 @@ import pytest
 from helpers import (
     GRAPH,
     ROOT,
-    check_same_bottlenecks,
     classify_images,
     created,
     label_images,
@@ -245,7 +244,9 @@ def test_a_notebook_that_computes_in_half_precision(job, keras_host):
         assert keras.config.dtype_policy().name == 'mixed_bfloat16'
     finally:
         keras.config.set_dtype_policy(before)
-    check_same_bottlenecks(job.folder / 'bottlenecks', job.folder / 'notebook')
+    for path in (job.folder / 'bottlenecks').rglob('*.txt'):
+        other = job.folder / 'notebook' / path.relative_to(job.folder / 'bottlenecks')
+        np.testing.assert_array_equal(read_cache(other), read_cache(path))
 
 
 def test_a_network_by_its_name(job, keras_host):

@@ -287,6 +287,20 @@ def test_a_heatmap_is_no_photograph_to_train_on(trained, label):
     assert not (trained.data / 'dog/new.png').exists()
 
 
+def test_a_heatmap_does_not_replace_a_photograph(trained, label, tmp_path):
+    """Such as the first of two that were named after the flag."""
+    other = tmp_path / 'other.JPG'
+    other.write_bytes(trained.test_image().read_bytes())
+    before = other.read_bytes()
+    message = (
+        "^--heatmap: '.*other.JPG' exists, and may be a photograph. Delete it, or name another"
+    )
+    label.fails(message, '--heatmap', other, trained.test_image())
+    assert other.read_bytes() == before
+    for _ in range(2):  # a heatmap may be drawn again
+        label(f'--heatmap={tmp_path}/heatmap.png', trained.test_image())
+
+
 @pytest.mark.posix
 def test_a_heatmap_replaces_only_plain_files(trained, label, tmp_path):
     """A link stays a link: the picture is written to where it leads."""

@@ -71,13 +71,9 @@ def test_the_split_is_the_same_on_windows(tmp_path, windows, monkeypatch):
         assert tf_retrain.get_set('data\\cat\\cat.0.jpg', 10, 10) == 'training'
     assert tf_retrain.get_set('data\\cat\\cat.0.jpg', 10, 10) == 'testing'
     monkeypatch.setattr(os.path, 'join', ntpath.join)
-    for name in ('isdir', 'listdir'):
-        function = getattr(tf.io.gfile, name)
-
-        def translate(path, function=function):
-            return function(path.replace('\\', '/'))
-
-        monkeypatch.setattr(tf.io.gfile, name, translate)
+    isdir, listdir = tf.io.gfile.isdir, os.listdir
+    monkeypatch.setattr(tf.io.gfile, 'isdir', lambda path: isdir(path.replace('\\', '/')))
+    monkeypatch.setattr(os, 'listdir', lambda path: listdir(path.replace(b'\\', b'/')))
     for typed in ('d', 'd/', 'd\\'):
         images = tf_retrain.list_images(parse(f'--image_dir={typed}'))
         assert images.paths[0] in ('d\\a\\0.jpg', 'd/a\\0.jpg')
