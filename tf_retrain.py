@@ -3577,10 +3577,9 @@ def compute_distorted(
             computed = compute_bottlenecks(keys.ravel(), paths, backbone, distort)
             steps = zip(rows, regroup(computed, keys), strict=True)
             for step_rows, (is_found, bottlenecks) in steps:
-                missing = {images.paths[row] for row in step_rows[~is_found]}
-                for path in missing - vanished:
-                    ensure_folder_is_there(path)
-                vanished |= missing
+                for row in step_rows[~is_found]:
+                    ensure_folder_is_there(images.paths[row])
+                    vanished.add(images.paths[row])
                 yield step_rows[is_found], bottlenecks
             first_key += rows.size
     finally:
