@@ -382,4 +382,5 @@ if __name__ == '__main__':
     try:
         main(parser.parse_args().output_dir)
     except KeyboardInterrupt:
+        print('\nStopped. Nothing was drawn: run the same command again.', file=sys.stderr)
         sys.exit(130)

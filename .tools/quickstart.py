@@ -141,6 +141,8 @@ def run(script: str, *arguments: str) -> int:
         except KeyboardInterrupt:
             is_stopped = True
     signal.signal(signal.SIGTERM, previous)
+    if is_stopped and code == 130:
+        sys.exit(code)  # the script has said that it was stopped
     if is_stopped and code:
         raise KeyboardInterrupt
     return code

@@ -215,9 +215,22 @@ def test_an_interrupted_drawing_leaves_nothing(project, monkeypatch):
 def test_ctrl_c_leaves_a_script_the_time_to_finish(monkeypatch):
     """A training that ends early succeeds, and a script that was stopped ends the quick start."""
     process = mock.Mock()
-    process.wait.side_effect = [KeyboardInterrupt, KeyboardInterrupt, 0, KeyboardInterrupt, 130, 1]
+    codes = [
+        KeyboardInterrupt,
+        KeyboardInterrupt,
+        0,
+        KeyboardInterrupt,
+        130,
+        KeyboardInterrupt,
+        -2,
+        1,
+    ]
+    process.wait.side_effect = codes
     monkeypatch.setattr(quickstart.subprocess, 'Popen', lambda *command, **options: process)
     assert quickstart.run('tf_retrain.py') == 0
+    with pytest.raises(SystemExit) as exit_:
+        quickstart.run('tf_retrain.py')
+    assert exit_.value.code == 130
     with pytest.raises(KeyboardInterrupt):
         quickstart.run('tf_retrain.py')
     assert quickstart.run('tf_retrain.py') == 1
@@ -234,7 +247,7 @@ def test_kill_is_passed_on_to_the_script(monkeypatch):
     process.wait = wait
     monkeypatch.setattr(quickstart.subprocess, 'Popen', lambda *command, **options: process)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit):
         quickstart.run('tf_retrain.py')
     assert process.terminate.call_count == 1
     assert signal.getsignal(signal.SIGTERM) == before
