@@ -809,13 +809,16 @@ def create_hidden_name() -> str:
 
 
 def keep_rights(path: str, temporary: str) -> None:
-    """Gives a temporary file the rights of the file that it will replace, if that has its owner.
+    """Gives a temporary file the group and the rights of the file of the same owner at `path`.
 
-    If another user has made that file private, this user must be able to read the new one.
+    It will replace that file. If another user has made that file private, this user must be able to
+    read the new one: then it gets no rights of the old one.
     """
     with contextlib.suppress(OSError):  # there is no file yet, or it is on gs:// and the like
         status = os.stat(to_bytes(path))
         if status.st_uid == os.stat(to_bytes(temporary)).st_uid:
+            if sys.platform != 'win32':
+                os.chown(to_bytes(temporary), -1, status.st_gid)
             os.chmod(to_bytes(temporary), stat.S_IMODE(status.st_mode))
 
 

@@ -541,9 +541,9 @@ def is_folder(path: str) -> bool:
     return False
 
 
-def is_dangling(path: str) -> bool:
-    """Tells whether a path is a symbolic link that leads nowhere."""
-    return os.path.islink(to_bytes(path)) and not os.path.exists(to_bytes(path))
+def is_unreachable(path: str) -> bool:
+    """Tells whether a path that was listed leads nowhere, as a link to a drive that is gone."""
+    return '://' not in path and not os.path.exists(to_bytes(path))
 
 
 def is_linked_folder(path: str) -> bool:
@@ -588,7 +588,7 @@ def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
         for name in reversed(names):
             inner = os.path.join(path, name)
             is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
-            is_wanted |= is_dangling(inner)  # perhaps a link to a drive that is not mounted
+            is_wanted |= is_unreachable(inner)  # fails as an image that cannot be read
             is_sorted_dir = sorted_dir and is_same_path(inner, sorted_dir)
             if is_wanted and not is_hidden(name) and not is_sorted_dir:
                 (linked if is_linked_folder(inner) else remaining).append(inner)

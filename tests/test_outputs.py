@@ -345,6 +345,16 @@ def test_outputs_keep_their_rights(job):
     assert {(job.folder / name).stat().st_mode & 0o777 for name in names} == {0o600}
 
 
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid(), reason='only root has all groups')
+def test_outputs_keep_their_group(tmp_path):
+    """Such as that of a web server."""
+    path = tmp_path / 'x.pb'
+    path.touch(0o640)
+    os.chown(path, -1, 12345)
+    tf_retrain.write_whole(str(path), b'new')
+    assert (path.stat().st_gid, path.stat().st_mode & 0o777) == (12345, 0o640)
+
+
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid(), reason='only root gives files away')
 def test_rights_of_files_of_other_users_are_not_kept(tmp_path):
     """In a cache that several users share, the next one must be able to read the new file."""
