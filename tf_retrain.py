@@ -803,10 +803,10 @@ def create_hidden_name() -> str:
 
 
 def keep_rights(path: str, temporary: str) -> None:
-    """Gives a temporary file the group and the rights of the file of the same owner at `path`.
+    """Gives a temporary file the group and the rights of the file at `path`, which it will replace.
 
-    It will replace that file. If another user has made that file private, this user must be able to
-    read the new one: then it gets no rights of the old one.
+    It does not do so if another user owns that file, and may have made it private: then this user
+    could not read the new one.
     """
     with contextlib.suppress(OSError):  # there is no file yet, or it is on gs:// and the like
         status = os.stat(to_bytes(path))
