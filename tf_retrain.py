@@ -811,7 +811,7 @@ def keep_rights(path: str, temporary: str) -> None:
     with contextlib.suppress(OSError):  # there is no file yet, or it is on gs:// and the like
         status = os.stat(to_bytes(path))
         if status.st_uid == os.stat(to_bytes(temporary)).st_uid:
-            if sys.platform != 'win32':
+            if sys.platform != 'win32' and status.st_mode & stat.S_IRWXG:
                 os.chown(to_bytes(temporary), -1, status.st_gid)
             os.chmod(to_bytes(temporary), stat.S_IMODE(status.st_mode))
 
@@ -1185,7 +1185,8 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
         path = os.path.join(image_dir, name)
         if is_hidden(name) or not gfile.isdir(path):
             loose_images += is_image(name)
-            if not gfile.exists(path):  # such as a link to a drive that is not mounted
+            is_like_folder = not is_hidden(name) and not os.path.splitext(name)[1]
+            if is_like_folder and not gfile.exists(path):  # as a link to a drive that is gone
                 print(f'WARNING: {escape(path)} leads nowhere. It is not used as a class.')
             continue
         try:
@@ -1427,9 +1428,11 @@ def suggest_class_folders(image_dir: str) -> str:
     """Returns what to do about a folder without class folders."""
     for name in list_dir(image_dir):
         path = os.path.join(image_dir, name)
-        with contextlib.suppress(tf.errors.PermissionDeniedError):
+        if is_hidden(name):
+            continue
+        with contextlib.suppress(UserError, tf.errors.PermissionDeniedError):  # for odd folders
             is_class = any(map(is_image, list_dir(path)))
-            if not is_hidden(name) and not is_class and has_class_folders(path):  # such as train/
+            if not is_class and has_class_folders(path):  # such as train/
                 return f'those in {path} are used with --image_dir={path}'
     return 'put the images of each class into a folder of its own'
 
@@ -2058,14 +2061,16 @@ def own_settings() -> Iterator[None]:
     """
     import keras
 
-    policy = keras.config.dtype_policy()
+    policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
     timeout = socket.getdefaulttimeout()
     keras.config.set_dtype_policy('float32')
+    keras.config.set_floatx('float32')
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # Keras would wait forever
     try:
         yield
     finally:
         keras.config.set_dtype_policy(policy)
+        keras.config.set_floatx(floatx)
         socket.setdefaulttimeout(timeout)
 
 
@@ -2651,14 +2656,15 @@ def get_status(path: str) -> Status:
     return Status(-1, -1, -1)
 
 
-def ensure_folder_is_there(path: str) -> None:
-    """Raises UserError if an image cannot be read as its folder is gone, with a drive for example.
+def ensure_folders_are_there(paths: Iterable[str]) -> None:
+    """Raises UserError if images cannot be read as their folder is gone or empty.
 
-    Without the images of a class, a training would only spoil the outputs of an earlier one.
+    It may have been on a drive that was removed. Without the images of a class, a training would
+    only spoil the outputs of an earlier one.
     """
-    folder = os.path.dirname(path)
-    if not gfile.isdir(folder):
-        raise UserError(f"--image_dir: '{folder}' is no longer there. Restore it. {KEPT}")
+    for folder in sorted({os.path.dirname(path) for path in paths}):
+        if not list_dir(folder):
+            raise UserError(f"--image_dir: '{folder}' is gone or empty. Restore it. {KEPT}")
 
 
 def explain_unreadable(path: str) -> tuple[str, int | None]:
@@ -2949,9 +2955,9 @@ class BottleneckCache:
             failed = self.compute(left, None, flags.strict, bar)
         if flags.strict:
             failed = failed[:1]  # those behind it may not have been tried
+        ensure_folders_are_there(self.images.paths[row] for row in failed)
         reasons = {}
         for row in until_stopped(failed):
-            ensure_folder_is_there(self.images.paths[row])
             reasons[row], image_digest = explain_unreadable(self.images.paths[row])
             if image_digest is not None:
                 self.try_to_save_record(row, image_digest, reasons[row], Header())
@@ -3580,9 +3586,9 @@ def compute_distorted(
             computed = compute_bottlenecks(keys.ravel(), paths, backbone, distort)
             steps = zip(rows, regroup(computed, keys), strict=True)
             for step_rows, (is_found, bottlenecks) in steps:
-                for row in step_rows[~is_found]:
-                    ensure_folder_is_there(images.paths[row])
-                    vanished.add(images.paths[row])
+                missing = {images.paths[row] for row in step_rows[~is_found]}
+                ensure_folders_are_there(missing)
+                vanished |= missing
                 yield step_rows[is_found], bottlenecks
             first_key += rows.size
     finally:

@@ -588,7 +588,8 @@ def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
         for name in reversed(names):
             inner = os.path.join(path, name)
             is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
-            is_wanted |= is_unreachable(inner)  # fails as an image that cannot be read
+            # What may be a class folder on a drive that is gone fails as an image.
+            is_wanted |= is_unreachable(inner) and not os.path.splitext(name)[1]
             is_sorted_dir = sorted_dir and is_same_path(inner, sorted_dir)
             if is_wanted and not is_hidden(name) and not is_sorted_dir:
                 (linked if is_linked_folder(inner) else remaining).append(inner)

@@ -34,6 +34,7 @@ IMAGE_EXTENSIONS = (
     *('.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.gif', '.webp', '.avif', '.bmp'),
     *('.tif', '.tiff', '.jp2', '.heic', '.heif'),
 )
+SYSTEM_FOLDERS = ('@eadir', '#recycle', '$recycle.bin', '__macosx')
 OUTPUTS = ['trained_model/unoptimized_model.pb', 'trained_model/labels.txt']
 # What draw_sample_images.py draws
 SAMPLES = {kind: sorted(f'{kind}.{seed}.jpg' for seed in range(60)) for kind in ('cat', 'dog')}
@@ -50,8 +51,9 @@ def list_classes() -> dict[str, list[str]]:
     classes = {}
     for parent in (data, *filter(pathlib.Path.is_dir, train_folders)):
         for folder in sorted(parent.iterdir()):
+            is_hidden = folder.name.startswith('.') or folder.name.lower() in SYSTEM_FOLDERS
             # One that cannot be listed, such as lost+found, is no class.
-            if os.access(folder, os.R_OK) and folder.is_dir() and not folder.name.startswith('.'):
+            if not is_hidden and os.access(folder, os.R_OK) and folder.is_dir():
                 names = sorted(path.name for path in folder.iterdir())
                 images = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
                 visible = [name for name in images if not name.startswith('.')]
@@ -64,7 +66,8 @@ def find_readable(classes: dict[str, list[str]], model: list[str]) -> str | None
     suffix = '_mobilenet_1.0_224' if model else ''
     for folder, images in classes.items():
         for image in images:
-            if (ROOT / 'bottlenecks' / folder / f'{image}{suffix}.txt').exists():
+            # Unlike Path.exists(), this also takes names that are too long.
+            if os.path.exists(ROOT / 'bottlenecks' / folder / f'{image}{suffix}.txt'):
                 return f'data/{folder}/{image}'
     return None
 

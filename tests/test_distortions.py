@@ -102,14 +102,17 @@ def test_without_any_image_the_old_graph_stays(job, monkeypatch):
     job.photographs(cat=30, dog=30).main()
     before = job.graph()
     lose(job, monkeypatch, sorted(job.data.rglob('*.jpg')))
+    for path in ('data/cat/notes.txt', 'data/dog/notes.txt'):  # the folders are not empty
+        (job.folder / path).touch()
     message = '--image_dir: none of its images can be read any longer'
     out = job.fails(message, '--flip_left_right', how_many_training_steps='12')
     assert re.search(r'WARNING: \d+ images could no longer be read, .* and \d+ more\n', out)
     assert job.graph() == before
 
 
+@pytest.mark.parametrize('is_mount_point', [False, True])
 @pytest.mark.parametrize('lost', ['data', 'data/dog'])
-def test_a_drive_that_is_removed_ends_the_training(job, monkeypatch, lost):
+def test_a_drive_that_is_removed_ends_the_training(job, monkeypatch, lost, is_mount_point):
     """It has all classes or one of them: the outputs of an earlier training stay."""
     job.photographs(cat=30, dog=30).main()
     before = job.graph()
@@ -119,12 +122,14 @@ def test_a_drive_that_is_removed_ends_the_training(job, monkeypatch, lost):
     def train_step(layer, *arguments):
         if layer.steps == 3:
             (job.folder / lost).rename(job.folder / 'gone')
+            if is_mount_point:
+                (job.folder / lost).mkdir()
         step(layer, *arguments)
 
     monkeypatch.setattr(tf_retrain, 'train_step', train_step)
     flags = {'how_many_training_steps': '50', 'train_batch_size': '10'}
     message = (
-        "^--image_dir: 'data/(cat|dog)' is no longer there. Restore it. What was computed so far"
+        "^--image_dir: 'data/(cat|dog)' is gone or empty. Restore it. What was computed so far"
     )
     job.fails(message, '--flip_left_right', **flags)
     assert job.graph() == before

@@ -239,11 +239,14 @@ def test_a_notebook_that_computes_in_half_precision(job, keras_host):
     job.photographs(cat=20, dog=20).cache('--architecture=ResNet50V2')
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy('mixed_bfloat16')
+    keras.config.set_floatx('float16')
     try:
         job.cache('--architecture=ResNet50V2', bottleneck_dir='notebook')
         assert keras.config.dtype_policy().name == 'mixed_bfloat16'
+        assert keras.config.floatx() == 'float16'
     finally:
         keras.config.set_dtype_policy(before)
+        keras.config.set_floatx('float32')
     for path in (job.folder / 'bottlenecks').rglob('*.txt'):
         other = job.folder / 'notebook' / path.relative_to(job.folder / 'bottlenecks')
         np.testing.assert_array_equal(read_cache(other), read_cache(path))

@@ -256,6 +256,9 @@ def test_kill_is_passed_on_to_the_script(monkeypatch):
 def test_class_folders_are_those_of_the_training(project):
     """Photographs of a phone, and images that are split already."""
     assert quickstart.IMAGE_EXTENSIONS == tf_retrain.IMAGE_EXTENSIONS
+    assert quickstart.SYSTEM_FOLDERS == tf_retrain.SYSTEM_FOLDERS
+    touch(project, 'data/#recycle/1.jpg')
+    assert quickstart.list_classes() == {}
     touch(project, 'data/cat/IMG_1.HEIC', 'data/dog/.hidden.jpg', 'data/dog/x.txt')
     assert quickstart.list_classes() == {'cat': ['IMG_1.HEIC']}
     touch(project, 'data/training')  # a list of names, for example
@@ -268,3 +271,4 @@ def test_class_folders_are_those_of_the_training(project):
     classes = quickstart.list_classes()
     assert quickstart.find_readable(classes, []) == 'data/Training/cat/1.webp'
     assert quickstart.find_readable(classes, [quickstart.MOBILENET_FLAG]) is None
+    assert quickstart.find_readable({'cat': ['x' * 255]}, []) is None
