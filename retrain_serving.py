@@ -1128,15 +1128,27 @@ def is_hidden(name: str) -> bool:
     return name.startswith('.') or name.lower() in SYSTEM_FOLDERS
 
 
+def is_lost_folder(path: str) -> bool:
+    """Tells whether a path that was listed may be a folder on a drive that is gone.
+
+    It leads nowhere, as a link may do, and its name has no extension.
+    """
+    has_extension = bool(os.path.splitext(path)[1])
+    return not has_extension and '://' not in path and not os.path.exists(to_bytes(path))
+
+
 def count_images(path: str) -> int:
     """Returns how many images are in a folder and below it.
 
     Hidden folders and links to folders are skipped.
     """
     if '://' in path:
-        below = ((parent.removeprefix(path), names) for parent, _, names in gfile.walk(path))
-        visible = (name for parent, names in below if '/.' not in parent for name in names)
-        return sum(map(is_image, visible))
+        count = 0
+        for parent, _, files in gfile.walk(path):
+            folders = parent.removeprefix(path).split('/')
+            if not any(map(is_hidden, folders)):
+                count += sum(map(is_image, files))
+        return count
     if os.path.islink(to_bytes(path)):
         return 0
     count = 0
@@ -1189,10 +1201,11 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
     loose_images = 0
     for name in list_dir(image_dir):
         path = os.path.join(image_dir, name)
-        if is_hidden(name) or not gfile.isdir(path):
+        if is_hidden(name):
+            continue
+        if not gfile.isdir(path):
             loose_images += is_image(name)
-            is_like_folder = not is_hidden(name) and not os.path.splitext(name)[1]
-            if is_like_folder and not gfile.exists(path):  # as a link to a drive that is gone
+            if is_lost_folder(path):
                 print(f'WARNING: {escape(path)} leads nowhere. It is not used as a class.')
             continue
         try:
@@ -1378,9 +1391,7 @@ def list_split_folders(image_dir: str, set_folders: dict[str, str]) -> dict[str,
                 labels = [get_label(name) for name in folders]
                 advice = 'Add some there, or rename or remove these folders in the other sets.'
                 if get_label(missing[0]) in labels:
-                    advice = (
-                        'A folder there has nearly this name: give both the same, letter by letter.'
-                    )
+                    advice = 'A folder there has nearly this name: give both the same name.'
                 raise UserError(f'{path} has no images of: {name_some(missing)}. {advice}')
             report_small_folders(path, folders)
         for name, images in folders.items():
@@ -2061,9 +2072,9 @@ def get_keras_home() -> str:
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Has Keras compute in float32, and give up downloads that hang.
+    """Makes Keras compute in float32, and give up downloads that hang.
 
-    A notebook gets back what it has set, such as mixed precision.
+    Then it restores what a notebook has set, such as mixed precision.
     """
     import keras
 

@@ -541,9 +541,13 @@ def is_folder(path: str) -> bool:
     return False
 
 
-def is_unreachable(path: str) -> bool:
-    """Tells whether a path that was listed leads nowhere, as a link to a drive that is gone."""
-    return '://' not in path and not os.path.exists(to_bytes(path))
+def is_lost_folder(path: str) -> bool:
+    """Tells whether a path that was listed may be a folder on a drive that is gone.
+
+    It leads nowhere, as a link may do, and its name has no extension.
+    """
+    has_extension = bool(os.path.splitext(path)[1])
+    return not has_extension and '://' not in path and not os.path.exists(to_bytes(path))
 
 
 def is_linked_folder(path: str) -> bool:
@@ -588,8 +592,7 @@ def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
         for name in reversed(names):
             inner = os.path.join(path, name)
             is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
-            # What may be a class folder on a drive that is gone fails as an image.
-            is_wanted |= is_unreachable(inner) and not os.path.splitext(name)[1]
+            is_wanted |= is_lost_folder(inner)  # fails as an image that cannot be read
             is_sorted_dir = sorted_dir and is_same_path(inner, sorted_dir)
             if is_wanted and not is_hidden(name) and not is_sorted_dir:
                 (linked if is_linked_folder(inner) else remaining).append(inner)
@@ -1823,7 +1826,7 @@ def label_images(flags: argparse.Namespace) -> None:
             else:
                 tally.failed += 1
     report_tally(tally, flags)
-    if flags.heatmap:
+    if flags.heatmap:  # of the only image
         draw(graph, path, answer, labels, flags)
 
 

@@ -137,7 +137,7 @@ def test_a_name_that_only_looks_the_same_in_another_set(touch, name):
     create_split(touch, 'train', 'val')
     for set_folder, form in (('train', 'NFD'), ('val', 'NFC')):
         touch(f'd/{set_folder}/{unicodedata.normalize(form, name)}/1.jpg')
-    match = f'^d/train has no images of: {name}. A folder there has nearly this name: give both'
+    match = f'^d/train has no images of: {name}. A folder there has nearly this name: give both the'
     with pytest.raises(UserError, match=match):
         list_images()
 
