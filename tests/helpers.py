@@ -221,6 +221,21 @@ def run_v1(graph_def, image_data, tensor):
     return run_v1_on_all(graph_def, [image_data], tensor)[0]
 
 
+def check_familiarity(found, graph_def, images):
+    """The familiarities that something gives to encoded images are those of the graph.
+
+    Rounding may turn around the order of an image and some of the own images, which are as similar
+    up to the last digits. So a familiarity must lie between those of a similarity that is a little
+    lower and one that is a little higher.
+    """
+    similarities = np.ravel(run_v1_on_all(graph_def, images, 'familiarity/Min:0'))
+    (own,) = (node for node in graph_def.node if node.name == 'familiarity/LessEqual/x')
+    own = tf.make_ndarray(own.attr['value'].tensor)
+    for each, similarity in zip(found, similarities, strict=True):
+        lowest, highest = ((own <= similarity + by).mean() for by in (-1e-5, 1e-5))
+        assert lowest - 1e-6 <= each <= highest + 1e-6  # a float32 is less precise than these
+
+
 def get_scores(graph_def, image_data):
     """Returns the scores that tf_test.py gives an encoded image: float [classes]."""
     ((scores,),) = tf_test.run_graph(graph_def, image_data, [graph_def.node[-1].name])
