@@ -573,6 +573,7 @@ if platform.machine() in ('x86_64', 'AMD64'):
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
 try:
     ensure_avx()
+    import absl.logging
     import numpy as np
     import orjson
     import PIL
@@ -712,10 +713,11 @@ def finish_run(*signal_and_frame: object) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Returns the message of an error, without the op and node in those of TensorFlow."""
+    """Returns the message of an error, without the stack, op and node in those of TensorFlow."""
     message = getattr(error, 'message', '') or str(error)
-    message = re.sub(r'{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
-    return message.lstrip().rstrip(' .\n') or type(error).__name__
+    message = re.sub(r'\AGraph execution.*unavailable>\s*', '', message, flags=re.DOTALL)
+    message = re.sub(r'\[\[.*?\]\]|{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
+    return message.lstrip().rstrip(' .\n\t') or type(error).__name__
 
 
 def run(job: Callable, flags: argparse.Namespace) -> None:
@@ -886,7 +888,13 @@ def ensure_replaceable(path: str, flag: str) -> None:
     target = os.path.realpath(to_bytes(path))
     if is_special(path) or os.path.isdir(target):
         raise UserError(f"{flag}: '{path}' is not a plain file. Name another one.")
-    if os.name != 'posix' or not os.path.exists(target):  # on Windows, the error tells nothing
+    try:
+        os.lstat(target)
+    except FileNotFoundError:
+        return
+    except OSError as error:  # the name is too long
+        raise UserError(f"{flag}: '{path}' cannot be written ({error.strerror}). Name another one.")
+    if os.name != 'posix':  # there, the error below tells nothing
         return
     probe = os.path.join(os.path.dirname(target), create_hidden_name().encode())
     try:
@@ -1761,7 +1769,8 @@ BOTTLENECK_NODE, BOTTLENECK_SIZE = 'pool_3/_reshape', 2048
 MOBILENET_URL = 'http://download.tensorflow.org/models/mobilenet_v1_{}_frozen.tgz'
 MOBILENET_GRAPH_NAME = 'mobilenet_v1_{}/frozen_graph.pb'
 MOBILENET_BOTTLENECK_NODE, MOBILENET_BOTTLENECK_SIZE = 'MobilenetV1/Predictions/Reshape', 1001
-FUNCTION_BOTTLENECK = 'module/bottleneck'  # of modules and Keras' networks
+FUNCTION_SCOPE = 'module'  # of modules and Keras' networks
+FUNCTION_BOTTLENECK = f'{FUNCTION_SCOPE}/bottleneck'
 # What the training puts behind a network.
 FINAL_SCOPE = 'final_training_ops'
 FAMILIARITY_NODE = 'familiarity'
@@ -1959,7 +1968,7 @@ class Backbone:
     @functools.cached_property
     def patient_networks(self) -> list[Callable]:
         """The networks, which take smaller batches once the memory of their device was full."""
-        return [run_in_parts(network) for network in self.networks]
+        return [run_in_parts(network, self.source) for network in self.networks]
 
 
 def load_backbone(flags: argparse.Namespace) -> Backbone:
@@ -2071,24 +2080,29 @@ def get_keras_home() -> str:
 
 
 @contextlib.contextmanager
-def own_settings() -> Iterator[None]:
-    """Makes Keras compute in float32, and give up downloads that hang.
+def download_timeout() -> Iterator[None]:
+    """Makes libraries give up downloads that hang: they would wait forever."""
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(timeout)
 
-    Then it restores what a notebook has set, such as mixed precision.
-    """
+
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """Makes Keras compute in float32; then restores what a notebook has set."""
     import keras
 
     policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
-    timeout = socket.getdefaulttimeout()
     keras.config.set_dtype_policy('float32')
     keras.config.set_floatx('float32')
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # Keras would wait forever
     try:
         yield
     finally:
         keras.config.set_dtype_policy(policy)
         keras.config.set_floatx(floatx)
-        socket.setdefaulttimeout(timeout)
 
 
 def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
@@ -2101,7 +2115,7 @@ def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
         ensure_writable_dir(model_dir, '--model_dir')
     try:
         # The progress goes where that of other downloads goes.
-        with own_settings(), contextlib.redirect_stdout(sys.stderr):
+        with own_settings(), download_timeout(), contextlib.redirect_stdout(sys.stderr):
             return create(include_top=False, input_shape=[side, side, 3], pooling='avg')
     except (MemoryError, tf.errors.ResourceExhaustedError):
         raise
@@ -2158,7 +2172,7 @@ def freeze_function(function: Callable, input_format: InputFormat, size: int) ->
 
     It ends at FUNCTION_BOTTLENECK, float [N, size].
     """
-    prefix, name = FUNCTION_BOTTLENECK.split('/')
+    name = os.path.basename(FUNCTION_BOTTLENECK)
 
     @tf.function(input_signature=[tf.TensorSpec([None, *input_format.size, 3])])
     def extract_features(images: tf.Tensor) -> tf.Tensor:
@@ -2169,7 +2183,7 @@ def freeze_function(function: Callable, input_format: InputFormat, size: int) ->
     # Functions become plain ops, which TensorFlow 1 has too.
     inlinable = allow_inlining(frozen.graph.as_graph_def())
     plain = optimize(inlinable, name, 'function')
-    graph_def = prepend_decoding(plain, frozen.inputs[0].name, input_format, prefix)
+    graph_def = prepend_decoding(plain, frozen.inputs[0].name, input_format, FUNCTION_SCOPE)
     return extract_sub_graph(graph_def, [FUNCTION_BOTTLENECK])
 
 
@@ -2183,13 +2197,28 @@ def allow_inlining(graph_def: GraphDef) -> GraphDef:
     return graph_def
 
 
+@contextlib.contextmanager
+def talkative_library() -> Iterator[None]:
+    """Makes tensorflow_hub say what it downloads, or waits for.
+
+    It waits ten minutes for the download of another process, even of one that was killed.
+    """
+    verbosity = absl.logging.get_verbosity()
+    absl.logging.set_verbosity(absl.logging.INFO)
+    try:
+        yield
+    finally:
+        absl.logging.set_verbosity(verbosity)
+
+
 def open_tfhub_module(handle: str) -> tuple[int, Any]:
     """Returns the checksum of a module, and the module; raises UserError if it cannot be loaded."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # tensorflow_hub's use of pkg_resources
             import tensorflow_hub
-        path = tensorflow_hub.resolve(handle)
+        with download_timeout(), talkative_library():
+            path = tensorflow_hub.resolve(handle)
         checksum = get_folder_checksum(path)  # first: it opens only plain files
         return checksum, tf.saved_model.load(path)
     except ImportError as error:
@@ -2204,9 +2233,11 @@ def open_tfhub_module(handle: str) -> tuple[int, Any]:
 
 
 def is_image_batch(spec: tf.TensorSpec) -> bool:
-    """Tells whether a tensor is one of images, float32 [N, height, width, 3]."""
-    is_batch = spec.shape.rank == 4 and spec.shape.is_compatible_with([None, None, None, 3])
-    return is_batch and spec.dtype == tf.float32
+    """Tells whether a tensor is one of images, float32 [N, height, width, 3], for any N."""
+    if spec.shape.rank != 4 or spec.dtype != tf.float32:
+        return False
+    takes_any_number = spec.shape[0] is None  # converters write functions for one image
+    return takes_any_number and spec.shape[3] in (3, None)
 
 
 def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat, int]:
@@ -2237,8 +2268,8 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat
                 )
             return function, InputFormat((height, width), mean=0, deviation=255), outputs[0][1]
     raise UserError(
-        f"--tfhub_module: '{handle}' does not compute feature vectors of images. Name one that "
-        'does.'
+        f"--tfhub_module: '{handle}' does not compute feature vectors of images, any number of "
+        'them at once. Name one that does.'
     )
 
 
@@ -2369,12 +2400,17 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
             attributes = {'T': node.attr['dtype']}
             node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr=attributes))
-        elif node.op == 'Reshape' and node.input[1] in constants:
+        elif node.op == 'Reshape' and node.input[1] in constants and not takes_batches(node):
             allow_batches(constants[node.input[1]])
     float32 = AttrValue(type=tf.float32.as_datatype_enum)
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, outputs)
+
+
+def takes_batches(node: NodeDef) -> bool:
+    """Tells whether a node is of a network that takes batches: of a module, or of Keras."""
+    return node.name.startswith(f'{FUNCTION_SCOPE}/')
 
 
 def drop_checks(node: NodeDef, nodes: dict[str, NodeDef]) -> None:
@@ -2484,8 +2520,11 @@ def load_files(keys: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
     return files.map(load_file_of, tf.data.AUTOTUNE).ignore_errors()
 
 
-def run_in_parts(network: Callable) -> Callable:
-    """Returns a network that takes smaller batches once the memory of its device was full."""
+def run_in_parts(network: Callable, source: str) -> Callable:
+    """Returns a network that takes smaller batches once the memory of its device was full.
+
+    The errors that it raises name its source.
+    """
     largest = NETWORK_BATCH_SIZE  # of all calls from now on
 
     def run_batch(images: tf.Tensor) -> tf.Tensor:
@@ -2493,7 +2532,12 @@ def run_in_parts(network: Callable) -> Callable:
         while True:
             starts = range(0, len(images), largest)
             try:
-                return tf.concat([network(images[start : start + largest]) for start in starts], 0)
+                parts = [network(images[start : start + largest]) for start in starts]
+                bottlenecks = tf.concat(parts, 0)
+                break
+            except tf.errors.InvalidArgumentError as error:
+                reason = describe(error).splitlines()[0]
+                raise UserError(f'{source} cannot be run ({reason}). Name another network.')
             except tf.errors.ResourceExhaustedError as error:
                 if largest == 1:
                     raise UserError(
@@ -2505,6 +2549,10 @@ def run_in_parts(network: Callable) -> Callable:
             tqdm.write(
                 f'The memory is full: from now on, the network gets {largest} images at once.'
             )
+        if len(bottlenecks) != len(images):
+            numbers = f'{len(bottlenecks)} vectors for {len(images)} images'
+            raise UserError(f'{source} gives {numbers}. Name another network.')
+        return bottlenecks
 
     return run_batch
 
@@ -2633,6 +2681,7 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
 # Cache
 
 RECORD_VERSION = 3
+NO_TIME = -1  # of a record: no image has this time, so each run compares the contents
 # What may decide whether an image can be decoded. After it changes, images are tried again.
 DECODER = f'TensorFlow {tf.__version__}, Pillow {PIL.__version__}, {MAX_PIXELS} pixels'
 if importlib.util.find_spec('pi_heif'):
@@ -2652,7 +2701,7 @@ class CacheRecord:
     """What a cache file was made of, or why there is none; see bottlenecks/README.md."""
 
     size: int  # of the image, in bytes
-    time: int  # of the image's last modification, in ns
+    time: int  # of the image's last modification, in ns, or NO_TIME
     digest: int | None  # of the image's contents; None if they were not read
     model: int  # checksum of the network
     outcome: int | str  # digest of the cache file, or why the image cannot be decoded
@@ -2673,6 +2722,10 @@ def get_status(path: str) -> Status:
     return Status(-1, -1, -1)
 
 
+class Unfinished(UserError):
+    """Why there are no images for the remaining training steps."""
+
+
 def ensure_folders_are_there(paths: Iterable[str]) -> None:
     """Raises UserError if images cannot be read as their folder is gone or empty.
 
@@ -2681,7 +2734,7 @@ def ensure_folders_are_there(paths: Iterable[str]) -> None:
     """
     for folder in sorted({os.path.dirname(path) for path in paths}):
         if not list_dir(folder):
-            raise UserError(f"--image_dir: '{folder}' is gone or empty. Restore it. {KEPT}")
+            raise Unfinished(f"--image_dir: '{folder}' is gone or empty. Restore it. {KEPT}")
 
 
 def explain_unreadable(path: str) -> tuple[str, int | None]:
@@ -2727,8 +2780,8 @@ def parse_record(text: bytes) -> CacheRecord | None:
             and isinstance(record.orientation, int | None)
             and isinstance(record.bits, int | None)
         )
-        # -1 would fit a cache file that is missing, and '' is no reason.
-        is_valid = is_valid and record.outcome not in (-1, '')
+        # Sizes and outcomes of -1 would fit files that are missing, and '' is no reason.
+        is_valid = is_valid and record.size >= 0 and record.outcome not in (-1, '')
     except (ValueError, TypeError, RecursionError):
         return None
     return record if is_valid and record.version == RECORD_VERSION else None
@@ -2777,18 +2830,21 @@ class BottleneckCache:
 
     def save_record(
         self, row: int, image_digest: int | None, outcome: int | str, header: Header
-    ) -> bool:
-        """Records what was found in an image; returns False if it has changed since the run began.
+    ) -> None:
+        """Records what was found in an image.
 
-        Then nothing is recorded, as the digest may be that of either version. Raises OpError if the
-        record cannot be written: then its cache file must not be written either.
+        If the image was changed since the run began, the digest may be that of either version. So
+        the record then has no time, and the next run compares the contents. It also does so if only
+        the rights or the hard links have changed.
+
+        Raises OpError if the record cannot be written: then its cache file must not be written
+        either.
         """
         status = self.statuses[row]
-        if get_status(self.images.paths[row]) != status:
-            return False
+        is_unchanged = get_status(self.images.paths[row]) == status
         record = CacheRecord(
             size=status.size,
-            time=status.modified,
+            time=status.modified if is_unchanged else NO_TIME,
             digest=image_digest,
             model=self.backbone.checksum,
             outcome=outcome,
@@ -2801,14 +2857,13 @@ class BottleneckCache:
             self.remove_cache_file(row)
         text = json.dumps(vars(record))
         write_whole(self.record_paths[row], text.encode())
-        return True
 
     def remove_cache_file(self, row: int) -> None:
         """Removes the cache file of the old record of a row, before there is a new record.
 
         If a kill left the file beside the new record, retrain.py of 2017 would use it, and so would
         this program if the record is lost. A row without an old record has no such file, as
-        trust_unrecorded() makes a record for each one.
+        trust_unrecorded() makes a record for each one whose image is there.
         """
         with contextlib.suppress(tf.errors.NotFoundError):
             gfile.remove(follow_link(self.paths[row]))
@@ -2832,7 +2887,9 @@ class BottleneckCache:
     def trust_unrecorded(self) -> None:
         """Records cache files without a readable record as they are (bottlenecks/README.md)."""
         has_record = np.array([record is not None for record in self.records])
-        rows = np.flatnonzero((self.cache_digests >= 0) & ~has_record).tolist()
+        has_image = np.array([status.size >= 0 for status in self.statuses])
+        is_unrecorded = (self.cache_digests >= 0) & ~has_record & has_image
+        rows = np.flatnonzero(is_unrecorded).tolist()
         # On a slow drive, the headers of thousands of images take minutes.
         bar = tqdm(rows, desc='Records', unit='image', delay=1, disable=None)
         for row in until_stopped(bar):
@@ -2896,16 +2953,12 @@ class BottleneckCache:
                 print(f'{reason}, recreating bottleneck {escape(path)}')
 
     def write(self, row: int, image_digest: int, text: bytes, cache_digest: int) -> None:
-        """Writes a cache file, and the record that it is of an image with this digest.
-
-        Nothing is written if the image has changed since the run began.
-        """
+        """Writes a cache file, and the record that it is of an image with this digest."""
         path = self.paths[row]
         tqdm.write(f'Creating bottleneck at {escape(path)}')
         try:
             header = load_header(self.images.paths[row])
-            if not self.save_record(row, image_digest, cache_digest, header):
-                return
+            self.save_record(row, image_digest, cache_digest, header)
             write_whole(path, text)
         except tf.errors.OpError as error:
             # Linux says so itself, by an InvalidArgumentError, and Windows does not.
@@ -2932,6 +2985,16 @@ class BottleneckCache:
         ):
             self.write(row, image_digest, text, cache_digest)
 
+    def check(self, rows: np.ndarray, bottlenecks: np.ndarray) -> None:
+        """Raises UserError if bottlenecks are not finite."""
+        is_finite = np.isfinite(bottlenecks).all(axis=1)
+        if not is_finite.all():
+            names = name_some([self.images.paths[row] for row in rows[~is_finite]])
+            raise UserError(
+                f'{self.backbone.source} gives numbers that are not finite for {names}. If this is '
+                'all images, download the model again; otherwise remove them.'
+            )
+
     def compute(
         self, rows: np.ndarray, service: str | None, is_strict: bool, bar: tqdm
     ) -> np.ndarray:
@@ -2944,11 +3007,7 @@ class BottleneckCache:
         paths = [self.images.paths[row] for row in rows]
         batches = compute_bottlenecks(rows, paths, self.backbone, service=service)
         for found_rows, image_digests, bottlenecks in batches:
-            if not np.isfinite(bottlenecks).all():
-                source = self.backbone.source
-                raise UserError(
-                    f'{source} gives numbers that are not finite. Download the model again.'
-                )
+            self.check(found_rows, bottlenecks)
             self.bottlenecks[found_rows] = bottlenecks
             self.write_batch(found_rows, image_digests, bottlenecks)
             left.difference_update(found_rows.tolist())
@@ -3051,9 +3110,10 @@ def cache_bottlenecks(
         ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
         reasons |= cache.fill(missing, flags)
     report_unreadable(images, reasons, flags.strict)
-    sideways = report_headers(cache.records, backbone.is_upright)
     readable = np.ones(len(images.files), bool)
     readable[list(reasons)] = False
+    records = list(itertools.compress(cache.records, readable))
+    sideways = report_headers(records, backbone.is_upright)
     lost = np.setdiff1d(images.classes, images.classes[readable])
     if lost.size:
         folder = os.path.dirname(images.files[images.classes == lost[0]][0])
@@ -3658,20 +3718,35 @@ def draw_batches(
     return ((rows, bottlenecks[rows]) for rows in draws)
 
 
-def train(
-    images: Images, bottlenecks: np.ndarray, backbone: Backbone, flags: argparse.Namespace
-) -> FinalLayer:
-    """Returns the trained final layer, which is evaluated every --eval_step_interval steps.
+def compute_first(batches: Iterator) -> Iterator:
+    """Returns batches of which the first one is computed already."""
+    first = list(itertools.islice(batches, 1))
+    return itertools.chain(first, batches)
 
-    Ctrl-C ends the training early. Raises UserError if there was nothing to train on.
+
+def train(
+    images: Images,
+    bottlenecks: np.ndarray,
+    backbone: Backbone,
+    start: 'Start',
+    flags: argparse.Namespace,
+) -> tuple[FinalLayer, str | None]:
+    """Returns the final layer, which is trained, and evaluated every --eval_step_interval steps.
+
+    Ctrl-C ends the training early. So does a lack of images: then the second value says why. Raises
+    UserError if there was nothing to train on.
     """
     layer = create_untrained_layer(images, backbone, flags)
     rng = create_rng(flags.random_seed, 'validation')
-    logs = open_logs(backbone, Head(layer, images.labels), flags)
     last = flags.how_many_training_steps - 1
+    problem = None
+    # Distorted images take their time. A run that stops before the first step keeps earlier logs.
+    batches = compute_first(until_stopped(draw_batches(images, bottlenecks, backbone, flags)))
+    with extra('the removal of earlier logs'):
+        clear_events(flags.summaries_dir, start)
+    logs = open_logs(backbone, Head(layer, images.labels), flags)
     try:
-        batches = draw_batches(images, bottlenecks, backbone, flags)
-        for step, (rows, batch) in enumerate(until_stopped(batches)):
+        for step, (rows, batch) in enumerate(batches):
             is_evaluated = step % flags.eval_step_interval == 0 or step == last
             if rows.size:  # it is empty if none of the images to distort can be read any longer
                 train_step(layer, batch, images.classes[rows], step, is_evaluated, logs['train'])
@@ -3683,9 +3758,11 @@ def train(
         if not layer.steps:
             raise
         go_on_after_stop()
+    except Unfinished as error:
+        problem = str(error)
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
-    return layer
+    return layer, problem
 
 
 def train_step(
@@ -4049,6 +4126,19 @@ def write_record(record: dict[str, Any], flags: argparse.Namespace) -> None:
     write_whole(f'{flags.output_graph}.json', f'{text}\n'.encode())
 
 
+def keep_outputs(flags: argparse.Namespace) -> argparse.Namespace:
+    """Returns flags by which a training that could not be finished writes files of its own.
+
+    It replaces no output of an earlier training, which may be better.
+    """
+    kept = argparse.Namespace(**vars(flags))
+    for name in ('output_graph', 'output_labels', 'optimized_graph'):
+        path = getattr(flags, name)
+        if path:
+            setattr(kept, name, f'{path}.unfinished')
+    return kept
+
+
 def is_in_module(path: str, flags: argparse.Namespace) -> bool:
     """Tells whether a path is the folder of the module, or lies in it."""
     module = flags.tfhub_module
@@ -4185,12 +4275,14 @@ def note_start(summaries_dir: str) -> Start:
 
 
 def list_events(summaries_dir: str) -> list[str]:
-    """Returns the paths of the event files that runs have written in a folder."""
+    """Returns the paths of the event files in a folder that runs have written."""
     paths = []
     for name in SUMMARY_FOLDERS:
         folder = os.path.join(summaries_dir, name)
-        files = [file for file in list_dir(folder) if file.startswith('events.out.tfevents.')]
-        paths += [os.path.join(folder, file) for file in files]
+        for file in list_dir(folder):
+            # Those of tf.summary, such as Keras' callback, end with '.v2'.
+            if file.startswith('events.out.tfevents.') and not file.endswith('.v2'):
+                paths.append(os.path.join(folder, file))
     return [path for path in paths if not is_special(path)]
 
 
@@ -4544,6 +4636,33 @@ def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Names
     return pair_count
 
 
+def write_results(
+    images: Images,
+    backbone: Backbone,
+    head: Head,
+    tested: Tested | None,
+    facts: dict[str, Any],
+    flags: argparse.Namespace,
+    export: Callable | None = None,
+) -> None:
+    """Writes outputs, record and pictures, each of them whatever becomes of the others.
+
+    `facts` is for the record. Raises UserError if an output is missing.
+    """
+    writers = create_writers(backbone, head, flags)
+    if export:
+        writers[SAVED_MODEL] = functools.partial(export, backbone, head)
+    results, failures = write_outputs(writers)
+    if flags.output_graph in results:
+        with extra('the record of the run'):
+            record = create_record(images, backbone, head, tested, flags) | facts
+            record['graph_checksum'] = results[flags.output_graph]
+            write_record(record, flags)
+    with extra('the pictures for TensorBoard'):
+        write_pictures(images, head, tested, flags)
+    report_end(writers, failures, head, flags)
+
+
 def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     """Runs the whole training. export(backbone, head), if given, writes the SavedModel."""
     start = note_start(flags.summaries_dir)
@@ -4559,28 +4678,22 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     familiarity = None
     with extra('the familiarity'):
         familiarity = find_familiarity(images, bottlenecks, flags)
-    with extra('the removal of earlier logs'):
-        clear_events(flags.summaries_dir, start)
-    layer = train(images, bottlenecks, backbone, flags)
+    layer, facts['problem'] = train(images, bottlenecks, backbone, start, flags)
     facts['steps'] = layer.steps
     tested = None
     with extra('the test'):
         tested = test(images, bottlenecks, layer, flags)
         report_test(images, tested, flags)
     head = Head(layer, images.labels, familiarity)
-    writers = create_writers(backbone, head, flags)
-    if export:
-        writers[SAVED_MODEL] = functools.partial(export, backbone, head)
-    results, failures = write_outputs(writers)
-    if flags.output_graph in results:
-        with extra('the record of the run'):
-            facts = {'started': str(start.time), **facts}
-            facts['graph_checksum'] = results[flags.output_graph]
-            facts['seconds'] = time.monotonic() - start.monotonic
-            write_record(create_record(images, backbone, head, tested, flags) | facts, flags)
-    with extra('the pictures for TensorBoard'):
-        write_pictures(images, head, tested, flags)
-    report_end(writers, failures, head, flags)
+    facts['started'] = str(start.time)
+    facts['seconds'] = time.monotonic() - start.monotonic
+    if facts['problem']:
+        write_results(images, backbone, head, tested, facts, keep_outputs(flags))
+        raise UserError(
+            f'{facts["problem"]} What {layer.steps} training steps have learned is in the files '
+            'above. The outputs of an earlier training are as they were.'
+        )
+    write_results(images, backbone, head, tested, facts, flags, export)
 
 
 # SavedModel

@@ -112,13 +112,14 @@ def create_labeling_parser() -> argparse.ArgumentParser:
         help='turn images as their EXIF orientation says; use it if the training did',
     )
     add_label_flags(parser)
+    name = checked(to_path, bool, 'a name')
     parser.add_argument(
-        '--sort_into', metavar='DIR', type=to_path, help='link each image into DIR/<class folder>/'
+        '--sort_into', metavar='DIR', type=name, help='link each image into DIR/<class folder>/'
     )
     parser.add_argument(
         '--heatmap',
         metavar='FILE',
-        type=to_path,
+        type=name,
         help='of one image: draw which pixels speak for the best label',
     )
     return parser
@@ -288,6 +289,7 @@ HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
 NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32
 JPEG_DATA_NODE = 'DecodeJpeg/contents'
 RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
+FUNCTION_SCOPE = 'module'  # of modules and Keras' networks
 LABELS_NODE = 'final_training_ops/labels'
 FAMILIARITY_NODE = 'familiarity'
 UNFAMILIAR = 0.02  # a familiarity, see Answer: at or below it, the scores mean little
@@ -333,10 +335,11 @@ def is_special(path: str) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Returns the message of an error, without the op and node in those of TensorFlow."""
+    """Returns the message of an error, without the stack, op and node in those of TensorFlow."""
     message = getattr(error, 'message', '') or str(error)
-    message = re.sub(r'{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
-    return message.lstrip().rstrip(' .\n') or type(error).__name__
+    message = re.sub(r'\AGraph execution.*unavailable>\s*', '', message, flags=re.DOTALL)
+    message = re.sub(r'\[\[.*?\]\]|{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
+    return message.lstrip().rstrip(' .\n\t') or type(error).__name__
 
 
 def escape(text: str) -> str:
@@ -404,7 +407,7 @@ DAMAGED_RECORD = (
 
 def check_name(name: str) -> str:
     """Returns the name of a file; raises ValueError or AttributeError for what cannot be one."""
-    if b'\0' in name.encode():
+    if b'\0' in to_bytes(name):
         raise ValueError('embedded null character')
     return name
 
@@ -1075,12 +1078,17 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
             attributes = {'T': node.attr['dtype']}
             node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr=attributes))
-        elif node.op == 'Reshape' and node.input[1] in constants:
+        elif node.op == 'Reshape' and node.input[1] in constants and not takes_batches(node):
             allow_batches(constants[node.input[1]])
     float32 = AttrValue(type=tf.float32.as_datatype_enum)
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
     nodes[source].CopyFrom(NodeDef(name=source, op='Placeholder', attr=attributes))
     return extract_sub_graph(folded, outputs)
+
+
+def takes_batches(node: NodeDef) -> bool:
+    """Tells whether a node is of a network that takes batches: of a module, or of Keras."""
+    return node.name.startswith(f'{FUNCTION_SCOPE}/')
 
 
 def drop_checks(node: NodeDef, nodes: dict[str, NodeDef]) -> None:
@@ -1718,11 +1726,10 @@ def rank(
     return [(labels[index], round(float(scores[index]), 7)) for index in order]
 
 
-def is_photograph(path: str) -> bool:
-    """Tells whether an image exists that may be a photograph: most heatmaps are PNG files."""
-    name = path.lower()
-    is_image = name.endswith(IMAGE_EXTENSIONS) and not name.endswith('.png')
-    return is_image and os.path.isfile(to_bytes(path))
+def is_other_file(path: str) -> bool:
+    """Tells whether a file exists, perhaps behind a link, that is no PNG: most heatmaps are."""
+    is_png = resolve(path).suffix.lower() == '.png'
+    return os.path.isfile(to_bytes(path)) and not is_png
 
 
 def check_heatmap(training: Training | None, flags: argparse.Namespace) -> None:
@@ -1734,7 +1741,7 @@ def check_heatmap(training: Training | None, flags: argparse.Namespace) -> None:
         raise UserError(
             f"--heatmap: '{path}' is in the --image_dir of the training. Name a file elsewhere."
         )
-    if is_photograph(path):
+    if is_other_file(path):
         raise UserError(
             f"--heatmap: '{path}' exists, and may be a photograph. Delete it, or name another "
             'file, such as heatmap.png.'

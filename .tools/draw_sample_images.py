@@ -8,6 +8,7 @@ Poses, coats, backgrounds and sizes vary, and the same images come out each time
 
 import argparse
 import math
+import os
 import pathlib
 import random
 import sys
@@ -351,13 +352,20 @@ def draw_image(kind: str, seed: int) -> Image.Image:
     return picture
 
 
+def is_free(folder: pathlib.Path) -> bool:
+    """Tells whether another folder can be renamed to this one: it is missing, or empty."""
+    if folder.is_symlink() or os.path.ismount(folder):
+        return False
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def main(output_dir: pathlib.Path) -> None:
-    """Draws both folders, or none of them; does nothing if one of them has something in it."""
+    """Draws both folders, or none of them; does nothing if one of them is not free."""
     folders = [output_dir / kind for kind in ('cat', 'dog')]
     for folder in folders:
-        if folder.exists() and any(folder.iterdir()):
-            advice = 'Move them away, or name another --output_dir.'
-            sys.exit(f'ERROR: {folder} has files in it already. {advice}')
+        if not is_free(folder):
+            advice = 'Move it away, or name another --output_dir.'
+            sys.exit(f'ERROR: {folder} exists, and is not an empty folder. {advice}')
     output_dir.mkdir(parents=True, exist_ok=True)
     # Half of the images would be taken for all of them: they get their place when all are drawn.
     with tempfile.TemporaryDirectory(prefix='.drawing-', dir=output_dir) as unfinished:
@@ -384,3 +392,5 @@ if __name__ == '__main__':
     except KeyboardInterrupt:
         print('\nStopped. Nothing was drawn: run the same command again.', file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # such as a full disk
+        sys.exit(f'ERROR: nothing was drawn: {error}. Fix this, and run the same command again.')

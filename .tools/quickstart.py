@@ -46,6 +46,8 @@ def list_classes() -> dict[str, list[str]]:
     If images are split already, the class folders are those in train/.
     """
     data = ROOT / 'data'
+    if not data.is_dir():
+        return {}
     of_training = ('train', 'training')
     train_folders = [folder for folder in data.iterdir() if folder.name.lower() in of_training]
     classes = {}
@@ -104,8 +106,11 @@ def fetch_mobilenet() -> None:
         sys.exit(f'ERROR: {found} is not the known one. Do not use it.')
     MOBILENET_PATH.parent.mkdir(parents=True, exist_ok=True)
     temporary = MOBILENET_PATH.with_suffix('.tmp')
-    temporary.write_bytes(graph)
-    temporary.replace(MOBILENET_PATH)
+    try:
+        temporary.write_bytes(graph)
+        temporary.replace(MOBILENET_PATH)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def choose_model() -> list[str]:
@@ -193,8 +198,11 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+    sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]
     try:
         main()
     except KeyboardInterrupt:
         print('\nStopped. The same command goes on from there.', file=sys.stderr)
         sys.exit(130)
+    except OSError as error:  # such as a full disk
+        sys.exit(f'ERROR: {error}. Fix this, and run the same command again.')

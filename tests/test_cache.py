@@ -267,7 +267,7 @@ def test_a_cache_file_that_is_not_the_one_of_its_record_is_made_again(cached):
     assert cached.cache_file(CAT).read_text() == cat
 
 
-def test_an_image_that_changes_while_it_is_read_is_not_recorded(cached, monkeypatch):
+def test_an_image_that_changes_while_it_is_read_is_compared_by_the_next_run(cached, monkeypatch):
     """Later it is put back, with the size and time that it had: its bottleneck is right."""
     path = cached.data / CAT
     cached.cache_file(CAT).unlink()
@@ -282,8 +282,10 @@ def test_an_image_that_changes_while_it_is_read_is_not_recorded(cached, monkeypa
 
     def compute_another(*arguments, **options):
         put(another)
-        yield from compute(*arguments, **options)
-        put(original)
+        try:
+            yield from compute(*arguments, **options)
+        finally:
+            put(original)
 
     put(original)
     monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', compute_another)
@@ -292,6 +294,25 @@ def test_an_image_that_changes_while_it_is_read_is_not_recorded(cached, monkeypa
     monkeypatch.chdir(cached.folder)
     assert created(cached.cache()) == [CAT]
     cached.check_bottlenecks(CAT)
+
+
+def test_images_that_are_linked_or_touched_during_a_run_are_not_computed_again(job, monkeypatch):
+    """As by `cp -al`, `chmod` and `touch`, or --sort_into of tf_test.py."""
+    job.photographs(cat=4, dog=4)
+    compute = tf_retrain.compute_bottlenecks
+
+    def compute_and_touch(*arguments, **options):
+        for index, path in enumerate(sorted(job.data.rglob('*.jpg'))):
+            os.link(path, job.folder / f'{index}.jpg') if index % 2 else path.chmod(0o600)
+        (job.data / DOG).touch()
+        return compute(*arguments, **options)
+
+    monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', compute_and_touch)
+    assert len(created(job.cache())) == 8
+    assert created(job.cache()) == []
+    read = count_reads(monkeypatch)
+    job.cache()
+    assert not [name for name in read if name.endswith('.jpg')]  # the new times are recorded
 
 
 @pytest.mark.posix

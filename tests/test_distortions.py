@@ -1,6 +1,8 @@
 """Distorted training images: what is done to them, and runs that lose images on the way."""
 
+import json
 import re
+import zlib
 
 import numpy as np
 import pytest
@@ -72,6 +74,11 @@ def test_distortions_of_a_mobilenet(job):
     assert job.graph().node[-1].name == 'final_result'
 
 
+def read_outputs(job):
+    folder = job.folder / 'trained_model'
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def lose(job, monkeypatch, paths):
     """Deletes images when the training begins, after the bottlenecks were cached."""
 
@@ -113,9 +120,9 @@ def test_without_any_image_the_old_graph_stays(job, monkeypatch):
 @pytest.mark.parametrize('is_mount_point', [False, True])
 @pytest.mark.parametrize('lost', ['data', 'data/dog'])
 def test_a_drive_that_is_removed_ends_the_training(job, monkeypatch, lost, is_mount_point):
-    """It has all classes or one of them: the outputs of an earlier training stay."""
+    """It has all classes or one of them. What was learned is written beside the earlier outputs."""
     job.photographs(cat=30, dog=30).main()
-    before = job.graph()
+    before = read_outputs(job)
     monkeypatch.setattr(tf_retrain, 'DISTORTED_STEPS', 2)
     step = tf_retrain.train_step
 
@@ -129,10 +136,35 @@ def test_a_drive_that_is_removed_ends_the_training(job, monkeypatch, lost, is_mo
     monkeypatch.setattr(tf_retrain, 'train_step', train_step)
     flags = {'how_many_training_steps': '50', 'train_batch_size': '10'}
     message = (
-        "^--image_dir: 'data/(cat|dog)' is gone or empty. Restore it. What was computed so far"
+        "^--image_dir: 'data/(cat|dog)' is gone or empty. Restore it. What was computed so far .*"
+        r'What \d+ training steps have learned is in the files above. The outputs of an earlier'
     )
-    job.fails(message, '--flip_left_right', **flags)
-    assert job.graph() == before
+    out = job.fails(message, '--flip_left_right', optimized_graph='o.pb', **flags)
+    assert 'Final test accuracy = ' in out
+    assert 'Wrote the graph trained_model/unoptimized_model.pb.unfinished and the labels' in out
+    after = read_outputs(job)
+    assert {name: after[name] for name in before} == before
+    learned = 'unoptimized_model.pb.unfinished'
+    assert after['labels.txt.unfinished'] == before['labels.txt']
+    record = json.loads(after[f'{learned}.json'])
+    assert 3 <= record['steps'] < 50
+    assert record['problem'].startswith('--image_dir: ')
+    assert record['graph_checksum'] == zlib.crc32(after[learned])
+
+
+def test_a_run_that_is_stopped_before_the_first_step_leaves_the_logs(job, monkeypatch):
+    """With distortions, this step takes its time."""
+    job.photographs(cat=30, dog=30).main()
+    before = sorted(path for path in (job.folder / 'logs').rglob('*') if path.is_file())
+    assert len(before) == 3
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tf_retrain, 'regroup', stop)
+    with pytest.raises(KeyboardInterrupt):
+        job.main('--flip_left_right')
+    assert sorted(path for path in (job.folder / 'logs').rglob('*') if path.is_file()) == before
 
 
 def test_images_are_regrouped_by_step():

@@ -8,6 +8,7 @@ from helpers import parse, run_new
 
 import retrain_serving
 import tf_retrain
+import tf_test
 
 USAGE_ERRORS = [
     ('--testing_percentage=-1', 'from 0 to 100'),
@@ -91,6 +92,10 @@ def test_a_path_is_not_empty(capsys):
     with pytest.raises(SystemExit, match='^2$'):
         parse('--image_dir=data/', '--bottleneck_dir=')
     assert 'argument --bottleneck_dir: must be a name' in capsys.readouterr().err
+    for flag in ('--sort_into', '--heatmap'):
+        with pytest.raises(SystemExit, match='^2$'):
+            tf_test.create_labeling_parser().parse_args(['x.jpg', 'g.pb', 'l.txt', f'{flag}='])
+        assert f'argument {flag}: must be a name' in capsys.readouterr().err
 
 
 def test_image_dir_is_required(capsys):

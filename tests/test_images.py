@@ -396,6 +396,23 @@ def test_photographs_that_lie_on_their_side_are_counted(job):
     job.check_bottlenecks('cat/phone 6.jpg')  # no pixel was changed
 
 
+@pytest.mark.posix
+def test_photographs_that_are_left_out_are_not_counted(job):
+    """They are links to a drive that is gone; with a record, and without."""
+    job.photographs(cat=4, dog=4)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(job.folder / 'phone.jpg', exif=exif)
+    (job.data / 'cat/phone.jpg').symlink_to(job.folder / 'phone.jpg')
+    assert '--upright' in job.cache()
+    (job.folder / 'phone.jpg').rename(job.folder / 'gone.jpg')
+    for _ in range(3):
+        out = job.cache()
+        assert "'data/cat/phone.jpg' is left out: " in out
+        assert '--upright' not in out
+        shutil.rmtree(job.folder / 'bottlenecks/.records', ignore_errors=True)
+
+
 @pytest.fixture
 def open_job(model, monkeypatch, capsys):
     """A job in a folder that every user may enter."""

@@ -295,7 +295,12 @@ def test_a_heatmap_does_not_replace_a_photograph(trained, label, tmp_path):
     message = (
         "^--heatmap: '.*other.JPG' exists, and may be a photograph. Delete it, or name another"
     )
-    label.fails(message, '--heatmap', other, trained.test_image())
+    link = tmp_path / 'link.png'
+    link.symlink_to(other)
+    for path in (other, link):
+        label.fails(
+            message.replace('other.JPG', path.name), '--heatmap', path, trained.test_image()
+        )
     assert other.read_bytes() == before
     for _ in range(2):  # a heatmap may be drawn again
         label(f'--heatmap={tmp_path}/heatmap.png', trained.test_image())

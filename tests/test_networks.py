@@ -9,8 +9,10 @@ import pathlib
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import zipfile
 
 import keras
@@ -37,6 +39,7 @@ from helpers import (
     write_mobilenet,
     write_module,
 )
+from PIL import Image
 
 import tf_retrain
 
@@ -276,12 +279,100 @@ def test_what_is_no_feature_vector(tmp_path):
         tf_retrain.load_tfhub_module(str(tmp_path / 'detector'))
 
 
+class Single(tf.Module):
+    @tf.function(input_signature=[tf.TensorSpec([1, 8, 8, 3])])
+    def __call__(self, images):
+        return images[:, 0, 0] / tf.math.reduce_std(images)
+
+
+def test_a_module_for_one_image_at_a_time(tmp_path):
+    """As converters write it. With batches, it would compute other numbers."""
+    module = Single()
+    module.__call__.get_concrete_function()
+    tf.saved_model.save(module, str(tmp_path / 'single'))
+    problem = 'does not compute feature vectors of images, any number of them at once'
+    with pytest.raises(tf_retrain.UserError, match=problem):
+        tf_retrain.load_tfhub_module(str(tmp_path / 'single'))
+
+
+def save_function(path, function):
+    module = tf.Module()
+    module.__call__ = tf.function(function, input_signature=[tf.TensorSpec([None, 8, 8, 3])])
+    module.__call__.get_concrete_function()
+    tf.saved_model.save(module, str(path))
+
+
+def test_a_module_that_makes_rows_of_constants(tmp_path):
+    """Only the graph of 2015, which is for one image, has reshapes that must change."""
+    row = tf.constant([1, 3])
+    mean = tf.range(3, dtype=tf.float32)
+
+    def subtract(images):
+        rows = tf.reshape(mean, [1, -1]) + tf.reshape(mean, row) * tf.cast(row[0], tf.float32)
+        return images[:, 0, 0] - rows
+
+    save_function(tmp_path / 'module', subtract)
+    backbone = tf_retrain.load_tfhub_module(str(tmp_path / 'module'))
+    images = draw_images(4, 8, 8, 3)
+    expected = images[:, 0, 0] / 255 - 2 * np.arange(3)
+    np.testing.assert_allclose(backbone.networks[0](images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('function', 'problem'),
+    [
+        (
+            lambda images: tf.reshape(images, [-1, 3]),
+            '^module gives 512 vectors for 8 images. Name',
+        ),
+        (
+            lambda images: tf.reshape(images, [1, 192]),
+            '^module cannot be run \\(.*requested shape has 192.*\\). Name another network',
+        ),
+    ],
+)
+def test_a_module_that_does_not_keep_its_promise(job, function, problem):
+    save_function(job.folder / 'module', function)
+    job.photographs(cat=4, dog=4).fails(problem, '--tfhub_module=module')
+
+
+def test_an_image_without_finite_numbers_is_named(job):
+    """By a module that divides by the deviation of the pixels."""
+    save_function(
+        job.folder / 'module',
+        lambda images: images[:, 0, 0] / tf.math.reduce_std(images, axis=[1, 2, 3])[:, None],
+    )
+    Image.new('RGB', (8, 8)).save(job.photographs(cat=4, dog=4).data / 'cat/black.png')
+    problem = r'^module gives numbers that are not finite for data/cat/black\.png\. If this is all'
+    job.fails(problem, '--tfhub_module=module')
+
+
 def save_features(path, dtype=tf.float32, channels=3):
     module = tf.Module()
     spec = tf.TensorSpec([None, 8, 8, channels])
     module.__call__ = tf.function(lambda x: tf.cast(x[:, 0, 0], dtype), input_signature=[spec])
     signature = module.__call__.get_concrete_function()
     tf.saved_model.save(module, str(path), signatures=signature)
+
+
+def test_a_download_of_a_module_that_hangs(monkeypatch, tmp_path, caplog):
+    """The run gives up, and the library says what it does."""
+    monkeypatch.setenv('TFHUB_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(tf_retrain, 'DOWNLOAD_TIMEOUT', 0.2)
+    is_over = threading.Event()
+
+    def hang(handler):
+        send(handler, b'12', length=1000)
+        is_over.wait()
+
+    with serve(hang) as url:
+        with pytest.raises(
+            tf_retrain.UserError, match='^--tfhub_module: .* cannot be loaded .*time'
+        ):
+            tf_retrain.load_tfhub_module(f'{url}/module')
+        is_over.set()
+    assert f"Downloading TF-Hub Module '{url}/module'" in caplog.text
+    assert socket.getdefaulttimeout() is None
 
 
 @pytest.mark.parametrize('dtype', [tf.float16, tf.bfloat16, tf.float64])
@@ -377,14 +468,14 @@ def test_batches_become_smaller_if_the_memory_is_full(job, monkeypatch):
 
     real = tf_retrain.run_in_parts
 
-    def small(network):
+    def small(network, source):
         def run(images):
             sizes.append(len(images))
             if len(images) > 8:
                 raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
             return network(images)
 
-        return real(run)
+        return real(run, source)
 
     monkeypatch.setattr(tf_retrain, 'run_in_parts', small)
     out = job.photographs(cat=40, dog=40).cache()
@@ -396,13 +487,13 @@ def test_batches_become_smaller_if_the_memory_is_full(job, monkeypatch):
 def test_batches_stay_smaller_in_all_distorted_steps(job, monkeypatch):
     real = tf_retrain.run_in_parts
 
-    def small(network):
+    def small(network, source):
         def run(images):
             if len(images) > 8:
                 raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
             return network(images)
 
-        return real(run)
+        return real(run, source)
 
     job.photographs(cat=20, dog=20).cache()
     monkeypatch.setattr(tf_retrain, 'run_in_parts', small)
@@ -416,7 +507,7 @@ def test_a_memory_that_is_too_small_for_one_image_is_one_line(job, monkeypatch):
         raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
 
     real = tf_retrain.run_in_parts
-    monkeypatch.setattr(tf_retrain, 'run_in_parts', lambda network: real(fail))
+    monkeypatch.setattr(tf_retrain, 'run_in_parts', lambda network, source: real(fail, source))
     job.photographs(cat=4, dog=4).fails(r'is full \(OOM when allocating\).* CUDA_VISIBLE_DEVICES= ')
 
 

@@ -257,6 +257,14 @@ def test_names_that_the_output_cannot_have_are_known_before_any_work(job, name):
 
 
 @pytest.mark.posix
+@pytest.mark.parametrize('flag', ['output_graph', 'output_labels', 'optimized_graph'])
+def test_a_name_that_is_too_long_is_found_before_any_work(job, flag):
+    path = 'trained_model/' + 'x' * 300
+    message = f"^--{flag}: '{path}.*' cannot be written \\(File name too long\\). Name another one"
+    job.photographs(cat=4, dog=4)
+    assert job.fails(message, **{flag: path}) == ''
+
+
 @pytest.mark.parametrize('output', [GRAPH, LABELS, RECORD])
 def test_a_link_that_leads_to_a_folder_that_cannot_be_made_is_found_first(job, output):
     """Such as one on a drive that is not there."""

@@ -90,7 +90,33 @@ def test_sample_images_do_not_overwrite_others(done):
     folder, _ = done
     again = run('.tools/draw_sample_images.py', '--output_dir', folder / 'data', check=False)
     assert again.returncode == 1
-    assert re.fullmatch(r'ERROR: \S+cat has files in it already\. .+\n', again.stderr)
+    assert re.fullmatch(r'ERROR: \S+cat exists, and is not an empty folder\. .+\n', again.stderr)
+
+
+@pytest.mark.posix
+def test_sample_images_are_both_drawn_or_none(tmp_path):
+    (tmp_path / 'dog').symlink_to(tmp_path / 'gone')
+    out = run('.tools/draw_sample_images.py', '--output_dir', tmp_path, check=False)
+    assert out.returncode == 1
+    assert re.fullmatch(r'ERROR: \S+dog exists, and is not an empty folder\. .+\n', out.stderr)
+    assert os.listdir(tmp_path) == ['dog']
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize('command', ['.tools/quickstart.py', '.tools/draw_sample_images.py'])
+def test_a_folder_that_cannot_be_written(tmp_path, command):
+    """It is a link to a drive that is gone."""
+    copy_project(tmp_path)
+    (tmp_path / 'data').rmdir()
+    (tmp_path / 'data').symlink_to(tmp_path / 'gone/drive')
+    process = forks.run([tmp_path / command])
+    assert process.returncode == 1
+    assert re.fullmatch(r'ERROR: nothing was drawn: .*data.*\. Fix this.*\n', process.stderr)
+
+
+def test_without_the_folder_for_images(project):
+    (project / 'data').rmdir()
+    assert quickstart.list_classes() == {}
 
 
 def test_a_model_that_is_there_is_taken(project, monkeypatch):

@@ -322,7 +322,7 @@ def test_familiarity_in_other_runtimes(recipes, onnx):
     assert np.ptp(printed) > 0.3
     images = [recipes.names['load'](str(path)) for path in paths]
     text = find(recipes, 'openvino.Core').replace('trained_model/optimized_model.pb', BOTH)
-    text = text.replace('[0]', "['familiarity:0']")
+    text = text.replace('final_result:0', 'familiarity:0')
     by_openvino = np.concatenate(run_openvino(recipes.folder, text, images))
     by_onnx = [take_familiarity(session.run(None, {'Mul:0': image})) for image in images]
     by_litert = [run_litert(image) for image in images]
