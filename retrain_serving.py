@@ -716,8 +716,8 @@ def describe(error: BaseException) -> str:
     """Returns the message of an error, without the stack, op and node in those of TensorFlow."""
     message = getattr(error, 'message', '') or str(error)
     message = re.sub(r'\AGraph execution.*unavailable>\s*', '', message, flags=re.DOTALL)
-    message = re.sub(r'\[\[.*?\]\]|{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
-    return message.lstrip().rstrip(' .\n\t') or type(error).__name__
+    message = re.sub(r'\n\s*\[\[.*|{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
+    return message.lstrip().rstrip(' .\n') or type(error).__name__
 
 
 def run(job: Callable, flags: argparse.Namespace) -> None:
@@ -2722,19 +2722,18 @@ def get_status(path: str) -> Status:
     return Status(-1, -1, -1)
 
 
-class Unfinished(UserError):
-    """Why there are no images for the remaining training steps."""
-
-
 def ensure_folders_are_there(paths: Iterable[str]) -> None:
-    """Raises UserError if images cannot be read as their folder is gone or empty.
+    """Raises UserError if images cannot be read as their folder is gone, or has no images left.
 
-    It may have been on a drive that was removed. Without the images of a class, a training would
-    only spoil the outputs of an earlier one.
+    It may have been on a drive that was removed, or have links to one. Without the images of a
+    class, a training would only spoil the outputs of an earlier one.
     """
     for folder in sorted({os.path.dirname(path) for path in paths}):
-        if not list_dir(folder):
-            raise Unfinished(f"--image_dir: '{folder}' is gone or empty. Restore it. {KEPT}")
+        images = (os.path.join(folder, name) for name in list_dir(folder) if is_image(name))
+        if not any('://' in image or os.path.exists(to_bytes(image)) for image in images):
+            raise UserError(
+                f"--image_dir: '{folder}' is gone, or its images are. Restore them. {KEPT}"
+            )
 
 
 def explain_unreadable(path: str) -> tuple[str, int | None]:
@@ -2835,16 +2834,17 @@ class BottleneckCache:
 
         If the image was changed since the run began, the digest may be that of either version. So
         the record then has no time, and the next run compares the contents. It also does so if only
-        the rights or the hard links have changed.
+        the rights or the hard links have changed. If the image is gone by now, it may come back as
+        it was when the run began.
 
         Raises OpError if the record cannot be written: then its cache file must not be written
         either.
         """
-        status = self.statuses[row]
-        is_unchanged = get_status(self.images.paths[row]) == status
+        before, now = self.statuses[row], get_status(self.images.paths[row])
+        size = before.size if now.size < 0 else now.size
         record = CacheRecord(
-            size=status.size,
-            time=status.modified if is_unchanged else NO_TIME,
+            size=max(size, 0),  # 0 fits no image: for one that was there only in between
+            time=now.modified if now == before else NO_TIME,
             digest=image_digest,
             model=self.backbone.checksum,
             outcome=outcome,
@@ -3644,12 +3644,16 @@ def create_distortion(flags: argparse.Namespace, size: tuple[int, int]) -> Calla
     return distort
 
 
+class Unfinished(UserError):
+    """Why there are no images for the remaining training steps."""
+
+
 def compute_distorted(
     draws: Iterator, images: Images, backbone: Backbone, distort: Callable
 ) -> Iterator:
     """Yields (rows, bottlenecks) of distorted images for each draw of rows.
 
-    Images that can no longer be read are left out.
+    Images that can no longer be read are left out. Raises Unfinished if this cannot go on.
     """
     vanished: set[str] = set()
     first_key = 0
@@ -3668,6 +3672,8 @@ def compute_distorted(
                 vanished |= missing
                 yield step_rows[is_found], bottlenecks
             first_key += rows.size
+    except (UserError, MemoryError, OSError, tf.errors.OpError) as error:
+        raise Unfinished(describe(error))
     finally:
         report_vanished(vanished)
 
@@ -3759,6 +3765,7 @@ def train(
             raise
         go_on_after_stop()
     except Unfinished as error:
+        protect_outputs()
         problem = str(error)
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
@@ -4126,17 +4133,21 @@ def write_record(record: dict[str, Any], flags: argparse.Namespace) -> None:
     write_whole(f'{flags.output_graph}.json', f'{text}\n'.encode())
 
 
-def keep_outputs(flags: argparse.Namespace) -> argparse.Namespace:
-    """Returns flags by which a training that could not be finished writes files of its own.
+def rename_outputs(flags: argparse.Namespace, extension: str) -> argparse.Namespace:
+    """Returns flags with one more extension in the names of the outputs.
 
-    It replaces no output of an earlier training, which may be better.
+    A training that could not be finished does not replace the outputs of others, which may be
+    better.
     """
-    kept = argparse.Namespace(**vars(flags))
+    renamed = argparse.Namespace(**vars(flags))
     for name in ('output_graph', 'output_labels', 'optimized_graph'):
         path = getattr(flags, name)
-        if path:
-            setattr(kept, name, f'{path}.unfinished')
-    return kept
+        if not path:
+            continue
+        if not gfile.isdir(os.path.dirname(path) or '.'):  # it was on the drive of the images
+            path = os.path.join(tempfile.gettempdir(), os.path.basename(path))
+        setattr(renamed, name, f'{path}.{extension}')
+    return renamed
 
 
 def is_in_module(path: str, flags: argparse.Namespace) -> bool:
@@ -4593,17 +4604,22 @@ def report_end(
     writers: dict[str, Callable],
     failures: dict[str, str],
     head: Head,
+    problem: str | None,
     flags: argparse.Namespace,
 ) -> None:
-    """Prints what was written, and what to do next; raises UserError if an output is missing."""
+    """Prints what was written, and what to do next.
+
+    Raises UserError if an output is missing, or if the training could not be finished.
+    """
     if failures:
         problems = '; '.join(f'{output} ({reason})' for output, reason in failures.items())
         written = [output for output in writers if output not in failures] or ['nothing']
         advice = 'Fix this, and run the same command again.'
         if SAVED_MODEL in written:
             advice = 'Fix this, and run the command again with a new --saved_model_dir.'
+        reason = f'{problem}. ' if problem else ''
         raise UserError(
-            f'could not be written: {problems}. Written: {", ".join(written)}. {advice}'
+            f'{reason}could not be written: {problems}. Written: {", ".join(written)}. {advice}'
         )
     graph = shlex.quote(flags.output_graph)
     labels = shlex.quote(flags.output_labels)
@@ -4618,6 +4634,11 @@ def report_end(
     print(f'Wrote the graph {graph} and the labels {labels}. To label an image with them:')
     upright = ' --upright' if flags.upright else ''
     print(f'python3 tf_test.py <path to image> {graph} {labels}{upright}')
+    if problem:
+        raise UserError(
+            f'{problem}. What {head.layer.steps} training steps have learned is in the files '
+            'above. The outputs of an earlier training are as they were.'
+        )
 
 
 def search_images(images: Images, bottlenecks: np.ndarray, flags: argparse.Namespace) -> int | None:
@@ -4660,7 +4681,7 @@ def write_results(
             write_record(record, flags)
     with extra('the pictures for TensorBoard'):
         write_pictures(images, head, tested, flags)
-    report_end(writers, failures, head, flags)
+    report_end(writers, failures, head, facts['problem'], flags)
 
 
 def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
@@ -4688,11 +4709,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     facts['started'] = str(start.time)
     facts['seconds'] = time.monotonic() - start.monotonic
     if facts['problem']:
-        write_results(images, backbone, head, tested, facts, keep_outputs(flags))
-        raise UserError(
-            f'{facts["problem"]} What {layer.steps} training steps have learned is in the files '
-            'above. The outputs of an earlier training are as they were.'
-        )
+        flags, export = rename_outputs(flags, f'unfinished_{layer.steps}'), None
     write_results(images, backbone, head, tested, facts, flags, export)
 
 

@@ -338,8 +338,8 @@ def describe(error: BaseException) -> str:
     """Returns the message of an error, without the stack, op and node in those of TensorFlow."""
     message = getattr(error, 'message', '') or str(error)
     message = re.sub(r'\AGraph execution.*unavailable>\s*', '', message, flags=re.DOTALL)
-    message = re.sub(r'\[\[.*?\]\]|{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
-    return message.lstrip().rstrip(' .\n\t') or type(error).__name__
+    message = re.sub(r'\n\s*\[\[.*|{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
+    return message.lstrip().rstrip(' .\n') or type(error).__name__
 
 
 def escape(text: str) -> str:

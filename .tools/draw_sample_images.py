@@ -7,6 +7,7 @@ Poses, coats, backgrounds and sizes vary, and the same images come out each time
 """
 
 import argparse
+import io
 import math
 import os
 import pathlib
@@ -382,15 +383,19 @@ def main(output_dir: pathlib.Path) -> None:
 
 
 if __name__ == '__main__':
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may be closed
+        sys.stdout.reconfigure(errors='replace')
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     data = pathlib.Path(__file__).resolve().parent.parent / 'data'
     parser.add_argument(
         '--output_dir', metavar='DIR', type=pathlib.Path, default=data, help='default: %(default)s'
     )
+    output_dir = parser.parse_args().output_dir
     try:
-        main(parser.parse_args().output_dir)
+        main(output_dir)
     except KeyboardInterrupt:
         print('\nStopped. Nothing was drawn: run the same command again.', file=sys.stderr)
         sys.exit(130)
     except OSError as error:  # such as a full disk
-        sys.exit(f'ERROR: nothing was drawn: {error}. Fix this, and run the same command again.')
+        problem = f'the images cannot be written into {output_dir} ({error})'
+        sys.exit(f'ERROR: {problem}. Fix this, and run the same command again.')

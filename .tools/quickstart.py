@@ -9,6 +9,7 @@ which a package on PyPI carries.
 """
 
 import hashlib
+import io
 import os
 import pathlib
 import shutil
@@ -198,7 +199,8 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace')  # type: ignore[union-attr]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it may be closed
+        sys.stdout.reconfigure(errors='replace')
     try:
         main()
     except KeyboardInterrupt:

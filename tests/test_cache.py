@@ -315,6 +315,28 @@ def test_images_that_are_linked_or_touched_during_a_run_are_not_computed_again(j
     assert not [name for name in read if name.endswith('.jpg')]  # the new times are recorded
 
 
+def test_an_image_that_comes_back_during_a_run(job, monkeypatch):
+    """Its drive was mounted late. Another image in its place is noticed by the next run."""
+    path = job.photographs(cat=4, dog=4).data / CAT
+    contents = path.read_bytes()
+    get_status = tf_retrain.get_status
+
+    def miss(name):
+        return tf_retrain.Status(-1, -1, -1) if name.endswith(CAT) else get_status(name)
+
+    def compute(*arguments, compute_bottlenecks=tf_retrain.compute_bottlenecks, **options):
+        monkeypatch.setattr(tf_retrain, 'get_status', get_status)
+        return compute_bottlenecks(*arguments, **options)
+
+    monkeypatch.setattr(tf_retrain, 'get_status', miss)
+    monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', compute)
+    assert CAT in created(job.cache())
+    assert created(job.cache()) == []
+    path.write_bytes((job.data / DOG).read_bytes().ljust(len(contents)))
+    assert created(job.cache()) == [CAT]
+    job.check_bottlenecks(CAT)
+
+
 @pytest.mark.posix
 def test_only_plain_files_are_opened(cached):
     """To open a FIFO waits for ever: as an image, a cache file and a record."""

@@ -1,8 +1,10 @@
 """Distorted training images: what is done to them, and runs that lose images on the way."""
 
 import json
+import pathlib
 import re
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -79,12 +81,12 @@ def read_outputs(job):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def lose(job, monkeypatch, paths):
-    """Deletes images when the training begins, after the bottlenecks were cached."""
+def lose(job, monkeypatch, paths, lose_image=pathlib.Path.unlink):
+    """Loses images when the training begins, after the bottlenecks were cached."""
 
     def train(*arguments, original=tf_retrain.train):
         for path in paths:
-            path.unlink()
+            lose_image(path)
         return original(*arguments)
 
     monkeypatch.setattr(tf_retrain, 'train', train)
@@ -108,47 +110,66 @@ def test_images_that_vanish_are_missing_from_their_steps(job, monkeypatch):
 def test_without_any_image_the_old_graph_stays(job, monkeypatch):
     job.photographs(cat=30, dog=30).main()
     before = job.graph()
-    lose(job, monkeypatch, sorted(job.data.rglob('*.jpg')))
-    for path in ('data/cat/notes.txt', 'data/dog/notes.txt'):  # the folders are not empty
-        (job.folder / path).touch()
+    paths = sorted(job.data.rglob('*.jpg'))
+    lose(job, monkeypatch, paths, lambda path: path.write_bytes(b'damaged'))
     message = '--image_dir: none of its images can be read any longer'
     out = job.fails(message, '--flip_left_right', how_many_training_steps='12')
     assert re.search(r'WARNING: \d+ images could no longer be read, .* and \d+ more\n', out)
     assert job.graph() == before
 
 
-@pytest.mark.parametrize('is_mount_point', [False, True])
+@pytest.mark.parametrize(
+    ('left', 'problem'),
+    [
+        ('nothing', 'is gone, or its images are. Restore them'),
+        ('notes', 'is gone, or its images are. Restore them'),
+        ('mount point', 'is gone, or its images are. Restore them'),
+        pytest.param('loop', 'cannot be listed: Too many levels', marks=pytest.mark.posix),
+    ],
+)
 @pytest.mark.parametrize('lost', ['data', 'data/dog'])
-def test_a_drive_that_is_removed_ends_the_training(job, monkeypatch, lost, is_mount_point):
-    """It has all classes or one of them. What was learned is written beside the earlier outputs."""
+def test_a_drive_that_is_removed_ends_the_training(job, monkeypatch, lost, left, problem):
+    """It has all classes or one of them. What was learned is written beside the earlier outputs.
+
+    A first Ctrl-C no longer stops the run then, and the next unfinished training does not replace
+    the files either.
+    """
     job.photographs(cat=30, dog=30).main()
     before = read_outputs(job)
+    protect = mock.Mock()
+    monkeypatch.setattr(tf_retrain, 'protect_outputs', protect)
     monkeypatch.setattr(tf_retrain, 'DISTORTED_STEPS', 2)
     step = tf_retrain.train_step
+    path = job.folder / lost
 
     def train_step(layer, *arguments):
         if layer.steps == 3:
-            (job.folder / lost).rename(job.folder / 'gone')
-            if is_mount_point:
-                (job.folder / lost).mkdir()
+            path.rename(job.folder / 'gone')
+            if left == 'notes':
+                for folder in ('cat', 'dog'):
+                    (job.data / folder).mkdir(parents=True, exist_ok=True)
+                    (job.data / folder / 'notes.txt').touch()
+            elif left == 'mount point':
+                path.mkdir()
+            elif left == 'loop':
+                path.symlink_to(path)
         step(layer, *arguments)
 
     monkeypatch.setattr(tf_retrain, 'train_step', train_step)
-    flags = {'how_many_training_steps': '50', 'train_batch_size': '10'}
-    message = (
-        "^--image_dir: 'data/(cat|dog)' is gone or empty. Restore it. What was computed so far .*"
-        r'What \d+ training steps have learned is in the files above. The outputs of an earlier'
-    )
-    out = job.fails(message, '--flip_left_right', optimized_graph='o.pb', **flags)
+    flags = {'how_many_training_steps': '50', 'train_batch_size': '10', 'optimized_graph': 'o.pb'}
+    message = f"^--image_dir: 'data/.*' {problem}|'data.*' {problem}"
+    out = job.fails(message, '--flip_left_right', **flags)
+    protect.assert_called()
     assert 'Final test accuracy = ' in out
-    assert 'Wrote the graph trained_model/unoptimized_model.pb.unfinished and the labels' in out
+    wrote = r'Wrote the graph trained_model/(.*\.pb\.unfinished_(\d+)) and'
+    learned, steps = re.search(wrote, out).groups()
+    assert (job.folder / f'o.pb.unfinished_{steps}').exists()
     after = read_outputs(job)
     assert {name: after[name] for name in before} == before
-    learned = 'unoptimized_model.pb.unfinished'
-    assert after['labels.txt.unfinished'] == before['labels.txt']
+    assert after[f'labels.txt.unfinished_{steps}'] == before['labels.txt']
     record = json.loads(after[f'{learned}.json'])
-    assert 3 <= record['steps'] < 50
-    assert record['problem'].startswith('--image_dir: ')
+    assert 3 <= record['steps'] == int(steps) < 50
+    assert 'data' in record['problem']
     assert record['graph_checksum'] == zlib.crc32(after[learned])
 
 

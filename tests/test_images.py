@@ -477,7 +477,9 @@ def test_a_drive_that_is_removed_while_bottlenecks_are_computed(job, monkeypatch
         job.data.rename(job.folder / 'gone')
 
     monkeypatch.setattr(tf_retrain.BottleneckCache, 'write_batch', remove_drive)
-    job.fails("^--image_dir: 'data/dog' is gone or empty. Restore it. What was computed so far is")
+    job.fails(
+        "^--image_dir: 'data/dog' is gone, or its images are. Restore them. What was computed"
+    )
     assert job.graph() == before
     kept = len(list((job.folder / 'bottlenecks').rglob('*.txt')))
     assert kept >= 50 + 5

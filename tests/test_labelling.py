@@ -287,6 +287,17 @@ def test_a_heatmap_is_no_photograph_to_train_on(trained, label):
     assert not (trained.data / 'dog/new.png').exists()
 
 
+@pytest.mark.posix
+def test_the_record_of_a_training_in_a_folder_that_is_not_utf_8(trained, tmp_path):
+    """Its own images do not count as new ones."""
+    record = json.loads((trained.folder / f'{GRAPH}.json').read_text())
+    record['image_dir'] = f'{tmp_path}/m\udcfcller/data'
+    (tmp_path / 'graph.pb.json').write_text(json.dumps(record))
+    contents = (trained.folder / GRAPH).read_bytes()
+    training = tf_test.load_training(str(tmp_path / 'graph.pb'), contents)
+    assert training.absolute_image_dir == record['image_dir']
+
+
 def test_a_heatmap_does_not_replace_a_photograph(trained, label, tmp_path):
     """Such as the first of two that were named after the flag."""
     other = tmp_path / 'other.JPG'

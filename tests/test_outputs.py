@@ -376,6 +376,11 @@ def test_rights_of_files_of_other_users_are_not_kept(tmp_path):
         assert (path.stat().st_mode & 0o777 == 0o600) == is_kept
 
 
+def test_names_in_errors_of_tensorflow_are_whole():
+    error = tf.errors.NotFoundError(None, None, 'dog [[2]].pb; No such file')
+    assert tf_retrain.describe(error) == 'dog [[2]].pb; No such file'
+
+
 def test_the_path_in_an_error_stays_relative():
     assert tf_retrain.describe(OSError('../b/x.tmp; No space left.')) == '../b/x.tmp; No space left'
 

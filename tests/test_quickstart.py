@@ -111,7 +111,25 @@ def test_a_folder_that_cannot_be_written(tmp_path, command):
     (tmp_path / 'data').symlink_to(tmp_path / 'gone/drive')
     process = forks.run([tmp_path / command])
     assert process.returncode == 1
-    assert re.fullmatch(r'ERROR: nothing was drawn: .*data.*\. Fix this.*\n', process.stderr)
+    assert re.fullmatch(
+        r'ERROR: the images cannot be written into .*data \(.*\)\. Fix this.*\n', process.stderr
+    )
+
+
+@pytest.mark.posix
+def test_a_class_folder_whose_name_is_not_utf_8(tmp_path, model):
+    """The training says so: to name it does not fail, whatever the standard output can show."""
+    copy_project(tmp_path)
+    shutil.copy(model, tmp_path / 'inception')
+    name = os.fsdecode(b'm\xfcll')
+    touch(tmp_path, f'data/{name}/1.jpg', 'data/dog/1.jpg')
+    command = [sys.executable, tmp_path / '.tools/quickstart.py']
+    environment = {**os.environ, 'PYTHONIOENCODING': 'utf-8:strict'}
+    process = subprocess.run(command, capture_output=True, env=environment)
+    assert process.returncode == 1
+    assert process.stdout.startswith(b'Classes: dog, m?ll\n')
+    (line,) = process.stderr.splitlines()
+    assert line.startswith(b"ERROR: 'data/' has a file whose name is not UTF-8")
 
 
 def test_without_the_folder_for_images(project):

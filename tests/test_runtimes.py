@@ -296,6 +296,21 @@ def test_the_page_says_that_an_image_is_foreign(recipes, onnx, browser):
         assert found.endswith('so the scores mean little.') == is_foreign
 
 
+def test_the_page_notices_labels_of_another_training(recipes, onnx, browser):
+    """A class was added, and the model not converted again."""
+    labels = pathlib.Path('trained_model/labels.txt')
+    before = labels.read_text()
+    labels.write_text(f'bird\n{before}')
+    try:
+        browser.get(f'http://localhost:{recipes.ports["8000"]}')
+        wait_for_status(browser, 'Ready')
+        browser.find_element(By.ID, 'file').send_keys(os.path.abspath('data/cat/cat 0.jpg'))
+        found = wait_for_status(browser, 'cat (', 'dog (', 'bird (', 'ERROR')
+    finally:
+        labels.write_text(before)
+    assert found == 'ERROR: model.onnx has 2 classes, and labels.txt 3: make model.onnx again.'
+
+
 def take_familiarity(outputs):
     """Their order is that of the runtime: the familiarity has one dimension."""
     (found,) = (values[0] for values in outputs if values.ndim == 1)
