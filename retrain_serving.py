@@ -2681,7 +2681,8 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
 # Cache
 
 RECORD_VERSION = 3
-NO_TIME = -1  # of a record: no image has this time, so each run compares the contents
+# The time of a record whose size is not known either. No image has it, and no file that is missing.
+NO_TIME = -2
 # What may decide whether an image can be decoded. After it changes, images are tried again.
 DECODER = f'TensorFlow {tf.__version__}, Pillow {PIL.__version__}, {MAX_PIXELS} pixels'
 if importlib.util.find_spec('pi_heif'):
@@ -2834,17 +2835,16 @@ class BottleneckCache:
 
         If the image was changed since the run began, the digest may be that of either version. So
         the record then has no time, and the next run compares the contents. It also does so if only
-        the rights or the hard links have changed. If the image is gone by now, it may come back as
-        it was when the run began.
+        the rights or the hard links have changed.
 
         Raises OpError if the record cannot be written: then its cache file must not be written
         either.
         """
-        before, now = self.statuses[row], get_status(self.images.paths[row])
-        size = before.size if now.size < 0 else now.size
+        status = self.statuses[row]
+        is_unchanged = get_status(self.images.paths[row]) == status
         record = CacheRecord(
-            size=max(size, 0),  # 0 fits no image: for one that was there only in between
-            time=now.modified if now == before else NO_TIME,
+            size=max(status.size, 0),
+            time=status.modified if is_unchanged else NO_TIME,
             digest=image_digest,
             model=self.backbone.checksum,
             outcome=outcome,
@@ -2877,7 +2877,7 @@ class BottleneckCache:
 
     def fits(self, row: int, record: CacheRecord) -> bool:
         """Tells whether a record holds if its image is unchanged, which compare() finds out."""
-        if record.size != self.statuses[row].size:
+        if record.size != self.statuses[row].size and record.time != NO_TIME:
             return False
         if isinstance(record.outcome, str):  # why it cannot be decoded, whatever the network is
             return record.decoder == DECODER
