@@ -2829,16 +2829,20 @@ class BottleneckCache:
 
         If the image was changed since the run began, the digest may be that of either version. So
         the record then has no time, and the next run compares the contents. It also does so if only
-        the rights or the hard links have changed.
+        the rights or the hard links have changed. Without a digest, nothing is recorded of an image
+        whose size or time has changed.
 
         Raises OpError if the record cannot be written: then its cache file must not be written
         either.
         """
         status = self.statuses[row]
-        is_unchanged = get_status(self.images.paths[row]) == status
+        now = get_status(self.images.paths[row])
+        if image_digest is None and now[:2] != status[:2]:
+            return
+        is_known_by_time = now == status or image_digest is None
         record = CacheRecord(
             size=max(status.size, 0),
-            time=status.modified if is_unchanged else NO_TIME,
+            time=status.modified if is_known_by_time else NO_TIME,
             digest=image_digest,
             model=self.backbone.checksum,
             outcome=outcome,
@@ -3649,7 +3653,7 @@ def compute_distorted(
 
     Images that can no longer be read are left out. Raises Unfinished if this cannot go on.
     """
-    vanished: set[str] = set()
+    vanished: set[int] = set()  # rows
     first_key = 0
     try:
         while drawn := list(itertools.islice(draws, DISTORTED_STEPS)):
@@ -3661,15 +3665,30 @@ def compute_distorted(
             computed = compute_bottlenecks(keys.ravel(), paths, backbone, distort)
             steps = zip(rows, regroup(computed, keys), strict=True)
             for step_rows, (is_found, bottlenecks) in steps:
-                missing = {images.paths[row] for row in step_rows[~is_found]}
-                ensure_folders_are_there(missing)
-                vanished |= missing
+                missing = step_rows[~is_found].tolist()
+                if missing:
+                    vanished.update(missing)
+                    ensure_folders_are_there(images.paths[row] for row in missing)
+                    ensure_classes_are_there(images, vanished)
                 yield step_rows[is_found], bottlenecks
             first_key += rows.size
     except (UserError, MemoryError, OSError, tf.errors.OpError) as error:
         raise Unfinished(describe(error))
     finally:
-        report_vanished(vanished)
+        report_vanished({images.paths[row] for row in vanished})
+
+
+def ensure_classes_are_there(images: Images, vanished: set[int]) -> None:
+    """Raises UserError if all training images of a class, given by rows, have vanished."""
+    training = images.rows['training']
+    remaining = np.setdiff1d(training, list(vanished))
+    lost = np.setdiff1d(images.classes[training], images.classes[remaining])
+    if lost.size:
+        names = name_some([images.labels[index] for index in lost])
+        raise UserError(
+            f'--image_dir: none of the training images of {names} can be read any longer. Restore '
+            'them.'
+        )
 
 
 def regroup(computed: Iterator, keys: np.ndarray) -> Iterator:
@@ -4139,7 +4158,7 @@ def rename_outputs(flags: argparse.Namespace, extension: str) -> argparse.Namesp
         if not path:
             continue
         if not gfile.isdir(os.path.dirname(path) or '.'):  # it was on the drive of the images
-            path = os.path.join(tempfile.gettempdir(), os.path.basename(path))
+            path = os.path.join(tempfile.mkdtemp(), os.path.basename(path))
         setattr(renamed, name, f'{path}.{extension}')
     return renamed
 
@@ -4703,7 +4722,8 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     facts['started'] = str(start.time)
     facts['seconds'] = time.monotonic() - start.monotonic
     if facts['problem']:
-        flags, export = rename_outputs(flags, f'unfinished_{layer.steps}'), None
+        extension = datetime.datetime.now().strftime('unfinished_%Y%m%d_%H%M%S')
+        flags, export = rename_outputs(flags, extension), None
     write_results(images, backbone, head, tested, facts, flags, export)
 
 

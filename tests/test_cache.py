@@ -315,6 +315,24 @@ def test_images_that_are_linked_or_touched_during_a_run_are_not_computed_again(j
     assert not [name for name in read if name.endswith('.jpg')]  # the new times are recorded
 
 
+def test_an_image_that_is_replaced_while_the_cache_gets_records(job, monkeypatch):
+    """The cache file is of the old one."""
+    path = job.photographs(cat=4, dog=4).data / CAT
+    write_original_cache(job)
+    load_header = tf_retrain.load_header
+
+    def replace_and_load(name):
+        path.write_bytes((job.data / DOG).read_bytes().ljust(5000))
+        return load_header(name)
+
+    monkeypatch.setattr(tf_retrain, 'load_header', replace_and_load)
+    assert created(job.cache()) == [CAT]
+    monkeypatch.undo()
+    monkeypatch.chdir(job.folder)
+    assert created(job.cache()) == []
+    job.check_bottlenecks(CAT)
+
+
 def test_an_image_that_comes_back_during_a_run(job, monkeypatch):
     """Its drive was mounted late. Another image in its place is noticed by the next run."""
     path = job.photographs(cat=4, dog=4).data / CAT

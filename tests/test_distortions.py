@@ -112,7 +112,7 @@ def test_without_any_image_the_old_graph_stays(job, monkeypatch):
     before = job.graph()
     paths = sorted(job.data.rglob('*.jpg'))
     lose(job, monkeypatch, paths, lambda path: path.write_bytes(b'damaged'))
-    message = '--image_dir: none of its images can be read any longer'
+    message = '--image_dir: none of .* can be read any longer'
     out = job.fails(message, '--flip_left_right', how_many_training_steps='12')
     assert re.search(r'WARNING: \d+ images could no longer be read, .* and \d+ more\n', out)
     assert job.graph() == before
@@ -161,16 +161,52 @@ def test_a_drive_that_is_removed_ends_the_training(job, monkeypatch, lost, left,
     out = job.fails(message, '--flip_left_right', **flags)
     protect.assert_called()
     assert 'Final test accuracy = ' in out
-    wrote = r'Wrote the graph trained_model/(.*\.pb\.unfinished_(\d+)) and'
-    learned, steps = re.search(wrote, out).groups()
-    assert (job.folder / f'o.pb.unfinished_{steps}').exists()
+    wrote = r'Wrote the graph trained_model/(.*\.pb\.unfinished_(\d{8}_\d{6})) and'
+    learned, time = re.search(wrote, out).groups()
+    assert (job.folder / f'o.pb.unfinished_{time}').exists()
     after = read_outputs(job)
     assert {name: after[name] for name in before} == before
-    assert after[f'labels.txt.unfinished_{steps}'] == before['labels.txt']
+    assert after[f'labels.txt.unfinished_{time}'] == before['labels.txt']
     record = json.loads(after[f'{learned}.json'])
-    assert 3 <= record['steps'] == int(steps) < 50
+    assert 3 <= record['steps'] < 50
     assert 'data' in record['problem']
     assert record['graph_checksum'] == zlib.crc32(after[learned])
+
+
+def test_a_class_whose_images_are_all_damaged_ends_the_training(job, monkeypatch):
+    """Their folder, on another drive than the outputs, is there."""
+    job.photographs(cat=30, dog=30).main()
+    before = read_outputs(job)
+    step = tf_retrain.train_step
+    monkeypatch.setattr(tf_retrain, 'DISTORTED_STEPS', 1)
+
+    def train_step(layer, *arguments):
+        if layer.steps == 3:
+            for path in job.data.glob('dog/*'):
+                path.write_bytes(b'')
+        step(layer, *arguments)
+
+    monkeypatch.setattr(tf_retrain, 'train_step', train_step)
+    message = 'none of the training images of dog can be read any longer. .* is in the files above'
+    flags = {'how_many_training_steps': '50', 'train_batch_size': '40'}
+    out = job.fails(message, '--flip_left_right', **flags)
+    assert 'images could no longer be read, and are missing in some steps: data/dog/dog ' in out
+    after = read_outputs(job)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 2 * len(before)
+
+
+def test_outputs_whose_folders_are_gone_get_others(tmp_path, monkeypatch):
+    """They were on the drive of the images. Equal names stay apart."""
+    monkeypatch.setattr(tf_retrain.tempfile, 'tempdir', str(tmp_path))
+    paths = {'output_graph': 'gone/x', 'optimized_graph': 'lost/x', 'output_labels': '/l.txt'}
+    flags = parse('--image_dir=data', *(f'--{name}={path}' for name, path in paths.items()))
+    renamed = vars(tf_retrain.rename_outputs(flags, 'new'))
+    assert renamed['output_labels'] == '/l.txt.new'
+    graphs = {renamed['output_graph'], renamed['optimized_graph']}
+    assert len(graphs) == 2
+    for path in map(pathlib.Path, graphs):
+        assert (path.name, path.parent.parent) == ('x.new', tmp_path)
 
 
 def test_a_run_that_is_stopped_before_the_first_step_leaves_the_logs(job, monkeypatch):
