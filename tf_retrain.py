@@ -2675,7 +2675,8 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
 # Cache
 
 RECORD_VERSION = 3
-# The time of a record whose size is not known either. No image has it, and no file that is missing.
+# The time in the record of an image that changed during the run, so that the next run compares its
+# contents. No image has this time, and a missing one has -1.
 NO_TIME = -2
 # What may decide whether an image can be decoded. After it changes, images are tried again.
 DECODER = f'TensorFlow {tf.__version__}, Pillow {PIL.__version__}, {MAX_PIXELS} pixels'
@@ -2827,10 +2828,11 @@ class BottleneckCache:
     ) -> None:
         """Records what was found in an image.
 
-        If the image was changed since the run began, the digest may be that of either version. So
-        the record then has no time, and the next run compares the contents. It also does so if only
-        the rights or the hard links have changed. Without a digest, nothing is recorded of an image
-        whose size or time has changed.
+        The sizes and times of all images are taken when the run begins. If the file was changed
+        after that, they may belong to other contents than the digest. So its record has no time,
+        and the next run compares the contents. This includes changes of rights and hard links,
+        which cannot be told from a `cp -p`. Without a digest, there is nothing to compare: then
+        nothing is recorded of an image whose size or time has changed.
 
         Raises OpError if the record cannot be written: then its cache file must not be written
         either.
@@ -2874,7 +2876,10 @@ class BottleneckCache:
             self.save_record(row, image_digest, outcome, header)
 
     def fits(self, row: int, record: CacheRecord) -> bool:
-        """Tells whether a record holds if its image is unchanged, which compare() finds out."""
+        """Tells whether a record holds if its image is unchanged, which compare() finds out.
+
+        The size in a record without a time may be the one of other contents, and does not count.
+        """
         if record.size != self.statuses[row].size and record.time != NO_TIME:
             return False
         if isinstance(record.outcome, str):  # why it cannot be decoded, whatever the network is
@@ -3642,16 +3647,13 @@ def create_distortion(flags: argparse.Namespace, size: tuple[int, int]) -> Calla
     return distort
 
 
-class Unfinished(UserError):
-    """Why there are no images for the remaining training steps."""
-
-
 def compute_distorted(
     draws: Iterator, images: Images, backbone: Backbone, distort: Callable
 ) -> Iterator:
     """Yields (rows, bottlenecks) of distorted images for each draw of rows.
 
-    Images that can no longer be read are left out. Raises Unfinished if this cannot go on.
+    Images that can no longer be read are left out. Raises UserError if all images of a folder, or
+    all training images of a class, are among them.
     """
     vanished: set[int] = set()  # rows
     first_key = 0
@@ -3672,8 +3674,6 @@ def compute_distorted(
                     ensure_classes_are_there(images, vanished)
                 yield step_rows[is_found], bottlenecks
             first_key += rows.size
-    except (UserError, MemoryError, OSError, tf.errors.OpError) as error:
-        raise Unfinished(describe(error))
     finally:
         report_vanished({images.paths[row] for row in vanished})
 
@@ -3737,10 +3737,26 @@ def draw_batches(
     return ((rows, bottlenecks[rows]) for rows in draws)
 
 
-def compute_first(batches: Iterator) -> Iterator:
-    """Returns batches of which the first one is computed already."""
+class Unfinished(UserError):
+    """Why there are no batches for the remaining training steps."""
+
+
+def start_batches(batches: Iterator) -> Iterator:
+    """Computes the first of the batches, and returns all of them.
+
+    An error of the first one is raised as it is. An error of another one is raised as Unfinished,
+    as there is then something learned to be kept.
+    """
     first = list(itertools.islice(batches, 1))
-    return itertools.chain(first, batches)
+    return itertools.chain(first, with_unfinished(batches))
+
+
+def with_unfinished(batches: Iterator) -> Iterator:
+    """Yields batches, and raises Unfinished if one of them cannot be computed."""
+    try:
+        yield from batches
+    except (UserError, MemoryError, OSError, tf.errors.OpError) as error:
+        raise Unfinished(describe(error))
 
 
 def train(
@@ -3760,7 +3776,7 @@ def train(
     last = flags.how_many_training_steps - 1
     problem = None
     # Distorted images take their time. A run that stops before the first step keeps earlier logs.
-    batches = compute_first(until_stopped(draw_batches(images, bottlenecks, backbone, flags)))
+    batches = start_batches(until_stopped(draw_batches(images, bottlenecks, backbone, flags)))
     with extra('the removal of earlier logs'):
         clear_events(flags.summaries_dir, start)
     logs = open_logs(backbone, Head(layer, images.labels), flags)
@@ -3779,6 +3795,7 @@ def train(
         go_on_after_stop()
     except Unfinished as error:
         protect_outputs()
+        stop_requested.clear()  # a Ctrl-C just before it would stop the loops of the test, too
         problem = str(error)
     if flags.how_many_training_steps and not layer.steps:
         raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
@@ -4714,6 +4731,9 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
         familiarity = find_familiarity(images, bottlenecks, flags)
     layer, facts['problem'] = train(images, bottlenecks, backbone, start, flags)
     facts['steps'] = layer.steps
+    if facts['problem']:
+        extension = datetime.datetime.now().strftime('unfinished_%Y%m%d_%H%M%S')
+        flags, export = rename_outputs(flags, extension), None
     tested = None
     with extra('the test'):
         tested = test(images, bottlenecks, layer, flags)
@@ -4721,9 +4741,6 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     head = Head(layer, images.labels, familiarity)
     facts['started'] = str(start.time)
     facts['seconds'] = time.monotonic() - start.monotonic
-    if facts['problem']:
-        extension = datetime.datetime.now().strftime('unfinished_%Y%m%d_%H%M%S')
-        flags, export = rename_outputs(flags, extension), None
     write_results(images, backbone, head, tested, facts, flags, export)
 
 
