@@ -113,7 +113,7 @@ def decode_url(text: str) -> str:
 def to_path(text: str) -> str:
     """Returns the system's path for one that a user wrote: '~/data', or 'file:///my%20data'.
 
-    TensorFlow takes link/../x for x, but the system for what is beside the target of the link. Such
+    For TensorFlow, link/../x is x. For the system, it is the x beside the target of the link. Such
     a path becomes an absolute one without links, which is the same for both.
     """
     path = os.path.expanduser(decode_url(text))
@@ -470,7 +470,8 @@ def prepare_process() -> None:
     Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are read as
     UTF-8 in any locale. Standard streams that the shell has closed are opened again: otherwise the
     next files would get their numbers, and what TensorFlow's libraries print would end up there.
-    They wait: Node.js leaves pipes in a mode in which print() loses text that nobody has read yet.
+    They are made blocking: Node.js leaves pipes non-blocking, and print() then loses what does not
+    fit into a full pipe.
     TensorFlow imports Keras, which would fail if the shell names a backend that is not installed.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -609,7 +610,7 @@ class UserError(Exception):
 
 
 class OptionalOutput:
-    """A text stream that ignores write errors: the output of a training is optional."""
+    """A text stream that ignores write errors: a training must not fail because of its messages."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -631,6 +632,7 @@ class OptionalOutput:
 
 
 KEPT = 'What was computed so far is kept: fix this, and run the same command again.'
+MEMORY_FULL = 'the memory is full. Close other programs, or lower the batch sizes'
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What a first signal does, and its handler. A second one ends the program at once.
 #   before the training: ends the run with exit code 130                    stop_run
@@ -736,7 +738,7 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
     except UserError as error:
         problem = str(error)
     except MemoryError:
-        problem = f'the memory is full. Close other programs, or lower the sizes. {KEPT}'
+        problem = f'{MEMORY_FULL}. {KEPT}'
     except (tf.errors.OpError, OSError, UnicodeError) as error:
         problem = f'{describe(error)}. {KEPT}'
     except KeyboardInterrupt:
@@ -894,7 +896,7 @@ def ensure_replaceable(path: str, flag: str) -> None:
         return
     except OSError as error:  # the name is too long
         raise UserError(f"{flag}: '{path}' cannot be written ({error.strerror}). Name another one.")
-    if os.name != 'posix':  # there, the error below tells nothing
+    if os.name != 'posix':  # on Windows, the error below does not tell why the rename failed
         return
     probe = os.path.join(os.path.dirname(target), create_hidden_name().encode())
     try:
@@ -1769,7 +1771,7 @@ BOTTLENECK_NODE, BOTTLENECK_SIZE = 'pool_3/_reshape', 2048
 MOBILENET_URL = 'http://download.tensorflow.org/models/mobilenet_v1_{}_frozen.tgz'
 MOBILENET_GRAPH_NAME = 'mobilenet_v1_{}/frozen_graph.pb'
 MOBILENET_BOTTLENECK_NODE, MOBILENET_BOTTLENECK_SIZE = 'MobilenetV1/Predictions/Reshape', 1001
-FUNCTION_SCOPE = 'module'  # of modules and Keras' networks
+FUNCTION_SCOPE = 'module'  # of the nodes of modules and Keras' networks, and of no others
 FUNCTION_BOTTLENECK = f'{FUNCTION_SCOPE}/bottleneck'
 # What the training puts behind a network.
 FINAL_SCOPE = 'final_training_ops'
@@ -2091,7 +2093,7 @@ def download_timeout() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_settings() -> Iterator[None]:
+def keras_in_float32() -> Iterator[None]:
     """Makes Keras compute in float32; then restores what a notebook has set."""
     import keras
 
@@ -2115,7 +2117,7 @@ def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
         ensure_writable_dir(model_dir, '--model_dir')
     try:
         # The progress goes where that of other downloads goes.
-        with own_settings(), download_timeout(), contextlib.redirect_stdout(sys.stderr):
+        with keras_in_float32(), download_timeout(), contextlib.redirect_stdout(sys.stderr):
             return create(include_top=False, input_shape=[side, side, 3], pooling='avg')
     except (MemoryError, tf.errors.ResourceExhaustedError):
         raise
@@ -2172,7 +2174,7 @@ def freeze_function(function: Callable, input_format: InputFormat, size: int) ->
 
     It ends at FUNCTION_BOTTLENECK, float [N, size].
     """
-    name = os.path.basename(FUNCTION_BOTTLENECK)
+    name = FUNCTION_BOTTLENECK.removeprefix(f'{FUNCTION_SCOPE}/')
 
     @tf.function(input_signature=[tf.TensorSpec([None, *input_format.size, 3])])
     def extract_features(images: tf.Tensor) -> tf.Tensor:
@@ -2188,7 +2190,7 @@ def freeze_function(function: Callable, input_format: InputFormat, size: int) ->
 
 
 def allow_inlining(graph_def: GraphDef) -> GraphDef:
-    """Removes from a graph, in place, the attributes that forbid to inline a function."""
+    """Removes from a graph, in place, the attributes that forbid inlining."""
     functions = graph_def.library.function
     nodes = itertools.chain(graph_def.node, *(function.node_def for function in functions))
     for owner in itertools.chain(nodes, functions):
@@ -2236,7 +2238,7 @@ def is_image_batch(spec: tf.TensorSpec) -> bool:
     """Tells whether a tensor is one of images, float32 [N, height, width, 3], for any N."""
     if spec.shape.rank != 4 or spec.dtype != tf.float32:
         return False
-    takes_any_number = spec.shape[0] is None  # converters write functions for one image
+    takes_any_number = spec.shape[0] is None  # some converters write functions for one image
     return takes_any_number and spec.shape[3] in (3, None)
 
 
@@ -2384,8 +2386,9 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
 
     It begins at the node `source`, which becomes a placeholder of a shape, and ends at `outputs`.
     The functions below edit nodes and constants of the copy in place. Batch norms become part of
-    the convolutions before them. CheckNumerics, which is of use only in training, is removed. A
-    reshape to a single row becomes one to any number of rows.
+    the convolutions before them. CheckNumerics, which is of use only in training, is removed. In
+    the networks of 2015 and 2017, which take one image, a reshape to a single row becomes one to
+    any number of rows.
     """
     folded = GraphDef()
     folded.CopyFrom(graph_def)
@@ -2400,7 +2403,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
             attributes = {'T': node.attr['dtype']}
             node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr=attributes))
-        elif node.op == 'Reshape' and node.input[1] in constants and not takes_batches(node):
+        elif node.op == 'Reshape' and node.input[1] in constants and not is_in_function(node):
             allow_batches(constants[node.input[1]])
     float32 = AttrValue(type=tf.float32.as_datatype_enum)
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
@@ -2408,8 +2411,11 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
     return extract_sub_graph(folded, outputs)
 
 
-def takes_batches(node: NodeDef) -> bool:
-    """Tells whether a node is of a network that takes batches: of a module, or of Keras."""
+def is_in_function(node: NodeDef) -> bool:
+    """Tells whether a node is of a module or a network of Keras.
+
+    These take batches already: in them, a constant shape of [1, n] is not that of a single image.
+    """
     return node.name.startswith(f'{FUNCTION_SCOPE}/')
 
 
@@ -2424,9 +2430,9 @@ def drop_checks(node: NodeDef, nodes: dict[str, NodeDef]) -> None:
 
 
 def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -> None:
-    """Makes a BatchNormWithGlobalNormalization the bias of the convolution before it.
+    """Makes a BatchNormWithGlobalNormalization part of the convolution before it, and its bias.
 
-    The op is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts only
+    The op is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma is used only
     with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights
     w, that is a convolution with weights w * s, and a bias of beta - mean * s.
     """
@@ -2523,7 +2529,7 @@ def load_files(keys: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
 def run_in_parts(network: Callable, source: str) -> Callable:
     """Returns a network that takes smaller batches once the memory of its device was full.
 
-    The errors that it raises name its source.
+    Raises UserError if the network cannot be run, or needs too much memory for a single image.
     """
     largest = NETWORK_BATCH_SIZE  # of all calls from now on
 
@@ -2533,26 +2539,22 @@ def run_in_parts(network: Callable, source: str) -> Callable:
             starts = range(0, len(images), largest)
             try:
                 parts = [network(images[start : start + largest]) for start in starts]
-                bottlenecks = tf.concat(parts, 0)
-                break
+                return tf.concat(parts, 0)
             except tf.errors.InvalidArgumentError as error:
                 reason = describe(error).splitlines()[0]
                 raise UserError(f'{source} cannot be run ({reason}). Name another network.')
             except tf.errors.ResourceExhaustedError as error:
-                if largest == 1:
+                failed = min(largest, len(images))
+                if failed == 1:
                     raise UserError(
                         f'The memory of the GPU or computer is full ({describe(error)}). Close '
                         'other programs, or set TF_FORCE_GPU_ALLOW_GROWTH=true, or '
                         'CUDA_VISIBLE_DEVICES= to leave the GPU out.'
                     )
-                largest //= 2
-            tqdm.write(
-                f'The memory is full: from now on, the network gets {largest} images at once.'
-            )
-        if len(bottlenecks) != len(images):
-            numbers = f'{len(bottlenecks)} vectors for {len(images)} images'
-            raise UserError(f'{source} gives {numbers}. Name another network.')
-        return bottlenecks
+                largest = failed // 2
+                tqdm.write(
+                    f'The memory is full: from now on, the network gets {largest} images at once.'
+                )
 
     return run_batch
 
@@ -2607,6 +2609,18 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
         print(f'WARNING: {address} failed ({reason}).')
 
 
+def ensure_vectors(batches: Iterator, source: str) -> Iterator:
+    """Yields batches of (keys, digests, bottlenecks) of a network.
+
+    Raises UserError if there is not one bottleneck per image.
+    """
+    for keys, digests, bottlenecks in batches:
+        if len(bottlenecks) != len(keys):
+            numbers = f'{len(bottlenecks)} vectors for {len(keys)} images'
+            raise UserError(f'{source} gives {numbers}. Name another network.')
+        yield keys, digests, bottlenecks
+
+
 def run_ahead(batches: Iterator) -> Iterator:
     """Yields batches, each of which is computed while the one before it is used."""
     # Leaving the block waits for the batch in hand: Python would abort if it ended before that.
@@ -2647,8 +2661,10 @@ def compute_bottlenecks(
 
     batches = load_files(keys, paths, load).batch(NETWORK_BATCH_SIZE)
     if service:
-        return run_service(service, backbone.networks[0], batches)
-    return run_ahead(run_networks(backbone.patient_networks, batches))
+        computed = run_service(service, backbone.networks[0], batches)
+    else:
+        computed = run_ahead(run_networks(backbone.patient_networks, batches))
+    return ensure_vectors(computed, backbone.source)
 
 
 def to_text(bottleneck: np.ndarray) -> bytes:
@@ -2681,8 +2697,8 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
 # Cache
 
 RECORD_VERSION = 3
-# The time in the record of an image that changed during the run, so that the next run compares its
-# contents. No image has this time, and a missing one has -1.
+# Recorded in place of the time of an image that changed during the run. No image has this time (a
+# missing one has -1), so the next run compares the contents.
 NO_TIME = -2
 # What may decide whether an image can be decoded. After it changes, images are tried again.
 DECODER = f'TensorFlow {tf.__version__}, Pillow {PIL.__version__}, {MAX_PIXELS} pixels'
@@ -2725,10 +2741,10 @@ def get_status(path: str) -> Status:
 
 
 def ensure_folders_are_there(paths: Iterable[str]) -> None:
-    """Raises UserError if images cannot be read as their folder is gone, or has no images left.
+    """Raises UserError if the folder of an image is gone, or has no images left.
 
-    It may have been on a drive that was removed, or have links to one. Without the images of a
-    class, a training would only spoil the outputs of an earlier one.
+    It may have been on a drive that was removed, or hold links to files on such a drive. Without
+    the images of a class, a training would only spoil the outputs of an earlier one.
     """
     for folder in sorted({os.path.dirname(path) for path in paths}):
         images = (os.path.join(folder, name) for name in list_dir(folder) if is_image(name))
@@ -2834,42 +2850,40 @@ class BottleneckCache:
     ) -> None:
         """Records what was found in an image.
 
-        The sizes and times of all images are taken when the run begins. If the file was changed
-        after that, they may belong to other contents than the digest. So its record has no time,
-        and the next run compares the contents. This includes changes of rights and hard links,
-        which cannot be told from a `cp -p`. Without a digest, there is nothing to compare: then
-        nothing is recorded of an image whose size or time has changed.
+        The status of each image was taken when the run began. If it has changed since, its size and
+        time may be those of other contents than the digest. Then NO_TIME is recorded, and the next
+        run compares the contents. A change of rights or hard links counts, too, as it cannot be
+        told from the `cp -p` of another image. Without a digest, there would be nothing to compare.
+        Then nothing is recorded if the size or time has changed.
 
         Raises OpError if the record cannot be written: then its cache file must not be written
         either.
         """
         status = self.statuses[row]
         now = get_status(self.images.paths[row])
-        if image_digest is None and now[:2] != status[:2]:
+        if image_digest is None and (now.size, now.modified) != (status.size, status.modified):
             return
-        is_known_by_time = now == status or image_digest is None
+        may_differ = image_digest is not None and now != status
         record = CacheRecord(
-            size=max(status.size, 0),
-            time=status.modified if is_known_by_time else NO_TIME,
+            size=max(status.size, 0),  # it is -1 if there was no image when the run began
+            time=NO_TIME if may_differ else status.modified,
             digest=image_digest,
             model=self.backbone.checksum,
             outcome=outcome,
             **header._asdict(),
             decoder=DECODER,
         )
-        old = self.records[row]
         self.records[row] = record  # this run goes by it, even if it cannot be written
-        if old is not None and old.outcome != outcome:
+        if outcome != self.cache_digests[row]:
             self.remove_cache_file(row)
         text = json.dumps(vars(record))
         write_whole(self.record_paths[row], text.encode())
 
     def remove_cache_file(self, row: int) -> None:
-        """Removes the cache file of the old record of a row, before there is a new record.
+        """Removes the old cache file of a row, if there is one, before there is a new record.
 
         If a kill left the file beside the new record, retrain.py of 2017 would use it, and so would
-        this program if the record is lost. A row without an old record has no such file, as
-        trust_unrecorded() makes a record for each one whose image is there.
+        this program if the record is lost.
         """
         with contextlib.suppress(tf.errors.NotFoundError):
             gfile.remove(follow_link(self.paths[row]))
@@ -2882,9 +2896,9 @@ class BottleneckCache:
             self.save_record(row, image_digest, outcome, header)
 
     def fits(self, row: int, record: CacheRecord) -> bool:
-        """Tells whether a record holds if its image is unchanged, which compare() finds out.
+        """Tells whether a record holds, provided that its image is unchanged: compare() finds out.
 
-        The size in a record without a time may be the one of other contents, and does not count.
+        With NO_TIME, the recorded size may be that of other contents, so it is not compared.
         """
         if record.size != self.statuses[row].size and record.time != NO_TIME:
             return False
@@ -2896,6 +2910,7 @@ class BottleneckCache:
     def trust_unrecorded(self) -> None:
         """Records cache files without a readable record as they are (bottlenecks/README.md)."""
         has_record = np.array([record is not None for record in self.records])
+        # Of an image that is missing, the size and time to record are not known.
         has_image = np.array([status.size >= 0 for status in self.statuses])
         is_unrecorded = (self.cache_digests >= 0) & ~has_record & has_image
         rows = np.flatnonzero(is_unrecorded).tolist()
@@ -2925,7 +2940,8 @@ class BottleneckCache:
     def compare(self) -> tuple[np.ndarray, dict[int, str]]:
         """Returns the rows to compute, and {row: reason} of images that cannot be decoded.
 
-        Images are read only if nothing but their modification time differs from the record.
+        An image is read only if its record has another modification time, or none, but fits in all
+        else.
         """
         self.trust_unrecorded()
         fitting = {
@@ -2999,10 +3015,11 @@ class BottleneckCache:
         is_finite = np.isfinite(bottlenecks).all(axis=1)
         if not is_finite.all():
             names = name_some([self.images.paths[row] for row in rows[~is_finite]])
-            raise UserError(
-                f'{self.backbone.source} gives numbers that are not finite for {names}. If this is '
-                'all images, download the model again; otherwise remove them.'
-            )
+            remedy = 'Remove them.'
+            if not is_finite.any():  # of the whole batch
+                remedy = 'Download the model again.'
+            source = self.backbone.source
+            raise UserError(f'{source} gives numbers that are not finite for {names}. {remedy}')
 
     def compute(
         self, rows: np.ndarray, service: str | None, is_strict: bool, bar: tqdm
@@ -3024,7 +3041,7 @@ class BottleneckCache:
             if not left:  # a service may wait for a worker that has gone
                 break
             # Rows come in order. So a row below the last one found has failed, if it is left.
-            if is_strict and left and min(left) < found_rows.max():
+            if is_strict and min(left) < found_rows.max():
                 break
         return np.array(sorted(left), int)
 
@@ -3666,7 +3683,7 @@ def compute_distorted(
     try:
         while drawn := list(itertools.islice(draws, DISTORTED_STEPS)):
             rows = np.stack(drawn)
-            # An image may be drawn twice. So an image of a step has a key of its own, which is also
+            # An image may be drawn more than once. So each draw has a key of its own, which is also
             # the seed of its distortion.
             keys = first_key + np.arange(rows.size).reshape(rows.shape)
             paths = [images.paths[row] for row in rows.flat]
@@ -3698,10 +3715,11 @@ def ensure_classes_are_there(images: Images, vanished: set[int]) -> None:
 
 
 def regroup(computed: Iterator, keys: np.ndarray) -> Iterator:
-    """Yields (is_found, bottlenecks) of the images of each step, whose keys are int [steps, N].
+    """Yields (is_found, bottlenecks) of each step, of which `keys`, int [steps, N], has a row.
 
-    is_found, bool [N], tells which of them have a bottleneck. These come as compute_bottlenecks()
-    yields them: in the order of the keys, and in batches of another size.
+    is_found, bool [N], tells which images of the step have a bottleneck. `computed` is what
+    compute_bottlenecks() yields: in the order of the keys, and in batches that need not end where
+    steps do.
     """
     remaining = (
         (key, bottleneck)
@@ -3709,13 +3727,13 @@ def regroup(computed: Iterator, keys: np.ndarray) -> Iterator:
         for key, bottleneck in zip(some_keys, bottlenecks, strict=True)
     )
     item = next(remaining, None)
-    for own_keys in keys:
-        found, own_bottlenecks = [], []
-        while item and item[0] <= own_keys[-1]:
+    for step_keys in keys:
+        found, step_bottlenecks = [], []
+        while item and item[0] <= step_keys[-1]:
             found.append(item[0])
-            own_bottlenecks.append(item[1])
+            step_bottlenecks.append(item[1])
             item = next(remaining, None)
-        yield np.isin(own_keys, found), np.array(own_bottlenecks)
+        yield np.isin(step_keys, found), np.array(step_bottlenecks)
 
 
 def report_vanished(paths: set[str]) -> None:
@@ -3743,15 +3761,15 @@ def draw_batches(
     return ((rows, bottlenecks[rows]) for rows in draws)
 
 
-class Unfinished(UserError):
-    """Why there are no batches for the remaining training steps."""
+class Unfinished(Exception):
+    """Why the batches of the remaining training steps cannot be computed."""
 
 
 def start_batches(batches: Iterator) -> Iterator:
     """Computes the first of the batches, and returns all of them.
 
-    An error of the first one is raised as it is. An error of another one is raised as Unfinished,
-    as there is then something learned to be kept.
+    An error in the first one is raised unchanged. An error in a later one is raised as Unfinished:
+    the steps before it have learned something, which must be kept.
     """
     first = list(itertools.islice(batches, 1))
     return itertools.chain(first, with_unfinished(batches))
@@ -3761,7 +3779,9 @@ def with_unfinished(batches: Iterator) -> Iterator:
     """Yields batches, and raises Unfinished if one of them cannot be computed."""
     try:
         yield from batches
-    except (UserError, MemoryError, OSError, tf.errors.OpError) as error:
+    except MemoryError:
+        raise Unfinished(MEMORY_FULL)
+    except (UserError, OSError, tf.errors.OpError) as error:
         raise Unfinished(describe(error))
 
 
@@ -3774,14 +3794,15 @@ def train(
 ) -> tuple[FinalLayer, str | None]:
     """Returns the final layer, which is trained, and evaluated every --eval_step_interval steps.
 
-    Ctrl-C ends the training early. So does a lack of images: then the second value says why. Raises
-    UserError if there was nothing to train on.
+    Ctrl-C ends the training early. So does an error in computing distorted images: then the second
+    value is its message. Raises UserError if there was nothing to train on.
     """
     layer = create_untrained_layer(images, backbone, flags)
     rng = create_rng(flags.random_seed, 'validation')
     last = flags.how_many_training_steps - 1
     problem = None
-    # Distorted images take their time. A run that stops before the first step keeps earlier logs.
+    # The first batch of distorted images may take minutes. Earlier logs are removed after it, so
+    # that a run that is stopped before keeps them.
     batches = start_batches(until_stopped(draw_batches(images, bottlenecks, backbone, flags)))
     with extra('the removal of earlier logs'):
         clear_events(flags.summaries_dir, start)
@@ -3789,7 +3810,7 @@ def train(
     try:
         for step, (rows, batch) in enumerate(batches):
             is_evaluated = step % flags.eval_step_interval == 0 or step == last
-            if rows.size:  # it is empty if none of the images to distort can be read any longer
+            if rows.size:  # it is empty if none of the images of this step can be read any longer
                 train_step(layer, batch, images.classes[rows], step, is_evaluated, logs['train'])
             if is_evaluated:
                 drawn = images.draw('validation', flags.validation_batch_size, rng)
@@ -3804,7 +3825,9 @@ def train(
         stop_requested.clear()  # a Ctrl-C just before it would stop the loops of the test, too
         problem = str(error)
     if flags.how_many_training_steps and not layer.steps:
-        raise UserError('--image_dir: none of its images can be read any longer. Restore them.')
+        raise UserError(
+            problem or f'--image_dir: none of the drawn images can be read any longer. {KEPT}'
+        )
     return layer, problem
 
 
@@ -4008,6 +4031,7 @@ def describe_class(
 # Outputs
 
 SAVED_MODEL = 'the SavedModel'  # an output of retrain_serving.py
+EARLIER_OUTPUTS = 'The outputs of an earlier training are as they were.'
 
 
 def freeze(value: np.ndarray, name: str) -> tf.Tensor:
@@ -4169,21 +4193,31 @@ def write_record(record: dict[str, Any], flags: argparse.Namespace) -> None:
     write_whole(f'{flags.output_graph}.json', f'{text}\n'.encode())
 
 
-def rename_outputs(flags: argparse.Namespace, extension: str) -> argparse.Namespace:
-    """Returns flags with one more extension in the names of the outputs.
+def rename_outputs(flags: argparse.Namespace) -> argparse.Namespace:
+    """Returns flags with one more extension in the names of the outputs: '.unfinished_' and a time.
 
-    A training that could not be finished does not replace the outputs of others, which may be
-    better.
+    So an unfinished training does not replace the outputs of an earlier one, which may be better.
     """
+    extension = datetime.datetime.now().strftime('unfinished_%Y%m%d_%H%M%S')
     renamed = argparse.Namespace(**vars(flags))
     for name in ('output_graph', 'output_labels', 'optimized_graph'):
         path = getattr(flags, name)
         if not path:
             continue
-        if not gfile.isdir(os.path.dirname(path) or '.'):  # it was on the drive of the images
+        path = follow_link(path)
+        if not is_writable_dir(os.path.dirname(path) or '.'):  # it was on the drive of the images
+            # A folder per output keeps equal names apart.
             path = os.path.join(tempfile.mkdtemp(), os.path.basename(path))
         setattr(renamed, name, f'{path}.{extension}')
     return renamed
+
+
+def is_writable_dir(path: str) -> bool:
+    """Tells whether a folder exists, and its rights allow to write there.
+
+    If a drive is removed, its mount point may stay as a folder of another user.
+    """
+    return gfile.isdir(path) and ('://' in path or os.access(to_bytes(path), os.W_OK))
 
 
 def is_in_module(path: str, flags: argparse.Namespace) -> bool:
@@ -4228,7 +4262,7 @@ def check_folders(flags: argparse.Namespace) -> None:
 def is_model(path: str, model_dir: str) -> bool:
     """Tells whether a path is that of a pretrained network in model_dir, or of its archive.
 
-    So is a file of weights of Keras, which are in model_dir by prepare_keras().
+    A file of Keras' weights counts, too: prepare_keras() makes Keras keep them in model_dir.
     """
     real_path = os.path.realpath(to_bytes(path))
     keras_folders = [os.path.join(home, 'models') for home in (model_dir, get_keras_home())]
@@ -4262,11 +4296,13 @@ def check_outputs(flags: argparse.Namespace) -> None:
         is_photograph = is_image(os.path.basename(path)) and is_inside(path, flags.image_dir)
         if is_photograph or is_in_module(path, flags):
             raise UserError(f'{flag}: {path} is what the training reads. Name another file.')
-        ensure_writable_dir(os.path.dirname(follow_link(path)), flag)
-        ensure_replaceable(path, flag)
     check_folders(flags)
     ensure_outside_module(flags.bottleneck_dir, '--bottleneck_dir', flags)
     ensure_outside_module(flags.summaries_dir, '--summaries_dir', flags)
+    # Only what follows creates folders. Those of a refused command would be in the way of the next.
+    for flag, path in outputs:
+        ensure_writable_dir(os.path.dirname(follow_link(path)), flag)
+        ensure_replaceable(path, flag)
     for name in SUMMARY_FOLDERS:
         ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
 
@@ -4322,12 +4358,12 @@ def note_start(summaries_dir: str) -> Start:
 
 
 def list_events(summaries_dir: str) -> list[str]:
-    """Returns the paths of the event files in a folder that runs have written."""
+    """Returns the paths of the event files that runs have written below summaries_dir."""
     paths = []
     for name in SUMMARY_FOLDERS:
         folder = os.path.join(summaries_dir, name)
         for file in list_dir(folder):
-            # Those of tf.summary, such as Keras' callback, end with '.v2'.
+            # Files that tf.summary writes, as Keras' TensorBoard callback does, end with '.v2'.
             if file.startswith('events.out.tfevents.') and not file.endswith('.v2'):
                 paths.append(os.path.join(folder, file))
     return [path for path in paths if not is_special(path)]
@@ -4650,13 +4686,13 @@ def report_end(
     if failures:
         problems = '; '.join(f'{output} ({reason})' for output, reason in failures.items())
         written = [output for output in writers if output not in failures] or ['nothing']
+        missing = f'could not be written: {problems}. Written: {", ".join(written)}.'
+        if problem:
+            raise UserError(f'{problem}. What was learned {missing} {EARLIER_OUTPUTS}')
         advice = 'Fix this, and run the same command again.'
         if SAVED_MODEL in written:
             advice = 'Fix this, and run the command again with a new --saved_model_dir.'
-        reason = f'{problem}. ' if problem else ''
-        raise UserError(
-            f'{reason}could not be written: {problems}. Written: {", ".join(written)}. {advice}'
-        )
+        raise UserError(f'{missing} {advice}')
     graph = shlex.quote(flags.output_graph)
     labels = shlex.quote(flags.output_labels)
     print(f'To look at the training: tensorboard --logdir {shlex.quote(flags.summaries_dir)}')
@@ -4673,7 +4709,7 @@ def report_end(
     if problem:
         raise UserError(
             f'{problem}. What {head.layer.steps} training steps have learned is in the files '
-            'above. The outputs of an earlier training are as they were.'
+            f'above. {EARLIER_OUTPUTS}'
         )
 
 
@@ -4700,11 +4736,12 @@ def write_results(
     tested: Tested | None,
     facts: dict[str, Any],
     flags: argparse.Namespace,
-    export: Callable | None = None,
+    export: Callable | None,
 ) -> None:
-    """Writes outputs, record and pictures, each of them whatever becomes of the others.
+    """Writes all outputs, even if some fail; then the record, if there is a graph, and pictures.
 
-    `facts` is for the record. Raises UserError if an output is missing.
+    `facts` are added to the record. Raises UserError if an output is missing, or if the training
+    could not be finished.
     """
     writers = create_writers(backbone, head, flags)
     if export:
@@ -4735,11 +4772,11 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
     familiarity = None
     with extra('the familiarity'):
         familiarity = find_familiarity(images, bottlenecks, flags)
-    layer, facts['problem'] = train(images, bottlenecks, backbone, start, flags)
-    facts['steps'] = layer.steps
-    if facts['problem']:
-        extension = datetime.datetime.now().strftime('unfinished_%Y%m%d_%H%M%S')
-        flags, export = rename_outputs(flags, extension), None
+    layer, problem = train(images, bottlenecks, backbone, start, flags)
+    facts |= {'problem': problem, 'steps': layer.steps}
+    if problem:
+        flags = rename_outputs(flags)
+        export = None  # a server would load what is unfinished
     tested = None
     with extra('the test'):
         tested = test(images, bottlenecks, layer, flags)

@@ -72,7 +72,7 @@ def decode_url(text: str) -> str:
 def to_path(text: str) -> str:
     """Returns the system's path for one that a user wrote: '~/data', or 'file:///my%20data'.
 
-    TensorFlow takes link/../x for x, but the system for what is beside the target of the link. Such
+    For TensorFlow, link/../x is x. For the system, it is the x beside the target of the link. Such
     a path becomes an absolute one without links, which is the same for both.
     """
     path = os.path.expanduser(decode_url(text))
@@ -166,7 +166,8 @@ def prepare_process() -> None:
     Ctrl-C ends it at once while TensorFlow is imported, which takes seconds. Arguments are read as
     UTF-8 in any locale. Standard streams that the shell has closed are opened again: otherwise the
     next files would get their numbers, and what TensorFlow's libraries print would end up there.
-    They wait: Node.js leaves pipes in a mode in which print() loses text that nobody has read yet.
+    They are made blocking: Node.js leaves pipes non-blocking, and print() then loses what does not
+    fit into a full pipe.
     TensorFlow imports Keras, which would fail if the shell names a backend that is not installed.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -289,7 +290,7 @@ HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
 NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32
 JPEG_DATA_NODE = 'DecodeJpeg/contents'
 RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
-FUNCTION_SCOPE = 'module'  # of modules and Keras' networks
+FUNCTION_SCOPE = 'module'  # of the nodes of modules and Keras' networks, and of no others
 LABELS_NODE = 'final_training_ops/labels'
 FAMILIARITY_NODE = 'familiarity'
 UNFAMILIAR = 0.02  # a familiarity, see Answer: at or below it, the scores mean little
@@ -1062,8 +1063,9 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
 
     It begins at the node `source`, which becomes a placeholder of a shape, and ends at `outputs`.
     The functions below edit nodes and constants of the copy in place. Batch norms become part of
-    the convolutions before them. CheckNumerics, which is of use only in training, is removed. A
-    reshape to a single row becomes one to any number of rows.
+    the convolutions before them. CheckNumerics, which is of use only in training, is removed. In
+    the networks of 2015 and 2017, which take one image, a reshape to a single row becomes one to
+    any number of rows.
     """
     folded = GraphDef()
     folded.CopyFrom(graph_def)
@@ -1078,7 +1080,7 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
         elif node.op == 'PlaceholderWithDefault':  # other runtimes would take it for an input
             attributes = {'T': node.attr['dtype']}
             node.CopyFrom(NodeDef(name=node.name, op='Identity', input=node.input, attr=attributes))
-        elif node.op == 'Reshape' and node.input[1] in constants and not takes_batches(node):
+        elif node.op == 'Reshape' and node.input[1] in constants and not is_in_function(node):
             allow_batches(constants[node.input[1]])
     float32 = AttrValue(type=tf.float32.as_datatype_enum)
     attributes = {'dtype': float32, 'shape': AttrValue(shape=tf.TensorShape(shape).as_proto())}
@@ -1086,8 +1088,11 @@ def fold(graph_def: GraphDef, source: str, shape: list, *outputs: str) -> GraphD
     return extract_sub_graph(folded, outputs)
 
 
-def takes_batches(node: NodeDef) -> bool:
-    """Tells whether a node is of a network that takes batches: of a module, or of Keras."""
+def is_in_function(node: NodeDef) -> bool:
+    """Tells whether a node is of a module or a network of Keras.
+
+    These take batches already: in them, a constant shape of [1, n] is not that of a single image.
+    """
     return node.name.startswith(f'{FUNCTION_SCOPE}/')
 
 
@@ -1102,9 +1107,9 @@ def drop_checks(node: NodeDef, nodes: dict[str, NodeDef]) -> None:
 
 
 def fold_batch_norm(node: NodeDef, nodes: dict[str, NodeDef], constants: dict) -> None:
-    """Makes a BatchNormWithGlobalNormalization the bias of the convolution before it.
+    """Makes a BatchNormWithGlobalNormalization part of the convolution before it, and its bias.
 
-    The op is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma counts only
+    The op is (x - mean) * s + beta, s = gamma / sqrt(variance + epsilon), where gamma is used only
     with scale_after_normalization (tensorflow/core/ops/nn_ops.cc). After a convolution with weights
     w, that is a convolution with weights w * s, and a bias of beta - mean * s.
     """

@@ -260,3 +260,11 @@ def write_mobilenet(model_dir, size):
     path.parent.mkdir(parents=True)
     path.write_bytes(tf.compat.v1.GraphDef(node=nodes).SerializeToString())
     return path
+
+
+def save_function(path, function):
+    """Saves a module that gives function(images) for images of 8 x 8 pixels."""
+    module = tf.Module()
+    module.__call__ = tf.function(function, input_signature=[tf.TensorSpec([None, 8, 8, 3])])
+    module.__call__.get_concrete_function()
+    tf.saved_model.save(module, str(path))

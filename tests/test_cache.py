@@ -481,7 +481,8 @@ NO_RECORDS = [
     b'[[1, 2, 3, 4, 5]]',
     b'{"size": 1}',
     b'[' * 200_000,
-    b'{"size":1,"time":1,"digest":1,"model":1,"outcome":-1,"orientation":1,"decoder":"","version":2}',
+    b'{"size":1,"time":1,"digest":1,"model":1,"outcome":-1,"orientation":1,"bits":8,'
+    b'"decoder":"","version":3}',
     b'{"size":[],"time":1,"digest":1,"model":1,"outcome":1,"orientation":1}',
 ]
 
@@ -498,7 +499,7 @@ def test_a_damaged_record_counts_for_nothing(job):
 
 
 RECORD = b'{"size": 1, "time": 2, "digest": 3, "model": 4, "outcome": 5, "orientation": null, '
-RECORD += b'"decoder": "x", "version": 2}'
+RECORD += b'"bits": 8, "decoder": "x", "version": 3}'
 
 
 @settings(max_examples=500, deadline=None)
@@ -507,8 +508,15 @@ def test_fuzzed_records(junk, at, cut):
     """A record is what it says, or nothing: an error would end every run on this cache."""
     record = tf_retrain.parse_record(RECORD[:at] + junk + RECORD[at + cut :])
     if record:
+        assert record.version == tf_retrain.RECORD_VERSION
+        assert record.size >= 0
         assert isinstance(record.outcome, int | str)
-        assert record.version == 2
+        assert record.outcome not in (-1, '')
+
+
+def test_the_record_that_is_fuzzed_is_a_record():
+    assert tf_retrain.parse_record(RECORD).outcome == 5
+    assert tf_retrain.parse_record(RECORD.replace(b'5', b'-1')) is None
 
 
 def test_a_cache_file_on_disk_is_always_the_one_of_its_record(cached, monkeypatch):
@@ -544,6 +552,31 @@ def test_a_cache_file_on_disk_is_always_the_one_of_its_record(cached, monkeypatc
         'outcome': int(tf_retrain.compute_digest(cached.cache_file(CAT).read_bytes())),
     }
     assert before['model'] == load_backbone(cached.folder / 'inception').checksum
+
+
+def test_an_old_cache_file_without_a_record_goes_first_too(cached, monkeypatch):
+    """An image changes right after the run began: then no record says that the file is trusted."""
+    record(cached, CAT).unlink()
+    before = cached.cache_file(CAT).read_text()
+
+    def trust(cache, original=tf_retrain.BottleneckCache.trust_unrecorded):
+        replace(cached, CAT)
+        original(cache)
+
+    def stop(path, contents, write_whole=tf_retrain.write_whole):
+        write_whole(path, contents)
+        if path.endswith(f'{CAT}.rec'):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tf_retrain.BottleneckCache, 'trust_unrecorded', trust)
+    monkeypatch.setattr(tf_retrain, 'write_whole', stop)
+    with pytest.raises(KeyboardInterrupt):
+        cached.cache()
+    assert not cached.cache_file(CAT).exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(cached.folder)
+    cached.cache()
+    assert cached.cache_file(CAT).read_text() != before
 
 
 def test_a_cache_file_is_not_written_without_its_record(job, monkeypatch):

@@ -9,6 +9,7 @@ import socket
 import pytest
 from forks import Fork
 from helpers import ROOT, check_same_bottlenecks, created, set_processor
+from networks import save_function
 
 import tf_retrain
 
@@ -55,6 +56,13 @@ def test_workers_compute_every_bottleneck_once(job, monkeypatch, small_batches, 
     out = job.cache(**flags, data_service=address)
     assert out.count('Creating bottleneck at') == 120
     check_same_bottlenecks(job.folder / 'alone', job.folder / 'bottlenecks')
+
+
+def test_a_module_that_does_not_keep_its_promise(job, address):
+    """The workers do not look at what it gives."""
+    save_function(job.folder / 'module', lambda images: tf.reshape(images, [-1, 3]))
+    problem = '^module gives 512 vectors for 8 images. Name another network'
+    job.photographs(cat=4, dog=4).fails(problem, '--tfhub_module=module', data_service=address)
 
 
 def test_a_worker_that_dies(job, monkeypatch, small_batches):

@@ -1,6 +1,8 @@
 """Distorted training images: what is done to them, and runs that lose images on the way."""
 
+import itertools
 import json
+import os
 import pathlib
 import re
 import zlib
@@ -197,16 +199,80 @@ def test_a_class_whose_images_are_all_damaged_ends_the_training(job, monkeypatch
 
 
 def test_outputs_whose_folders_are_gone_get_others(tmp_path, monkeypatch):
-    """They were on the drive of the images. Equal names stay apart."""
-    monkeypatch.setattr(tf_retrain.tempfile, 'tempdir', str(tmp_path))
-    paths = {'output_graph': 'gone/x', 'optimized_graph': 'lost/x', 'output_labels': '/l.txt'}
+    """They were on the drive of the images, or it leaves an empty mount point of root.
+
+    Equal names stay apart.
+    """
+    monkeypatch.chdir(tmp_path)
+    for name in ('temporary', 'mount_point', 'rw'):
+        pathlib.Path(name).mkdir()
+    monkeypatch.setattr(tf_retrain.tempfile, 'tempdir', str(tmp_path / 'temporary'))
+    monkeypatch.setattr(os, 'access', lambda path, mode: path == b'rw')  # root may write anywhere
+    graphs = {'output_graph': 'gone/x', 'optimized_graph': 'mount_point/x'}
+    paths = graphs | {'output_labels': 'rw/l.txt'}
     flags = parse('--image_dir=data', *(f'--{name}={path}' for name, path in paths.items()))
-    renamed = vars(tf_retrain.rename_outputs(flags, 'new'))
-    assert renamed['output_labels'] == '/l.txt.new'
+    renamed = vars(tf_retrain.rename_outputs(flags))
+    assert re.fullmatch(r'rw/l\.txt\.unfinished_\d+_\d+', renamed['output_labels'])
     graphs = {renamed['output_graph'], renamed['optimized_graph']}
     assert len(graphs) == 2
     for path in map(pathlib.Path, graphs):
-        assert (path.name, path.parent.parent) == ('x.new', tmp_path)
+        assert path.name.startswith('x.unfinished_')
+        assert path.parent.parent == tmp_path / 'temporary'
+
+
+@pytest.mark.posix
+def test_an_unfinished_output_lies_beside_the_target_of_a_link(tmp_path):
+    """The folder of the link may be read-only."""
+    (tmp_path / 'labels.txt').touch()
+    link = tmp_path / 'links/l.txt'
+    link.parent.mkdir()
+    link.symlink_to(tmp_path / 'labels.txt')
+    flags = tf_retrain.rename_outputs(parse('--image_dir=data', f'--output_labels={link}'))
+    assert flags.output_labels.startswith(f'{tmp_path}/labels.txt.unfinished_')
+
+
+def test_full_memory_after_the_first_step_keeps_what_was_learned(job, monkeypatch):
+    real = tf_retrain.compute_distorted
+
+    def fill(*arguments):
+        yield from itertools.islice(real(*arguments), 3)
+        raise MemoryError
+
+    monkeypatch.setattr(tf_retrain, 'compute_distorted', fill)
+    message = (
+        r'^the memory is full\. Close .*, or lower the batch sizes\. What 3 training steps have'
+    )
+    job.photographs(cat=30, dog=30).fails(message, '--flip_left_right')
+
+
+def test_an_unfinished_training_whose_outputs_fail_says_both(job, monkeypatch):
+    def fill(*arguments):
+        yield np.arange(2), np.zeros([2, 2048], np.float32)
+        raise OSError('gone')
+
+    def refuse(path, contents, write_whole=tf_retrain.write_whole):
+        if path.startswith('trained_model/labels.txt.unfinished_'):
+            raise OSError('full')
+        write_whole(path, contents)
+
+    monkeypatch.setattr(tf_retrain, 'compute_distorted', fill)
+    monkeypatch.setattr(tf_retrain, 'write_whole', refuse)
+    message = (
+        r'^gone\. What was learned could not be written: .*/labels\.txt\.unfinished_\w+ \(full\). '
+        r'Written: .*\.pb\.unfinished_\w+\. The outputs of an earlier training are as they were\.$'
+    )
+    job.photographs(cat=30, dog=30).fails(message, '--flip_left_right')
+
+
+def test_what_ended_a_training_without_a_step_is_said(job, monkeypatch):
+    """The first image drawn was unreadable. Then something else ended the training."""
+
+    def fill(*arguments):
+        yield np.array([], int), np.array([])
+        raise OSError('the drive is gone')
+
+    monkeypatch.setattr(tf_retrain, 'compute_distorted', fill)
+    job.photographs(cat=30, dog=30).fails('^the drive is gone$', '--flip_left_right')
 
 
 def test_a_run_that_is_stopped_before_the_first_step_leaves_the_logs(job, monkeypatch):

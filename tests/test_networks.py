@@ -39,6 +39,7 @@ from helpers import (
     write_mobilenet,
     write_module,
 )
+from networks import save_function
 from PIL import Image
 
 import tf_retrain
@@ -295,13 +296,6 @@ def test_a_module_for_one_image_at_a_time(tmp_path):
         tf_retrain.load_tfhub_module(str(tmp_path / 'single'))
 
 
-def save_function(path, function):
-    module = tf.Module()
-    module.__call__ = tf.function(function, input_signature=[tf.TensorSpec([None, 8, 8, 3])])
-    module.__call__.get_concrete_function()
-    tf.saved_model.save(module, str(path))
-
-
 def test_a_module_that_makes_rows_of_constants(tmp_path):
     """Only the graph of 2015, which is for one image, has reshapes that must change."""
     row = tf.constant([1, 3])
@@ -343,8 +337,17 @@ def test_an_image_without_finite_numbers_is_named(job):
         lambda images: images[:, 0, 0] / tf.math.reduce_std(images, axis=[1, 2, 3])[:, None],
     )
     Image.new('RGB', (8, 8)).save(job.photographs(cat=4, dog=4).data / 'cat/black.png')
-    problem = r'^module gives numbers that are not finite for data/cat/black\.png\. If this is all'
+    problem = r'^module gives numbers that are not finite for data/cat/black\.png\. Remove them\.$'
     job.fails(problem, '--tfhub_module=module')
+
+
+def test_a_model_that_gives_no_finite_numbers_is_blamed_for_it(job):
+    """And not the images of the first batch."""
+    save_function(job.folder / 'module', lambda images: images[:, 0, 0] * float('inf'))
+    problem = (
+        r'^module gives numbers that .* for data/cat/.* \d+ more\. Download the model again\.$'
+    )
+    job.photographs(cat=20, dog=20).fails(problem, '--tfhub_module=module')
 
 
 def save_features(path, dtype=tf.float32, channels=3):
@@ -482,6 +485,21 @@ def test_batches_become_smaller_if_the_memory_is_full(job, monkeypatch):
     assert out.count('The memory is full: from now on, the network gets 8 images at once.') == 1
     assert [size for size in sizes if size > 8] == [32, 16]
     job.check_bottlenecks('cat/cat 3.jpg', 'dog/dog 39.jpg')
+
+
+def test_a_small_batch_that_fills_the_memory_is_halved():
+    """It is not tried again as it is, with the largest size that would hold it."""
+    sizes = []
+
+    def network(images):
+        sizes.append(len(images))
+        if len(images) > 3:
+            raise tf.errors.ResourceExhaustedError(None, None, 'OOM when allocating')
+        return images
+
+    images = tf.range(5)
+    assert tf_retrain.run_in_parts(network, '')(images).numpy().tolist() == [0, 1, 2, 3, 4]
+    assert sizes == [5, 2, 2, 1]
 
 
 def test_batches_stay_smaller_in_all_distorted_steps(job, monkeypatch):
