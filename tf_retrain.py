@@ -2178,7 +2178,7 @@ def freeze_function(function: Callable, input_format: InputFormat, size: int) ->
     frozen = convert_variables_to_constants_v2(extract_features.get_concrete_function())
     # Functions become plain ops, which TensorFlow 1 has too.
     inlinable = allow_inlining(frozen.graph.as_graph_def())
-    plain = optimize(inlinable, name, 'function')
+    plain = drop_control_inputs(optimize(inlinable, name, 'function'))
     graph_def = prepend_decoding(plain, frozen.inputs[0].name, input_format, FUNCTION_SCOPE)
     return extract_sub_graph(graph_def, [FUNCTION_BOTTLENECK])
 
@@ -2190,6 +2190,19 @@ def allow_inlining(graph_def: GraphDef) -> GraphDef:
     for owner in itertools.chain(nodes, functions):
         for name in ('_gradient_op_type', '_XlaMustCompile', '_noinline'):
             owner.attr.pop(name, None)
+    return graph_def
+
+
+def drop_control_inputs(graph_def: GraphDef) -> GraphDef:
+    """Removes the control inputs of all nodes, in place, unless the graph has a tf.cond.
+
+    In a function that was inlined, all weights wait for its images. TensorFlow's optimizers would
+    make them wait for the file of the image, too, although a caller feeds pixels instead. For the
+    branches of a tf.cond, the control inputs say which one runs.
+    """
+    if not any(node.op == 'Switch' for node in graph_def.node):
+        for node in graph_def.node:
+            node.input[:] = [name for name in node.input if not name.startswith('^')]
     return graph_def
 
 

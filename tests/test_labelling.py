@@ -17,6 +17,7 @@ import pytest
 from helpers import GRAPH, LABELS, ROOT, run, run_new, run_v1, run_v1_on_all, write_photographs
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from networks import save_function
 from PIL import Image
 
 import tf_retrain
@@ -713,6 +714,50 @@ def test_heatmaps_of_each_network(networks, label, tmp_path):
     label(f'--heatmap={tmp_path}/h.png', networks.test_image(), files=files)
     with Image.open(tmp_path / 'h.png') as picture:
         assert picture.height == 30 + 24 + 24
+
+
+def rotate(images):
+    """The means of the channels, in another order: a split has several outputs."""
+    first, rest = tf.split(tf.reduce_mean(images, [1, 2]), [1, 2], axis=1)
+    one, two = tf.split(rest, 2, axis=1)
+    return tf.concat([two, one, first], axis=1)
+
+
+def rotate_before_the_mean(images):
+    one, two, three = tf.split(images, 3, axis=3)
+    return tf.reduce_mean(tf.concat([two, three, one], axis=3), [1, 2])
+
+
+def unstack(images):
+    one, two, three = tf.unstack(tf.reduce_mean(images, [1, 2]), axis=1)
+    return tf.stack([two, three, one], axis=1)
+
+
+@pytest.mark.parametrize('function', [rotate, rotate_before_the_mean, unstack])
+def test_the_heatmap_of_a_network_that_splits_its_features(job, function):
+    heatmap, share = draw_heatmap_of(job, function)
+    assert heatmap.mean() == pytest.approx(share, rel=1e-3)
+
+
+def test_no_heatmap_of_a_network_that_is_not_affine_behind_the_mean(job):
+    """After few training steps, too, when all logits are small."""
+
+    def normalize(images):
+        means = tf.reduce_mean(images, [1, 2])
+        return means / tf.norm(means, axis=1, keepdims=True)
+
+    with pytest.raises(tf_test.UserError, match='this network has no class activation map'):
+        draw_heatmap_of(job, normalize)
+
+
+def draw_heatmap_of(job, function):
+    """Returns the heatmap of the first class, and the logit without the bias."""
+    save_function(job.folder / 'module', function)
+    image = job.photographs(cat=20, dog=20).test_image().read_bytes()
+    job.main('--tfhub_module=module', how_many_training_steps='3')
+    graph = tf_test.load_graph(str(job.folder / GRAPH))
+    (logits,) = run_v1(graph.graph_def, image, 'final_training_ops/Wx_plus_b/MatMul:0')
+    return tf_test.compute_heatmap(graph, image, 0), logits[0]
 
 
 def test_the_heatmap_of_a_label_that_the_font_lacks(trained, label, tmp_path):

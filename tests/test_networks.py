@@ -43,6 +43,7 @@ from networks import save_function
 from PIL import Image
 
 import tf_retrain
+import tf_test
 
 tf = tf_retrain.tf
 MOBILENET = 'mobilenet_0.25_128'
@@ -214,6 +215,25 @@ def test_a_model_that_keras_exports(tmp_path):
     assert (backbone.input_format.size, backbone.bottleneck_size) == ((32, 48), 5)
     images = draw_images(3, 32, 48, 3)
     np.testing.assert_allclose(backbone.networks[0](images), network(images / 255), atol=1e-5)
+
+
+def test_pixels_may_be_fed_to_the_graph_of_a_module(job):
+    """As trained_model/README.md says. No weight waits for the file of an image."""
+    layers = [
+        keras.Input([32, 48, 3]),
+        keras.layers.Rescaling(2.0, offset=-1.0),
+        keras.layers.Conv2D(5, 3),
+        keras.layers.GlobalAveragePooling2D(),
+    ]
+    keras.Sequential(layers).export(str(job.folder / 'module'), verbose=False)
+    image = job.photographs(cat=20, dog=20).test_image()
+    job.main('--tfhub_module=module')
+    graph_def = job.graph()
+    expected, pixels = tf_test.run_graph(graph_def, image.read_bytes(), ['final_result', 'Mul'])
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        tf.import_graph_def(graph_def, name='')
+        fed = session.run('final_result:0', {'Mul:0': pixels})
+    np.testing.assert_allclose(fed, expected, atol=1e-6)
 
 
 @pytest.fixture

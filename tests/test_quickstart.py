@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 import zipfile
 from unittest import mock
 
@@ -152,6 +153,30 @@ def test_a_model_that_can_be_downloaded_is_left_to_the_training(project, monkeyp
         assert not quickstart.can_download(f'{url}/small')
         monkeypatch.setattr(quickstart, 'INCEPTION_URL', f'{url}/large')
         assert quickstart.choose_model() == []
+
+
+@pytest.mark.parametrize(
+    'reply',
+    [
+        b'SSH-2.0-OpenSSH_9.6\r\n',
+        b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nf\r\ncut',
+        b'HTTP/1.1 302 Found\r\nLocation: http://[/\r\n\r\n',
+    ],
+)
+def test_a_proxy_that_breaks_the_download(reply):
+    def answer(handler):
+        handler.wfile.write(reply)
+        handler.close_connection = True
+
+    with serve(answer) as url:
+        assert not quickstart.can_download(f'{url}/model')
+
+
+def test_a_proxy_with_an_odd_port(monkeypatch):
+    monkeypatch.setenv('http_proxy', 'http://proxy:808O')
+    monkeypatch.setenv('no_proxy', '')
+    monkeypatch.setattr(urllib.request, '_opener', None)  # it knows the proxy of an earlier test
+    assert not quickstart.can_download('http://localhost/model')
 
 
 def fake_pip(monkeypatch, contents):
