@@ -332,6 +332,24 @@ def test_a_module_that_makes_rows_of_constants(tmp_path):
     np.testing.assert_allclose(backbone.networks[0](images), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize('gray', [0, 255])
+def test_a_module_with_branches(tmp_path, gray):
+    """What is constant in a branch must run only with the branch."""
+
+    def choose(images):
+        is_bright = tf.reduce_mean(images) > 0.5
+        added = tf.cond(
+            is_bright, lambda: tf.constant([1.0, 2, 3]), lambda: tf.constant([5.0, 6, 7])
+        )
+        return images[:, 0, 0] + added
+
+    save_function(tmp_path / 'module', choose)
+    backbone = tf_retrain.load_tfhub_module(str(tmp_path / 'module'))
+    images = np.full([2, 8, 8, 3], gray, np.float32)
+    expected = [[2, 3, 4]] if gray else [[5, 6, 7]]
+    np.testing.assert_allclose(backbone.networks[0](images), 2 * expected)
+
+
 @pytest.mark.parametrize(
     ('function', 'problem'),
     [
