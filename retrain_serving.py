@@ -6,10 +6,11 @@
         --output_labels=trained_model/labels.txt --saved_model_dir=trained_model_serving/1
 
 This is tf_retrain.py, function by function, with one more flag, and one more section: SavedModel.
+"The original" is retrain.py of TensorFlow's image_retraining example.
 """
 
 import argparse
-import concurrent.futures
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -19,6 +20,7 @@ import gc
 import gzip
 import hashlib
 import http.client
+import importlib.metadata
 import importlib.util
 import io
 import itertools
@@ -106,7 +108,7 @@ def decode_url(text: str) -> str:
         return text
     path = text.removeprefix('file://').removeprefix('localhost')
     if os.sep == '\\':
-        path = path.lstrip('/')  # of /C:/data
+        path = path.lstrip('/')  # '/C:/data' becomes 'C:/data'
     return urllib.parse.unquote(path, errors='surrogateescape').replace('\0', '%00')
 
 
@@ -439,7 +441,7 @@ def parse_flags(
 def create_serving_parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line, with the flag of the SavedModel."""
     parser = create_parser()
-    help_text = 'the SavedModel, one folder per version (default: %(default)s)'
+    help_text = 'new folder for the SavedModel, named by its version (default: %(default)s)'
     group = parser.add_argument_group('serving')
     group.add_argument(
         '--saved_model_dir',
@@ -1134,7 +1136,7 @@ def is_image(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Tells whether a file or folder is none of the user's: it is hidden, or made by the system."""
+    """Tells whether a file or folder is not the user's own: it is hidden, or made by the system."""
     return name.startswith('.') or name.lower() in SYSTEM_FOLDERS
 
 
@@ -2508,6 +2510,7 @@ def get_weights(graph_def: GraphDef) -> dict[str, np.ndarray]:
 # Images per batch of the network: more are not faster on a CPU, and need more memory.
 NETWORK_BATCH_SIZE = 128 if HAS_GPU else 32
 DATA_SERVICE_TIMEOUT = 60  # seconds without a batch
+DRIVE_TIMEOUT = 30  # seconds that the end of a run waits for an image: a network drive may hang
 # FarmHash, which is the same everywhere. A digest is an int64 of 0 or more.
 compute_digest = functools.partial(tf.strings.to_hash_bucket_fast, num_buckets=2**62)
 
@@ -2622,6 +2625,27 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
         print(f'WARNING: {address} failed ({reason}).')
 
 
+def drop_other_files(batches: Iterator, keys: np.ndarray, paths: list[str]) -> Iterator:
+    """Yields batches of a service without images whose files are others there than here.
+
+    paths[i] is the file of keys[i]. A worker may have an old copy of the folder, or may have been
+    started in another one.
+    """
+    path_of = dict(zip(keys.tolist(), paths, strict=True))
+    dropped = 0
+    for some_keys, digests, bottlenecks in batches:
+        own_paths = [path_of[key] for key in some_keys.tolist()]
+        files = load_files(some_keys, own_paths, lambda key, image: (key, compute_digest(image)))
+        here = dict(files.as_numpy_iterator())
+        pairs = zip(some_keys, digests, strict=True)
+        is_same = np.array([here.get(key) == digest for key, digest in pairs])
+        dropped += np.count_nonzero(~is_same)
+        if is_same.any():
+            yield some_keys[is_same], digests[is_same], bottlenecks[is_same]
+    if dropped:
+        tqdm.write(f'WARNING: the service read other files than those here for {dropped} images.')
+
+
 def ensure_vectors(batches: Iterator, source: str) -> Iterator:
     """Yields batches of (keys, digests, bottlenecks) of a network.
 
@@ -2635,13 +2659,19 @@ def ensure_vectors(batches: Iterator, source: str) -> Iterator:
 
 
 def run_ahead(batches: Iterator) -> Iterator:
-    """Yields batches, each of which is computed while the one before it is used."""
-    # Leaving the block waits for the batch in hand: Python would abort if it ended before that.
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        result = thread.submit(next, batches, None)
-        while batch := result.result():
-            result = thread.submit(next, batches, None)
-            yield batch
+    """Yields batches, each of which is computed while the one before it is used.
+
+    A stop does not wait for the batch in hand: a network drive may hang, and what was learned must
+    be written. Only the end of the program waits, as Python would abort in the middle of a batch.
+    """
+    with multiprocessing.pool.ThreadPool(1) as thread:
+        result = thread.apply_async(next, (batches, None))
+        try:
+            while batch := result.get():
+                result = thread.apply_async(next, (batches, None))
+                yield batch
+        finally:
+            atexit.register(result.wait, DRIVE_TIMEOUT)
 
 
 def compute_bottlenecks(
@@ -2675,8 +2705,8 @@ def compute_bottlenecks(
     batches = load_files(keys, paths, load).batch(NETWORK_BATCH_SIZE)
     if service:
         computed = run_service(service, backbone.networks[0], batches)
-    else:
-        computed = run_ahead(run_networks(backbone.patient_networks, batches))
+        return drop_other_files(ensure_vectors(computed, backbone.source), keys, paths)
+    computed = run_ahead(run_networks(backbone.patient_networks, batches))
     return ensure_vectors(computed, backbone.source)
 
 
@@ -2716,7 +2746,7 @@ NO_TIME = -2
 # What may decide whether an image can be decoded. After it changes, images are tried again.
 DECODER = f'TensorFlow {tf.__version__}, Pillow {PIL.__version__}, {MAX_PIXELS} pixels'
 if importlib.util.find_spec('pi_heif'):
-    DECODER += ', pi-heif'
+    DECODER += f', pi-heif {importlib.metadata.version("pi-heif")}'
 
 
 class Status(NamedTuple):
@@ -2786,9 +2816,23 @@ def explain_unreadable(path: str) -> tuple[str, int | None]:
     except tf.errors.OpError as error:
         return describe(error).replace('\n', ' '), digest
     except ImageError as error:
+        if is_memory_scarce():
+            return f'{error}, or the memory is full', None
         return str(error), digest
     # Now it can be decoded.
     return 'it changed while it was read, or the memory was full. Run the same command again', None
+
+
+def is_memory_scarce() -> bool:
+    """Tells whether the memory is too small for the largest image.
+
+    Then libraries may call an image damaged for which they only lack the memory.
+    """
+    try:
+        np.empty(16 * MAX_PIXELS, np.uint8)  # 16 bytes per pixel: a progressive JPEG needs 13
+    except MemoryError:
+        return True
+    return False
 
 
 def load_header(path: str) -> Header:
@@ -3691,7 +3735,8 @@ def compute_distorted(
     Images that can no longer be read are left out. Raises UserError if all images of a folder, or
     all training images of a class, are among them.
     """
-    vanished: set[int] = set()  # rows
+    vanished: set[int] = set()  # rows of images that could not be read at some step
+    missing: set[int] = set()  # rows of those that could not be read when they were used last
     first_key = 0
     try:
         while drawn := list(itertools.islice(draws, DISTORTED_STEPS)):
@@ -3703,21 +3748,22 @@ def compute_distorted(
             computed = compute_bottlenecks(keys.ravel(), paths, backbone, distort)
             steps = zip(rows, regroup(computed, keys), strict=True)
             for step_rows, (is_found, bottlenecks) in steps:
-                missing = step_rows[~is_found].tolist()
-                if missing:
-                    vanished.update(missing)
+                missing.update(step_rows[~is_found].tolist())
+                missing.difference_update(step_rows[is_found].tolist())
+                vanished.update(missing)
+                if not is_found.all():
                     ensure_folders_are_there(images.paths[row] for row in missing)
-                    ensure_classes_are_there(images, vanished)
+                    ensure_classes_are_there(images, missing)
                 yield step_rows[is_found], bottlenecks
             first_key += rows.size
     finally:
         report_vanished({images.paths[row] for row in vanished})
 
 
-def ensure_classes_are_there(images: Images, vanished: set[int]) -> None:
-    """Raises UserError if all training images of a class, given by rows, have vanished."""
+def ensure_classes_are_there(images: Images, missing: set[int]) -> None:
+    """Raises UserError if all training images of a class are among the missing rows."""
     training = images.rows['training']
-    remaining = np.setdiff1d(training, list(vanished))
+    remaining = np.setdiff1d(training, list(missing))
     lost = np.setdiff1d(images.classes[training], images.classes[remaining])
     if lost.size:
         names = name_some([images.labels[index] for index in lost])
@@ -3914,8 +3960,8 @@ def report_validation(step: int, evaluation: Evaluation) -> None:
     print(f'{datetime.datetime.now()}: Step {step}: {accuracy}')
 
 
-TABLE_CLASSES = 30  # up to so many, the table has all classes
-WORST_CLASSES = 20  # with more, it has so many: those with the most errors
+TABLE_CLASSES = 30  # with at most this many classes, the table has them all
+WORST_CLASSES = 20  # otherwise, it has this many: those with the most errors
 MATRIX_CLASSES = 200  # up to so many, there is a confusion matrix: 40,000 numbers
 
 
@@ -4006,28 +4052,30 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
 
 
 def print_table(classes: np.ndarray, predictions: np.ndarray, labels: list[str]) -> None:
-    """Prints a line per class on the true classes, int [N], and the predicted ones of N images.
+    """Prints one line per class. The true and the predicted classes of N images are int [N].
 
-    Of many classes, it prints only those with the most errors, and none without images.
+    With more than TABLE_CLASSES classes, it prints only those with the most errors, and leaves out
+    classes without images.
     """
-    shown = list(range(len(labels)))
+    shown = present = list(range(len(labels)))
     if len(labels) > TABLE_CLASSES:
         errors = np.bincount(classes[predictions != classes], minlength=len(labels))
         worst = np.argsort(-errors, kind='stable')
-        shown = worst[np.isin(worst, classes)][:WORST_CLASSES].tolist()
+        present = worst[np.isin(worst, classes)].tolist()
+        shown = present[:WORST_CLASSES]
     width = min(max(len('class'), *(len(labels[index]) for index in shown)), 24)
     print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
     for index in shown:
         numbers = describe_class(classes == index, predictions, index, labels)
         print(f'{labels[index]:{width}}  {numbers}')
-    if len(shown) < len(labels):
+    if len(shown) < len(present):
         print(f'These {len(shown)} of {len(labels):,} classes have the most errors.')
 
 
 def describe_class(
     is_own: np.ndarray, predictions: np.ndarray, index: int, labels: list[str]
 ) -> str:
-    """Returns the numbers of a class in the table; is_own, bool [N], has its own images."""
+    """Returns the numbers of a class in the table; is_own, bool [N], tells which images it has."""
     is_predicted = predictions == index
     right = (is_own & is_predicted).sum()
     wrong = is_own.sum() - right
@@ -4662,13 +4710,12 @@ def write_pictures(
         if legend:
             pictures['confusion_matrix/legend'] = '\n'.join(legend)
     misclassified = itertools.islice(tested.misclassified, SHOWN_IMAGES) if tested else ()
-    for row, predicted in misclassified:
-        path = images.paths[row]
-        label = images.labels[images.classes[row]]
-        name = f'{label} classified as {images.labels[predicted]}'
-        pictures[f'misclassified/{name}/{images.files[row]}'] = load_thumbnail(
-            path, 299, flags.upright
-        )
+    with multiprocessing.pool.ThreadPool(1) as thread:
+        for row, predicted in misclassified:
+            thumbnail = thread.apply_async(load_thumbnail, (images.paths[row], 299, flags.upright))
+            label = images.labels[images.classes[row]]
+            name = f'{label} classified as {images.labels[predicted]}'
+            pictures[f'misclassified/{name}/{images.files[row]}'] = thumbnail.get(DRIVE_TIMEOUT)
     SummaryWriter(os.path.join(flags.summaries_dir, 'test')).write(pictures)
 
 
@@ -4804,7 +4851,7 @@ def main(flags: argparse.Namespace, export: Callable | None = None) -> None:
 
 
 def find_latest_version(folder: str) -> int:
-    """Returns the version in a folder that TensorFlow Serving serves, the highest; 0 if none."""
+    """Returns the highest version in a folder, which TensorFlow Serving serves; 0 if none."""
     versions = [int(name) for name in list_dir(folder or '.') if name.isdecimal()]
     return max(versions, default=0)
 
@@ -4815,11 +4862,12 @@ def find_free_version(folder: str) -> str:
 
 
 def check_saved_model_dir(saved_model_dir: str) -> None:
-    """Raises UserError if the SavedModel could not be written there, or would replace another."""
+    """Raises UserError if the SavedModel could not be written there, or would replace another.
+
+    Warns if TensorFlow Serving would not serve it.
+    """
     flag = '--saved_model_dir'
     folder = saved_model_dir.rstrip(f'/{os.sep}')
-    if not folder:
-        raise UserError(f'{flag}: name a folder, such as trained_model_serving/1.')
     if gfile.exists(folder) and not gfile.isdir(folder):
         raise UserError(
             f"{flag}: '{saved_model_dir}' is a file. Name a folder, such as "
@@ -4835,7 +4883,7 @@ def check_saved_model_dir(saved_model_dir: str) -> None:
             f'{advice}'
         )
     if 'saved_model.pb' in list_dir(parent or '.'):
-        free = find_free_version(os.path.dirname(parent))
+        free = find_free_version('..' if parent in ('', '.') else os.path.dirname(parent))
         raise UserError(
             f"{flag}: '{saved_model_dir}' is inside of a SavedModel. Name {flag}={free}"
         )
@@ -4860,6 +4908,8 @@ def ensure_apart(flags: argparse.Namespace) -> None:
     paths.append(('--bottleneck_dir', flags.bottleneck_dir))
     paths.append(('--summaries_dir', flags.summaries_dir))
     paths.append(('--model_dir', flags.model_dir))
+    if not flags.saved_model_dir.rstrip(f'/{os.sep}'):
+        raise UserError('--saved_model_dir: / is no new folder. Name trained_model_serving/1.')
     for flag, path in paths:
         if is_same_or_inside(path, flags.saved_model_dir):
             raise UserError(f'{flag}: {path} is in --saved_model_dir. Name another one.')
@@ -4872,11 +4922,14 @@ def ensure_renamable(folder: str, flag: str) -> None:
     if os.path.ismount(path):
         problem = 'a mount point'
     if problem:
-        raise UserError(f"{flag}: '{folder}' is {problem}. Name a new folder in it: {folder}/1")
+        remedy = f'Name a new folder in it: {folder}/1'
+        if not os.path.exists(path):
+            remedy = 'Name another folder.'
+        raise UserError(f"{flag}: '{folder}' is {problem}. {remedy}")
 
 
 class Classifier(tf.Module):
-    """What the SavedModel has: the folded network, the final layer's variables, and the labels."""
+    """What the SavedModel has: the folded network, the final layer, the labels, the familiarity."""
 
     def __init__(self, backbone: Backbone, head: Head) -> None:
         super().__init__()
@@ -4923,8 +4976,8 @@ class Classifier(tf.Module):
     def predict_rows(self, image: tf.Tensor) -> dict[str, tf.Tensor]:
         """For REST in row format, where each output has one row per image.
 
-        A row has the best label with its score, all of them, the best first, and how familiar the
-        image is.
+        A row has the best label and its score, all labels and scores in descending order of the
+        scores, and how familiar the image is.
         """
         bottlenecks = self.embed(image)
         scores = self.score(bottlenecks)
@@ -4948,8 +5001,8 @@ def write_saved_model(classifier: Classifier, saved_model_dir: str) -> str:
     signatures = {'serving_default': classifier.predict, 'predict_rows': classifier.predict_rows}
     try:
         tf.saved_model.save(classifier, temporary, signatures)
-        if gfile.isdir(saved_model_dir) and not list_dir(saved_model_dir):
-            gfile.rmtree(saved_model_dir)
+        with contextlib.suppress(OSError):  # it is missing, or no longer empty
+            os.rmdir(to_bytes(saved_model_dir))
         while not try_to_rename(temporary, saved_model_dir):
             saved_model_dir = find_free_version(os.path.dirname(saved_model_dir))
     except BaseException:
@@ -4983,11 +5036,13 @@ def main_serving(flags: argparse.Namespace) -> None:
         written.append(write_saved_model(classifier, flags.saved_model_dir))
 
     main(flags, export)
-    folder = shlex.quote(os.path.abspath(os.path.dirname(written[0])))
-    print(
-        f'Wrote the SavedModel {shlex.quote(written[0])}. To serve it at http://localhost:8501 '
-        'with Docker:'
-    )
+    (path,) = written
+    wrote = f'Wrote the SavedModel {shlex.quote(path)}'
+    if '://' in path or not os.path.basename(path).isdecimal():  # no version that Docker finds
+        print(wrote)
+        return
+    folder = shlex.quote(os.path.abspath(os.path.dirname(path)))
+    print(f'{wrote}. To serve it at http://localhost:8501 with Docker:')
     print(
         f'docker run -p 8501:8501 -v {folder}:/models/retrained -e MODEL_NAME=retrained '
         'tensorflow/serving'

@@ -6,7 +6,8 @@
 prints every label of an image with its score, the best first. Several images, or a folder of them,
 give one line each: path, best label and its score.
 
-This file stands alone. What tf_retrain.py has too is the same there, word for word.
+This file stands alone. What tf_retrain.py has too is the same there, word for word. "The original"
+is retrain.py of TensorFlow's image_retraining example.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def decode_url(text: str) -> str:
         return text
     path = text.removeprefix('file://').removeprefix('localhost')
     if os.sep == '\\':
-        path = path.lstrip('/')  # of /C:/data
+        path = path.lstrip('/')  # '/C:/data' becomes 'C:/data'
     return urllib.parse.unquote(path, errors='surrogateescape').replace('\0', '%00')
 
 
@@ -263,7 +264,7 @@ try:
     ensure_avx()
     import numpy as np
     import PIL
-    from PIL import ExifTags, Image, ImageDraw, ImageFont
+    from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
     from tqdm import tqdm
 
     with silenced_libraries(), paused_collector():
@@ -293,6 +294,7 @@ RESIZED_INPUT_NODE = 'ResizeBilinear'  # float, 0..255
 FUNCTION_SCOPE = 'module'  # of the nodes of modules and Keras' networks, and of no others
 LABELS_NODE = 'final_training_ops/labels'
 FAMILIARITY_NODE = 'familiarity'
+SOFTWARE = 'tf_test.py --heatmap'  # what wrote a PNG, in its text
 UNFAMILIAR = 0.02  # a familiarity, see Answer: at or below it, the scores mean little
 # Extensions of the files that are taken for images. Their content decides how they are decoded.
 IMAGE_EXTENSIONS = tuple(
@@ -300,8 +302,8 @@ IMAGE_EXTENSIONS = tuple(
 )
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
 MAX_LISTED = 4096  # paths that are listed before their images are labeled
-TABLE_CLASSES = 30  # up to so many, the table has all classes
-WORST_CLASSES = 20  # with more, it has so many: those with the most errors
+TABLE_CLASSES = 30  # with at most this many classes, the table has them all
+WORST_CLASSES = 20  # otherwise, it has this many: those with the most errors
 # Folders that systems make beside photographs, for thumbnails and deleted files, in lower case.
 SYSTEM_FOLDERS = ('@eadir', '#recycle', '$recycle.bin', '__macosx')
 UNSURE = 'unsure'  # printed in place of a label below --min_score
@@ -414,7 +416,7 @@ def check_name(name: str) -> str:
 
 
 def load_training(path: str, contents: bytes) -> Training | None:
-    """Returns what is in the record beside a graph, a file with these contents.
+    """Returns what the record beside a graph says. `contents` are those of the graph's file.
 
     Returns None if there is no readable record, or, with a warning, if it is of another training.
     """
@@ -532,7 +534,7 @@ def check_refusal_flags(classes: 'Classes', graph: Graph, flags: argparse.Namesp
 
 
 def is_hidden(name: str) -> bool:
-    """Tells whether a file or folder is none of the user's: it is hidden, or made by the system."""
+    """Tells whether a file or folder is not the user's own: it is hidden, or made by the system."""
     return name.startswith('.') or name.lower() in SYSTEM_FOLDERS
 
 
@@ -572,7 +574,7 @@ def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
     """Yields the paths of the images in a folder and below it, sorted.
 
     Hidden ones are skipped, and those in `sorted_dir`, where an earlier run with --sort_into has
-    put images. Links are followed.
+    put images. Links are followed. Linked folders come last.
     """
     found = set()
     remaining = [folder]
@@ -631,7 +633,7 @@ def read_paths() -> Iterator[str]:
     """Yields the paths on standard input; raises UserError if it cannot be read."""
     try:
         for path in split_paths(sys.stdin.buffer):
-            # Some editors write this mark first, and `cat` leaves it in the middle.
+            # Some editors begin a file with a byte order mark. `cat` leaves it in the middle.
             name = path.removeprefix(b'\xef\xbb\xbf')
             if name:
                 yield to_path(name.decode(errors='surrogateescape'))
@@ -655,7 +657,10 @@ def split_paths(stream: Any) -> Iterator[bytes]:
 
 
 def expand(images: Iterable[str], sorted_dir: str | None) -> Iterator[str]:
-    """Yields the paths of the images that IMAGE arguments name, without those in --sort_into."""
+    """Yields the paths of the images that IMAGE arguments name.
+
+    Below a folder, those in --sort_into are skipped.
+    """
     for path in images:
         if path == '-':
             yield from expand((line for line in read_paths() if line != '-'), sorted_dir)
@@ -668,9 +673,11 @@ def expand(images: Iterable[str], sorted_dir: str | None) -> Iterator[str]:
 def place(path: str, class_folder: str, target_dir: str) -> None:
     """Links an image into a class folder in a folder, or copies it where links are not possible.
 
-    It gets a number if another image has its name. Raises UserError if the folder cannot be made,
-    and OSError if the image cannot be placed there.
+    It gets a number if another image has its name. Raises UserError if the folder cannot be made or
+    the image is on another computer, and OSError if the image cannot be placed there.
     """
+    if '://' in path:
+        raise UserError(f"--sort_into: '{path}' is not on this computer. Copy it here first.")
     # Labels may be anything: '', '.' and '..' are no names for a folder.
     folder_name = re.sub(r'^\.*$', '_', to_file_name(class_folder))
     folder = os.path.join(target_dir, folder_name)
@@ -1261,7 +1268,7 @@ NO_HEATMAP = (
 
 
 def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
-    """Returns what each position of the last feature map adds to the logit of a class.
+    """Returns the logit of a class at each position of the last feature map, without the bias.
 
     That is the class activation map (Zhou et al. 2016, https://arxiv.org/abs/1512.04150), float
     [rows, columns]. Only affine ops follow the mean over the positions. So each position has logits
@@ -1271,21 +1278,24 @@ def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
     mean, logits = find_mean(graph)
     nodes = [mean.input[0], mean.name, logits]
     features, pooled, expected = run_graph(graph.graph_def, contents, nodes)
-    shape = pooled.shape
-    if features.ndim != 4 or shape[-1] != features.shape[-1]:
+    if features.ndim != 4 or pooled.shape[-1] != features.shape[-1]:
         raise UserError(NO_HEATMAP)
-    positions = features.reshape([-1, *shape[1:]])
+    positions = features.reshape([-1, *pooled.shape[1:]])
+    position_logits = run_from(graph.graph_def, mean.name, positions, logits)
+    (biases,) = run_from(graph.graph_def, mean.name, np.zeros_like(positions[:1]), logits)
+    unbiased = position_logits - biases  # which belong to no position
+    tolerance = 1e-3 * np.abs(unbiased).max()  # after few training steps, all of them are small
+    if not np.allclose(unbiased.mean(axis=0), expected[0] - biases, rtol=0, atol=tolerance):
+        raise UserError(NO_HEATMAP)
+    return unbiased[:, index].reshape(features.shape[1:3])
+
+
+def run_from(graph_def: GraphDef, node: str, values: np.ndarray, output: str) -> np.ndarray:
+    """Returns the output of a graph in which a node has the given values."""
+    rest = fold(graph_def, node, [None, *values.shape[1:]], output)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        rest = fold(graph.graph_def, mean.name, [None, *shape[1:]], logits)
         tf.import_graph_def(rest, name='')
-        position_logits = session.run(f'{logits}:0', {f'{mean.name}:0': positions})
-        # The biases, which belong to no position:
-        zero_logits = session.run(f'{logits}:0', {f'{mean.name}:0': np.zeros_like(positions[:1])})
-    shares = position_logits - zero_logits
-    tolerance = 1e-3 * np.abs(shares).max()  # after few training steps, all of them are small
-    if not np.allclose(shares.mean(axis=0), expected[0] - zero_logits[0], rtol=0, atol=tolerance):
-        raise UserError(NO_HEATMAP)
-    return shares[:, index].reshape(features.shape[1:3])
+        return session.run(f'{output}:0', {f'{node}:0': values})
 
 
 def find_mean(graph: Graph) -> tuple[NodeDef, str]:
@@ -1352,16 +1362,20 @@ def paint_red(picture: Image.Image, shares: np.ndarray) -> None:
 def save_picture(picture: Image.Image, target: str) -> None:
     """Writes a picture, whole, in the format that the extension of its file asks for.
 
-    A symbolic link stays a link: the picture is written to where it leads.
+    A symbolic link stays a link: the picture is written to where it leads. A PNG says by which
+    program it was written, so that is_heatmap() knows it again.
     """
     if is_special(target) or is_folder(target):
         raise UserError(f"--heatmap: '{target}' is not a plain file. Name another one.")
     real_target = resolve(target)
     suffix = real_target.suffix or pathlib.PurePath(target).suffix
+    text = PngImagePlugin.PngInfo()
+    text.add_text('Software', SOFTWARE)
     temporary = to_bytes(str(real_target.with_name(create_hidden_name())))
     try:
         contents = io.BytesIO()
-        picture.save(contents, Image.registered_extensions().get(suffix.lower()))
+        image_format = Image.registered_extensions().get(suffix.lower())
+        picture.save(contents, image_format, pnginfo=text)
         with open(temporary, 'wb') as file:
             file.write(contents.getvalue())
         os.replace(temporary, to_bytes(str(real_target)))
@@ -1469,7 +1483,7 @@ class Tally:
     images: int = 0
     failed: int = 0
     placed: Counter[str] = dataclasses.field(default_factory=Counter)  # by folder of --sort_into
-    unfamiliar: int = 0  # images unlike those of the training that did not get UNKNOWN
+    unfamiliar: int = 0  # images that are unlike those of the training, and did not get UNKNOWN
     sideways: int = 0
     not_new: int = 0  # images that the training used for more than its test
     refused: int = 0  # new images in class folders that got UNSURE or UNKNOWN
@@ -1594,28 +1608,30 @@ def get_interval(right: int, count: int) -> tuple[float, float]:
 
 
 def print_table(classes: np.ndarray, predictions: np.ndarray, labels: list[str]) -> None:
-    """Prints a line per class on the true classes, int [N], and the predicted ones of N images.
+    """Prints one line per class. The true and the predicted classes of N images are int [N].
 
-    Of many classes, it prints only those with the most errors, and none without images.
+    With more than TABLE_CLASSES classes, it prints only those with the most errors, and leaves out
+    classes without images.
     """
-    shown = list(range(len(labels)))
+    shown = present = list(range(len(labels)))
     if len(labels) > TABLE_CLASSES:
         errors = np.bincount(classes[predictions != classes], minlength=len(labels))
         worst = np.argsort(-errors, kind='stable')
-        shown = worst[np.isin(worst, classes)][:WORST_CLASSES].tolist()
+        present = worst[np.isin(worst, classes)].tolist()
+        shown = present[:WORST_CLASSES]
     width = min(max(len('class'), *(len(labels[index]) for index in shown)), 24)
     print(f'{"class":{width}}  images   right   wrong  precision  most confused with')
     for index in shown:
         numbers = describe_class(classes == index, predictions, index, labels)
         print(f'{labels[index]:{width}}  {numbers}')
-    if len(shown) < len(labels):
+    if len(shown) < len(present):
         print(f'These {len(shown)} of {len(labels):,} classes have the most errors.')
 
 
 def describe_class(
     is_own: np.ndarray, predictions: np.ndarray, index: int, labels: list[str]
 ) -> str:
-    """Returns the numbers of a class in the table; is_own, bool [N], has its own images."""
+    """Returns the numbers of a class in the table; is_own, bool [N], tells which images it has."""
     is_predicted = predictions == index
     right = (is_own & is_predicted).sum()
     wrong = is_own.sum() - right
@@ -1655,7 +1671,7 @@ def report_accuracy(tally: Tally) -> None:
         print(f'In the training or validation set, and not counted: {tally.not_new} more.')
     if tally.other_folders:
         names = name_some(sorted(tally.other_folders))
-        print(f'Folders that are no class, and do not count: {names}')
+        print(f'Folders that are not named like a class, and not counted: {names}')
 
 
 # Main
@@ -1739,14 +1755,17 @@ def rank(
     return [(labels[index], round(float(scores[index]), 7)) for index in order]
 
 
-def is_other_file(path: str) -> bool:
-    """Tells whether a file exists, perhaps behind a link, that is no PNG: most heatmaps are."""
-    is_png = resolve(path).suffix.lower() == '.png'
-    return os.path.isfile(to_bytes(path)) and not is_png
+def is_heatmap(path: str) -> bool:
+    """Tells whether a file is a heatmap that save_picture() has written as PNG."""
+    try:
+        with Image.open(to_bytes(path)) as picture:
+            return picture.info.get('Software') == SOFTWARE
+    except Exception:  # Pillow has many kinds
+        return False
 
 
 def check_heatmap(training: Training | None, flags: argparse.Namespace) -> None:
-    """Raises UserError if the heatmap may replace a photograph, or be one for the next training."""
+    """Raises UserError if the heatmap would replace something else, or be trained on."""
     path = flags.heatmap
     if not path:
         return
@@ -1754,7 +1773,7 @@ def check_heatmap(training: Training | None, flags: argparse.Namespace) -> None:
         raise UserError(
             f"--heatmap: '{path}' is in the --image_dir of the training. Name a file elsewhere."
         )
-    if is_other_file(path):
+    if os.path.isfile(to_bytes(path)) and not is_heatmap(path):
         raise UserError(
             f"--heatmap: '{path}' exists, and may be a photograph. Delete it, or name another "
             'file, such as heatmap.png.'
@@ -1765,11 +1784,11 @@ def check_flags(flags: argparse.Namespace, is_single: bool) -> None:
     """Raises UserError if the flags do not fit together, or would overwrite what is read."""
     if flags.heatmap and not is_single:
         raise UserError('--heatmap: name one image.')
-    if flags.heatmap and not is_folder(os.path.dirname(flags.heatmap) or '.'):
-        raise UserError(f"--heatmap: there is no folder for '{flags.heatmap}'. Make it first.")
     for flag, path in (('--heatmap', flags.heatmap), ('--sort_into', flags.sort_into)):
         if path and '://' in path:
             raise UserError(f"{flag}: '{path}' is not on this computer. Name a path that is.")
+    if flags.heatmap and not is_folder(os.path.dirname(flags.heatmap) or '.'):
+        raise UserError(f"--heatmap: there is no folder for '{flags.heatmap}'. Make it first.")
     for path in (*flags.images, flags.graph, flags.labels, f'{flags.graph}.json'):
         if flags.heatmap and is_same_path(flags.heatmap, path):
             raise UserError(f"--heatmap: '{path}' is read. Name another file.")
@@ -1858,8 +1877,9 @@ def report_unfamiliar(tally: Tally) -> None:
             'little.'
         )
     elif tally.unfamiliar:
-        is_refused = UNKNOWN in tally.classes.labels  # then --unknown is
-        advice = '' if is_refused else f" --unknown 5 labels them '{UNKNOWN}'."
+        advice = f" --unknown 5 labels them '{UNKNOWN}'."
+        if UNKNOWN in tally.classes.labels:  # --unknown is refused
+            advice = ''
         print(
             f'WARNING: {tally.unfamiliar} of {tally.images} images are unlike nearly all images of '
             f'the training, so their scores mean little.{advice}'

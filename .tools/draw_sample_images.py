@@ -354,21 +354,22 @@ def draw_image(kind: str, seed: int) -> Image.Image:
 
 
 def is_free(folder: pathlib.Path) -> bool:
-    """Tells whether another folder can be renamed to this one: it is missing, or empty."""
+    """Tells whether another folder can take the place of this one: it is missing, or empty."""
     if folder.is_symlink() or os.path.ismount(folder):
         return False
     return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def main(output_dir: pathlib.Path) -> None:
-    """Draws both folders, or none of them; does nothing if one of them is not free."""
+    """Draws both folders. If one of them is not free, it ends with an error before."""
     folders = [output_dir / kind for kind in ('cat', 'dog')]
     for folder in folders:
         if not is_free(folder):
             advice = 'Move it away, or name another --output_dir.'
             sys.exit(f'ERROR: {folder} exists, and is not an empty folder. {advice}')
     output_dir.mkdir(parents=True, exist_ok=True)
-    # Half of the images would be taken for all of them: they get their place when all are drawn.
+    # The next run would take half of the images for all of them. So they get their place when all
+    # are drawn.
     with tempfile.TemporaryDirectory(prefix='.drawing-', dir=output_dir) as unfinished:
         for folder in folders:
             drawn = pathlib.Path(unfinished, folder.name)
@@ -377,6 +378,8 @@ def main(output_dir: pathlib.Path) -> None:
                 image = draw_image(folder.name, seed)
                 image.save(drawn / f'{folder.name}.{seed}.jpg', quality=90)
         for folder in folders:
+            if folder.exists():
+                folder.rmdir()  # Windows does not rename to a folder that is empty
             pathlib.Path(unfinished, folder.name).rename(folder)
     drew = f'Drew {COUNT} cats and {COUNT} dogs in {output_dir}.'
     print(f'{drew} Train on them with --image_dir={output_dir}/')

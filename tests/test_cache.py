@@ -1,5 +1,6 @@
 """The cache of bottlenecks: what is computed, whatever happened to images, files and records."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -587,6 +588,29 @@ def test_a_cache_file_is_not_written_without_its_record(job, monkeypatch):
     with pytest.raises(tf.errors.OpError, match='.records'):
         job.cache()
     assert read_cache(job) == {}
+
+
+def test_a_failure_for_lack_of_memory_is_not_recorded(cached, monkeypatch):
+    """libjpeg then calls a photograph damaged: it is tried again at each run."""
+    path = cached.data / 'cat/cut.jpg'
+    contents = (cached.data / CAT).read_bytes()
+    path.write_bytes(contents[:600])
+    assert not tf_retrain.is_memory_scarce()
+    empty = np.empty
+
+    def refuse(shape, *arguments, **options):
+        if np.prod(shape) > 2**31:
+            raise MemoryError
+        return empty(shape, *arguments, **options)
+
+    monkeypatch.setattr(np, 'empty', refuse)
+    assert ', size 600), or the memory is full\n' in cached.cache()
+    assert not record(cached, 'cat/cut.jpg').exists()
+
+
+def test_the_version_of_pi_heif_is_a_part_of_the_decoder():
+    """A newer one may read what an older one could not."""
+    assert tf_retrain.DECODER.endswith(f', pi-heif {importlib.metadata.version("pi-heif")}')
 
 
 def test_a_new_decoder_tries_again_what_could_not_be_decoded(cached, monkeypatch):

@@ -2,10 +2,12 @@
 
 import contextlib
 import itertools
+import pathlib
 import re
 import signal
 import socket
 
+import numpy as np
 import pytest
 from forks import Fork
 from helpers import ROOT, check_same_bottlenecks, created, set_processor
@@ -63,6 +65,22 @@ def test_a_module_that_does_not_keep_its_promise(job, address):
     save_function(job.folder / 'module', lambda images: tf.reshape(images, [-1, 3]))
     problem = '^module gives 512 vectors for 8 images. Name another network'
     job.photographs(cat=4, dog=4).fails(problem, '--tfhub_module=module', data_service=address)
+
+
+def test_a_worker_that_reads_other_files(tmp_path, capsys):
+    """It was started in another folder, or has an old copy of this one."""
+    paths = [str(tmp_path / name) for name in 'abc']
+    for path in paths[:2]:
+        pathlib.Path(path).write_text(path)
+    digests = np.array([int(tf_retrain.compute_digest(path)) for path in paths])
+    digests[1] += 1
+    keys = np.array([5, 7, 9])  # the last file is missing here
+    batches = [(keys, digests, np.eye(3)), (keys[1:], digests[1:], np.eye(2))]
+    ((left, *_, bottlenecks),) = tf_retrain.drop_other_files(iter(batches), keys, paths)
+    assert left.tolist() == [5]
+    assert bottlenecks.tolist() == [[1, 0, 0]]
+    line = 'WARNING: the service read other files than those here for 4 images.\n'
+    assert capsys.readouterr().out == line
 
 
 def test_a_worker_that_dies(job, monkeypatch, small_batches):

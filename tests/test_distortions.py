@@ -175,6 +175,31 @@ def test_a_drive_that_is_removed_ends_the_training(job, monkeypatch, lost, left,
     assert record['graph_checksum'] == zlib.crc32(after[learned])
 
 
+def test_images_that_were_missing_only_for_a_moment(job, monkeypatch):
+    """Another program rewrites the photographs of a class, one half after the other."""
+    job.photographs(cat=30, dog=30)
+    step = tf_retrain.train_step
+    monkeypatch.setattr(tf_retrain, 'DISTORTED_STEPS', 1)
+    paths = sorted(job.data.glob('dog/*'))
+    training = [path for path in paths if get_set(job.folder, path) == 'training']
+    contents = {path: path.read_bytes() for path in training}
+    halves = itertools.cycle([training[::2], training[1::2]])
+
+    def train_step(layer, *arguments):
+        away = next(halves)
+        for path in training:
+            path.write_bytes(b'' if path in away else contents[path])
+        step(layer, *arguments)
+
+    monkeypatch.setattr(tf_retrain, 'train_step', train_step)
+    flags = {'how_many_training_steps': '12', 'train_batch_size': '200'}
+    out = job.main('--flip_left_right', **flags)
+    assert (
+        f'WARNING: {len(training)} images could no longer be read, and are missing in some' in out
+    )
+    assert 'Wrote the graph' in out
+
+
 def test_a_class_whose_images_are_all_damaged_ends_the_training(job, monkeypatch):
     """Their folder, on another drive than the outputs, is there."""
     job.photographs(cat=30, dog=30).main()

@@ -460,7 +460,9 @@ def test_the_accuracy_on_class_folders(trained, own):
         own_right = counted.count((name, name))
         line = rf'^{name} +{total} +{own_right} +{total - own_right} '
         assert re.search(line, process.stderr, re.MULTILINE)
-    assert f'Folders that are no class, and do not count: {own}/bird\n' in process.stderr
+    assert (
+        f'Folders that are not named like a class, and not counted: {own}/bird\n' in process.stderr
+    )
     assert process.stderr.splitlines()[-1].startswith('ERROR: 1 of 26 images')
 
 
@@ -468,7 +470,7 @@ def test_ten_of_many_other_folders_are_named(capsys):
     tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), None)
     tally.other_folders = {f'{i:02}' for i in range(12)}
     tf_test.report_accuracy(tally)
-    line = 'do not count: 00, 01, 02, 03, 04, 05, 06, 07, 08, 09 and 2 more\n'
+    line = 'not counted: 00, 01, 02, 03, 04, 05, 06, 07, 08, 09 and 2 more\n'
     assert line in capsys.readouterr().out
 
 

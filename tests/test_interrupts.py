@@ -180,6 +180,37 @@ def test_a_stop_before_the_training_leaves_the_old_outputs(
     assert os.listdir(graph.parent) == ['unoptimized_model.pb']
 
 
+def test_a_drive_that_hangs_does_not_keep_what_was_learned(job, monkeypatch, signals):
+    """After Ctrl-C, everything is written before the batch in hand is waited for."""
+    compute, load = tf_retrain.run_networks, tf_retrain.load_thumbnail
+    comes_back = threading.Event()
+
+    def hang(networks, batches):
+        yield from itertools.islice(compute(networks, batches), 2)
+        os.kill(os.getpid(), signal.SIGINT)
+        comes_back.wait(60)
+
+    def hang_too(*arguments):
+        comes_back.wait(60)
+        return load(*arguments)
+
+    job.photographs(cat=30, dog=30).cache()
+    monkeypatch.setattr(tf_retrain, 'run_networks', hang)
+    monkeypatch.setattr(tf_retrain, 'load_thumbnail', hang_too)
+    monkeypatch.setattr(tf_retrain, 'DRIVE_TIMEOUT', 0.1)
+    misclassified = property(lambda tested: iter([(0, 1)]))
+    monkeypatch.setattr(tf_retrain.Tested, 'misclassified', misclassified)
+    try:
+        out = job.main('--flip_left_right', train_batch_size='10')
+        assert not comes_back.is_set()
+    finally:
+        comes_back.set()
+    assert 'Ctrl-C: what was learned so far will be tested and written.' in out
+    assert 'WARNING: the pictures for TensorBoard left out (TimeoutError' in out
+    assert out.splitlines()[-1].startswith('python3 tf_test.py')
+    check_graph(job)
+
+
 @pytest.mark.parametrize('is_dropped', [False, True])
 @pytest.mark.parametrize(
     ('name', 'signum'), [*zip(['report_validation', *AFTER_TRAINING], itertools.cycle(STOPS))]

@@ -262,10 +262,17 @@ def test_copies_to_another_disk(label, tmp_path, monkeypatch):
 @pytest.mark.parametrize('flag', ['--heatmap', '--sort_into'])
 def test_outputs_on_other_computers_are_refused(trained, label, tmp_path, monkeypatch, flag):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 's3:/x').mkdir(parents=True)
-    label.fails(
-        f"^{flag}: 's3://x/y' is not on this computer", f'{flag}=s3://x/y', trained.test_image()
-    )
+    for _ in range(2):
+        label.fails(
+            f"^{flag}: 's3://x/y' is not on this computer", f'{flag}=s3://x/y', trained.test_image()
+        )
+        (tmp_path / 's3:/x').mkdir(parents=True, exist_ok=True)
+
+
+def test_images_on_other_computers_are_not_sorted(tmp_path):
+    with pytest.raises(tf_test.UserError, match="^--sort_into: 'gs://b/x.jpg' is not on this"):
+        tf_test.place('gs://b/x.jpg', 'cat', f'{tmp_path}/sorted')
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize('path', ['image', *FILES])
@@ -290,13 +297,16 @@ def test_a_heatmap_is_no_photograph_to_train_on(trained, label):
 
 @pytest.mark.posix
 def test_the_record_of_a_training_in_a_folder_that_is_not_utf_8(trained, tmp_path):
-    """Its own images do not count as new ones."""
+    """It says which images are not new."""
     record = json.loads((trained.folder / f'{GRAPH}.json').read_text())
     record['image_dir'] = f'{tmp_path}/m\udcfcller/data'
     (tmp_path / 'graph.pb.json').write_text(json.dumps(record))
     contents = (trained.folder / GRAPH).read_bytes()
     training = tf_test.load_training(str(tmp_path / 'graph.pb'), contents)
-    assert training.absolute_image_dir == record['image_dir']
+    tally = tf_test.Tally(tf_test.Classes(NAMES, NAMES, []), training)
+    folder = f'{record["image_dir"]}/cat'
+    images = [f'{folder}/{i}.jpg' for i in range(50)]
+    assert 0 < sum(tally.is_new(image) for image in images) < 50  # those of the test set
 
 
 def test_a_heatmap_does_not_replace_a_photograph(trained, label, tmp_path):
@@ -316,6 +326,19 @@ def test_a_heatmap_does_not_replace_a_photograph(trained, label, tmp_path):
     assert other.read_bytes() == before
     for _ in range(2):  # a heatmap may be drawn again
         label(f'--heatmap={tmp_path}/heatmap.png', trained.test_image())
+    for name, contents in (('photo.png', png(other)), ('cut.png', png(other)[:50])):
+        path = tmp_path / name
+        path.write_bytes(contents)
+        label.fails(message.replace('other.JPG', name), '--heatmap', path, trained.test_image())
+        assert path.read_bytes() == contents
+
+
+def png(path):
+    """Returns an image as PNG."""
+    contents = io.BytesIO()
+    with Image.open(path) as image:
+        image.save(contents, 'PNG')
+    return contents.getvalue()
 
 
 @pytest.mark.posix
@@ -327,7 +350,7 @@ def test_a_heatmap_replaces_only_plain_files(trained, label, tmp_path):
     (tmp_path / 'link.png').symlink_to(tmp_path / 'there.png')
     label(f'--heatmap={tmp_path}/link.png', image)
     assert (tmp_path / 'link.png').is_symlink()
-    assert Image.open(tmp_path / 'there.png').size
+    assert Image.open(tmp_path / 'there.png').format == 'PNG'
     label.fails('^--heatmap: there is no folder for ', f'--heatmap={tmp_path}/nowhere/h.png', image)
     record = trained.folder / f'{GRAPH}.json'
     (tmp_path / 'record.png').symlink_to(record)
@@ -336,7 +359,8 @@ def test_a_heatmap_replaces_only_plain_files(trained, label, tmp_path):
     assert record.read_bytes() == before
     (tmp_path / 'store').mkdir()
     (tmp_path / 'linked.png').symlink_to(tmp_path / 'store/3f2a')  # of a store by checksums
-    label(f'--heatmap={tmp_path}/linked.png', image)
+    for _ in range(2):
+        label(f'--heatmap={tmp_path}/linked.png', image)
     assert Image.open(tmp_path / 'store/3f2a').format == 'PNG'
     for name in ('h.psd', 'h.xyz', 'h'):  # the first is a format that Pillow can only read
         label.fails(
@@ -358,9 +382,10 @@ def test_a_full_memory_is_not_the_graph_s_fault(trained, images):
 
 def test_a_label_with_a_nul_is_sorted(trained, label, tmp_path):
     (tmp_path / 'labels').write_bytes(b'a\0b\nc\0d\ne\0f\n')
-    files = trained.folder / GRAPH, tmp_path / 'labels'
-    run('tf_test.py', trained.test_image(), *files, f'--sort_into={tmp_path}/s')
-    assert os.listdir(tmp_path / 's')[0] in ('a_b', 'c_d', 'e_f', 'Red_Fox', 'cat', 'dog')
+    shutil.copy(trained.folder / GRAPH, tmp_path / 'graph')  # without the record, which has folders
+    files = tmp_path / 'graph', tmp_path / 'labels'
+    run('tf_test.py', trained.data / 'cat/cat 0.jpg', *files, f'--sort_into={tmp_path}/s')
+    assert os.listdir(tmp_path / 's') == ['c_d']
 
 
 def test_a_folder_that_cannot_be_read_is_one_line(trained, label, monkeypatch):
@@ -379,14 +404,11 @@ def test_a_folder_that_cannot_be_read_is_one_line(trained, label, monkeypatch):
 
 def test_the_heatmap_of_what_pillow_cannot_read(trained, label, tmp_path):
     """TensorFlow decodes a PNG with a damaged chunk of text, and Pillow does not."""
-    contents = io.BytesIO()
-    with Image.open(trained.test_image()) as image:
-        image.save(contents, 'PNG')
-    png = contents.getvalue()
+    contents = png(trained.test_image())
     chunk = b'\0\0\0\x01tEXtx\0\0\0\0'  # with a wrong checksum
-    (tmp_path / 'x.png').write_bytes(png[:33] + chunk + png[33:])
+    (tmp_path / 'x.png').write_bytes(contents[:33] + chunk + contents[33:])
     label(f'--heatmap={tmp_path}/h.png', tmp_path / 'x.png')
-    assert Image.open(tmp_path / 'h.png').size >= (40, 30)
+    assert Image.open(tmp_path / 'h.png').height == 24 + 30 + 24
 
 
 @pytest.mark.posix
@@ -557,29 +579,31 @@ def test_a_bar_where_only_the_output_goes_elsewhere(label, monkeypatch, capsys, 
 
 def start_in_shell(trained, images, end):
     """Labels images in a new interpreter; the command has this end."""
-    command = f'{sys.executable} {ROOT / "tf_test.py"} {images} {" ".join(FILES)} {end}'
+    script = f'{sys.executable} {ROOT / "tf_test.py"} {images} {" ".join(FILES)}'
+    command = f'({script}; echo $? > code) {end}'
     return subprocess.run(
         command, shell=True, cwd=trained.folder, capture_output=True, text=True, timeout=120
     )
 
 
 @pytest.mark.parametrize(
-    ('images', 'end', 'count'),
+    ('images', 'end', 'count', 'code'),
     [
-        ('data', '| head -1', 1),
-        ('"data/cat/cat 0.jpg"', '| true', 0),
-        ('data', '<&- >&- 2>&-', 0),
+        ('data', '| head -1', 1, 141),  # 128 + SIGPIPE
+        ('"data/cat/cat 0.jpg"', '| true', 0, 141),
+        ('data', '<&- >&- 2>&-', 0, 0),
     ],
 )
 @pytest.mark.posix
-def test_pipes_and_streams_may_be_closed(trained, images, end, count):
+def test_pipes_and_streams_may_be_closed(trained, images, end, count, code):
     process = start_in_shell(trained, images, end)
-    assert (process.returncode, process.stderr, process.stdout.count('\n')) == (0, '', count)
+    assert (process.stderr, process.stdout.count('\n')) == ('', count)
+    assert int((trained.folder / 'code').read_text()) == code
 
 
 def test_standard_input_that_is_closed(trained):
     process = start_in_shell(trained, '-', '<&-')
-    assert (process.returncode, process.stdout) == (1, '')
+    assert ((trained.folder / 'code').read_text(), process.stdout) == ('1\n', '')
     assert process.stderr == 'ERROR: -: standard input is closed. Name images or a folder.\n'
 
 

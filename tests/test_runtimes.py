@@ -262,6 +262,40 @@ def test_the_page(recipes, browser):
     wait_for_status(browser, 'cat (', 'dog (')
     chooser.send_keys(os.path.abspath('text.jpg'))
     assert wait_for_status(browser, 'ERROR').startswith('ERROR: ')
+    check_slow_webcam(browser, chooser)
+
+
+SLOW_WEBCAM = """
+const devices = navigator.mediaDevices, ask = devices.getUserMedia.bind(devices);
+window.streams = [];
+window.question = new Promise(resolve => { window.allow = resolve; });
+devices.getUserMedia = async wishes => {
+  await window.question;
+  const stream = await ask(wishes);
+  window.streams.push(stream);
+  return stream;
+};
+"""
+TRACKS = (
+    'return window.streams.flatMap(stream => stream.getTracks()).map(track => track.readyState)'
+)
+
+
+def check_slow_webcam(browser, chooser):
+    """A photograph is chosen while the browser asks whether the page may use the webcam."""
+    webcam = browser.find_element(By.ID, 'webcam')
+    browser.execute_script(SLOW_WEBCAM)
+    for _ in range(3):  # on, off, on
+        webcam.click()
+    chooser.send_keys(os.path.abspath('data/cat/cat 0.jpg'))
+    browser.execute_script('window.allow()')
+    wait_for_status(browser, 'cat (', 'dog (')
+    assert set(browser.execute_script(TRACKS)) <= {'ended'}
+    browser.execute_script('document.getElementById("status").textContent = ""')
+    webcam.click()
+    wait_for_status(browser, 'cat (', 'dog (')
+    browser.execute_script('window.streams.at(-1).getTracks()[0].stop()')  # it was unplugged
+    wait_for_status(browser, 'The webcam has stopped.')
 
 
 BOTH = 'trained_model/optimized_with_familiarity.pb'

@@ -283,6 +283,10 @@ def test_nothing_is_written_into_an_existing_version(job, monkeypatch):
     message = 'is inside of a SavedModel. Name --saved_model_dir=versions/8$'
     with pytest.raises(retrain_serving.UserError, match=message):
         retrain_serving.check_saved_model_dir('versions/7/2')
+    monkeypatch.chdir('versions/7')
+    for path in ('2', './2'):
+        with pytest.raises(retrain_serving.UserError, match='Name --saved_model_dir=../8$'):
+            retrain_serving.check_saved_model_dir(path)
 
 
 @pytest.mark.parametrize('existing', [False, True])
@@ -297,6 +301,16 @@ def test_a_version_that_came_meanwhile_is_left_alone(job, monkeypatch, existing)
     assert os.listdir('versions/7') == ['saved_model.pb']
     assert pathlib.Path('versions/7/saved_model.pb').read_bytes() == b'of another training'
     assert tf.saved_model.contains_saved_model('versions/8')
+
+
+def test_no_command_for_docker_where_there_is_no_version(job, monkeypatch):
+    """TensorFlow Serving takes only numbers."""
+    monkeypatch.chdir(job.folder)
+    flags = job.photographs(cat=20, dog=20).arguments('--saved_model_dir=new/best')
+    retrain_serving.main_serving(parse(*flags))
+    out = job.capsys.readouterr().out
+    assert out.endswith('Wrote the SavedModel new/best\n')
+    assert 'docker' not in out
 
 
 def test_a_version_that_comes_at_the_moment_of_the_rename(job, monkeypatch):
@@ -349,22 +363,28 @@ def test_a_version_below_the_one_that_is_served_is_a_warning(tmp_path, capsys):
     assert capsys.readouterr().out.endswith(line)
 
 
-@pytest.mark.parametrize('flag', ['output_labels', 'bottleneck_dir', 'summaries_dir'])
-def test_nothing_else_is_written_into_the_version(job, flag):
+@pytest.mark.parametrize('flag', ['output_labels', 'bottleneck_dir', 'summaries_dir', 'model_dir'])
+def test_nothing_else_is_written_into_the_version(job, monkeypatch, flag):
     """Or it would no longer be empty in the end."""
     flags = job.photographs(cat=3, dog=3).arguments('--saved_model_dir=new/1', **{flag: 'new/1/x'})
     message = f'^--{flag}: new/1/x is in --saved_model_dir'
+    monkeypatch.chdir(job.folder)
     with pytest.raises(retrain_serving.UserError, match=message):
         retrain_serving.main_serving(parse(*flags))
-    assert not (job.folder / 'new/1').exists()
+    assert not (job.folder / 'new').exists()
+
+
+def test_the_root_is_no_place_for_a_model(job, monkeypatch):
+    flags = job.photographs(cat=3, dog=3).arguments('--saved_model_dir=/')
+    monkeypatch.chdir(job.folder)
+    with pytest.raises(retrain_serving.UserError, match='^--saved_model_dir: / is no new folder'):
+        retrain_serving.main_serving(parse(*flags))
 
 
 @pytest.mark.parametrize(
     ('path', 'message'),
     [
         ('file', "'file' is a file"),
-        ('', 'name a folder'),
-        ('/', 'name a folder'),
         ('file/1', "nothing can be written in 'file'"),
     ],
 )
