@@ -29,7 +29,6 @@ import gzip
 import hashlib
 import http.client
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
@@ -2738,7 +2737,7 @@ RECORD_VERSION = 3
 NO_TIME = -2
 # What may decide whether an image can be decoded. After it changes, images are tried again.
 DECODER = f'TensorFlow {tf.__version__}, Pillow {PIL.__version__}, {MAX_PIXELS} pixels'
-if importlib.util.find_spec('pi_heif'):
+with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     DECODER += f', pi-heif {importlib.metadata.version("pi-heif")}'
 
 
