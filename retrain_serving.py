@@ -2663,14 +2663,15 @@ def run_ahead(batches: Iterator) -> Iterator:
     A stop does not wait for the batch in hand: a network drive may hang, and what was learned must
     be written. Only the end of the program waits, as Python would abort in the middle of a batch.
     """
-    with multiprocessing.pool.ThreadPool(1) as thread:
-        result = thread.apply_async(next, (batches, None))
-        try:
-            while batch := result.get():
-                result = thread.apply_async(next, (batches, None))
-                yield batch
-        finally:
-            atexit.register(result.wait, DRIVE_TIMEOUT)
+    thread = multiprocessing.pool.ThreadPool(1)
+    result = thread.apply_async(next, (batches, None))
+    try:
+        while batch := result.get():
+            result = thread.apply_async(next, (batches, None))
+            yield batch
+    finally:
+        thread.close()  # terminate() would leave the batch in hand without a result
+        atexit.register(result.wait, DRIVE_TIMEOUT)
 
 
 def compute_bottlenecks(

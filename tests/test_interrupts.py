@@ -180,6 +180,30 @@ def test_a_stop_before_the_training_leaves_the_old_outputs(
     assert os.listdir(graph.parent) == ['unoptimized_model.pb']
 
 
+def test_the_end_of_the_program_waits_for_the_batch_in_hand(monkeypatch):
+    """And no longer: the result arrives although the training has ended."""
+    registered = []
+    monkeypatch.setattr(tf_retrain.atexit, 'register', lambda *call: registered.append(call))
+    comes_back = threading.Event()
+
+    def compute():
+        yield 'first'
+        comes_back.wait(60)
+        yield 'in hand'
+
+    for batch in tf_retrain.run_ahead(compute()):
+        assert batch == 'first'
+        break
+    ((wait, timeout),) = registered
+    assert timeout == tf_retrain.DRIVE_TIMEOUT
+    result = wait.__self__
+    wait(0)
+    assert not result.ready()
+    comes_back.set()
+    wait(60)
+    assert result.get(0) == 'in hand'
+
+
 def test_a_drive_that_hangs_does_not_keep_what_was_learned(job, monkeypatch, signals):
     """After Ctrl-C, everything is written before the batch in hand is waited for."""
     compute, load = tf_retrain.run_networks, tf_retrain.load_thumbnail
