@@ -361,7 +361,7 @@ def is_free(folder: pathlib.Path) -> bool:
 
 
 def main(output_dir: pathlib.Path) -> None:
-    """Draws both folders. If one of them is not free, it ends with an error before."""
+    """Draws both folders. If one of them is not free, it ends with an error and draws nothing."""
     folders = [output_dir / kind for kind in ('cat', 'dog')]
     for folder in folders:
         if not is_free(folder):
