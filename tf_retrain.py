@@ -4684,6 +4684,29 @@ def draw_names(
         draw.text((middle - font.size / 2, top), name, 'black', upwards)
 
 
+def load_misclassified(images: Images, tested: Tested, is_upright: bool) -> dict[str, Image.Image]:
+    """Returns {name in TensorBoard: picture} of misclassified images.
+
+    It ends with a warning at the first image of a drive that hangs.
+    """
+    pictures = {}
+    with multiprocessing.pool.ThreadPool(1) as thread:
+        for row, predicted in itertools.islice(tested.misclassified, SHOWN_IMAGES):
+            path = images.paths[row]
+            label = images.labels[images.classes[row]]
+            name = f'misclassified/{label} classified as {images.labels[predicted]}'
+            thumbnail = thread.apply_async(load_thumbnail, (path, 299, is_upright))
+            try:
+                pictures[f'{name}/{images.files[row]}'] = thumbnail.get(DRIVE_TIMEOUT)
+            except multiprocessing.TimeoutError:
+                print(
+                    f'WARNING: misclassified images are missing in TensorBoard: {escape(path)} '
+                    f'did not come within {DRIVE_TIMEOUT} s. Check the drive.'
+                )
+                break
+    return pictures
+
+
 def write_pictures(
     images: Images, head: Head, tested: Tested | None, flags: argparse.Namespace
 ) -> None:
@@ -4702,13 +4725,8 @@ def write_pictures(
         legend = [f'- `{name}`: {label}' for name, label in pairs if name != label]
         if legend:
             pictures['confusion_matrix/legend'] = '\n'.join(legend)
-    misclassified = itertools.islice(tested.misclassified, SHOWN_IMAGES) if tested else ()
-    with multiprocessing.pool.ThreadPool(1) as thread:
-        for row, predicted in misclassified:
-            thumbnail = thread.apply_async(load_thumbnail, (images.paths[row], 299, flags.upright))
-            label = images.labels[images.classes[row]]
-            name = f'{label} classified as {images.labels[predicted]}'
-            pictures[f'misclassified/{name}/{images.files[row]}'] = thumbnail.get(DRIVE_TIMEOUT)
+    if tested:
+        pictures.update(load_misclassified(images, tested, flags.upright))
     SummaryWriter(os.path.join(flags.summaries_dir, 'test')).write(pictures)
 
 
