@@ -2609,7 +2609,12 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
 
             def call_with_timeout(function: Callable, *arguments: Any) -> Any:
                 # It may wait forever, for a dispatcher that hangs or a worker that died.
-                return thread.apply_async(function, arguments).get(DATA_SERVICE_TIMEOUT)
+                result = thread.apply_async(function, arguments)
+                for _ in range(DATA_SERVICE_TIMEOUT):
+                    if result.ready():
+                        break
+                    result.wait(1)  # in parts: Python may hear a stop only after the wait
+                return result.get(0)
 
             dataset = call_with_timeout(computed.apply, distribute)
             iterator = call_with_timeout(dataset.as_numpy_iterator)

@@ -9,6 +9,7 @@ import pty
 import shlex
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -286,6 +287,19 @@ def test_ctrl_c_while_downloading(job, monkeypatch):
         release.set()
     assert not list(folder.glob('*.tgz'))
     assert not list(folder.glob('*.pb'))
+
+
+@pytest.mark.parametrize('signum', STOPS)
+def test_a_stop_does_not_wait_for_a_service_that_hangs(job, signum):
+    """The dispatcher lets clients connect, and answers nothing."""
+    job.photographs(cat=20, dog=20)
+    with socket.create_server(('localhost', 0)) as dispatcher:
+        port = dispatcher.getsockname()[1]
+        with job.fork(data_service=f'grpc://localhost:{port}') as process:
+            dispatcher.accept()  # whether something answers
+            dispatcher.accept()  # the request of TensorFlow
+            process.send_signal(signum)
+            check_stopped(process)
 
 
 @pytest.mark.skipif(not is_linux, reason='only Linux tells in /proc which libraries a process has')
