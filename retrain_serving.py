@@ -4342,6 +4342,14 @@ def is_model(path: str, model_dir: str) -> bool:
     return any(os.path.realpath(to_bytes(model)) == real_path for model in models)
 
 
+def is_other_file(path: str) -> bool:
+    """Tells whether a file in the place of a record is something else."""
+    start = b''
+    with contextlib.suppress(UserError, tf.errors.OpError), open_file(path) as file:
+        start = file.read(100)
+    return bool(start) and b'"command"' not in start
+
+
 def check_outputs(flags: argparse.Namespace) -> None:
     """Tries out what the end of the run needs, before anything is computed.
 
@@ -4369,6 +4377,12 @@ def check_outputs(flags: argparse.Namespace) -> None:
     for flag, path in outputs:
         ensure_writable_dir(os.path.dirname(follow_link(path)), flag)
         ensure_replaceable(path, flag)
+    record = f'{flags.output_graph}.json'
+    if is_other_file(record):
+        raise UserError(
+            f"--output_graph: the record of the run would replace '{record}', which is no record. "
+            'Move it, or name another graph.'
+        )
     for name in SUMMARY_FOLDERS:
         ensure_writable_dir(os.path.join(flags.summaries_dir, name), '--summaries_dir')
 

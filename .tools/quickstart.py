@@ -65,6 +65,23 @@ def list_classes() -> dict[str, list[str]]:
     return {folder: images for folder, images in classes.items() if images}
 
 
+def ensure_images_were_never_there() -> None:
+    """Ends the program if the images may only be away, such as on a drive that is not mounted.
+
+    A training on drawn images would replace the graph that was trained on them.
+    """
+    data = ROOT / 'data'
+    names = sorted(os.listdir(data)) if data.is_dir() else []
+    others = [name for name in names if not name.startswith('.') and name != 'README.md']
+    if others:
+        found = f'no class folder with images, but {", ".join(others[:3])}'
+        advice = 'Put one folder of photographs per class there, or empty it to get drawn ones.'
+        sys.exit(f'ERROR: data/ has {found}. {advice}')
+    if (ROOT / OUTPUTS[0]).exists():
+        advice = 'If they are on a drive, connect it. To train on drawn ones, delete this graph.'
+        sys.exit(f'ERROR: data/ has no images, but {OUTPUTS[0]} was trained on some. {advice}')
+
+
 def find_readable(classes: dict[str, list[str]], model: list[str]) -> str | None:
     """Returns the first image that the training could read: it has a bottleneck file."""
     suffix = '_mobilenet_1.0_224' if model else ''
@@ -188,8 +205,10 @@ def print_what_next(classes: dict[str, list[str]], model: list[str]) -> None:
 
 def main() -> None:
     """Trains on the class folders in data/, or on drawn ones, and labels an image."""
-    if not list_classes() and (code := run('.tools/draw_sample_images.py')):
-        sys.exit(code)
+    if not list_classes():
+        ensure_images_were_never_there()
+        if code := run('.tools/draw_sample_images.py'):
+            sys.exit(code)
     classes = list_classes()
     print('Classes:', ', '.join(classes), flush=True)
     model = choose_model()

@@ -199,6 +199,20 @@ def test_only_files_are_replaced(job, flag):
     assert not (job.folder / 'bottlenecks').exists()
 
 
+def test_what_is_no_record_is_not_replaced_by_one(job):
+    """The user has not named this file. A record is replaced, and so is an empty file."""
+    path = job.folder / 'package.json'
+    path.write_text('{"name": "my-app"}')
+    message = "^--output_graph: the record of the run would replace 'package.json', which is no "
+    job.photographs(cat=20, dog=20).fails(message, output_graph='package')
+    assert path.read_text() == '{"name": "my-app"}'
+    assert not (job.folder / 'bottlenecks').exists()
+    path.write_text('')
+    for seed in '12':
+        job.main(output_graph='package', random_seed=seed)
+        assert json.loads(path.read_text())['flags']['random_seed'] == int(seed)
+
+
 @pytest.mark.posix
 def test_files_that_may_not_be_replaced(job, monkeypatch):
     """Those of others in a sticky folder, such as the default /tmp."""

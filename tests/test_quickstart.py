@@ -236,6 +236,30 @@ def test_own_class_folders_are_used(project, monkeypatch, capsys):
     assert own.startswith('To train again on your photographs: ')
 
 
+@pytest.mark.parametrize(
+    ('path', 'problem'),
+    [
+        ('data/rose/notes.txt', 'data/ has no class folder with images, but rose. Put one folder'),
+        ('data/1.jpg', 'data/ has no class folder with images, but 1.jpg. Put one folder'),
+        (quickstart.OUTPUTS[0], f'data/ has no images, but {quickstart.OUTPUTS[0]} was trained on'),
+    ],
+)
+def test_nothing_is_drawn_where_images_are_only_away(project, monkeypatch, path, problem):
+    """Such as on a drive that is not mounted: then the graph of its images stays."""
+    touch(project, path, 'data/README.md', 'data/.gitignore')
+    monkeypatch.setattr(quickstart, 'run', None)
+    with pytest.raises(SystemExit, match=f'^ERROR: {problem}'):
+        quickstart.main()
+
+
+@pytest.mark.posix
+def test_nothing_is_drawn_beside_a_link_that_leads_nowhere(project, monkeypatch):
+    (project / 'data/rose').symlink_to(project / 'gone')
+    monkeypatch.setattr(quickstart, 'run', None)
+    with pytest.raises(SystemExit, match='^ERROR: data/ has no class folder with images, but rose'):
+        quickstart.main()
+
+
 def test_all_of_it(done):
     """From an empty data/ to a labelled image. .ci/run shows what is fetched without a model."""
     folder, out = done
