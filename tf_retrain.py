@@ -711,8 +711,10 @@ def finish_run(*signal_and_frame: object) -> None:
 def describe(error: BaseException) -> str:
     """Returns the message of an error, without the stack, op and node in those of TensorFlow."""
     message = getattr(error, 'message', '') or str(error)
-    message = re.sub(r'\AGraph execution.*unavailable>\s*', '', message, flags=re.DOTALL)
-    message = re.sub(r'\n\s*\[\[.*|{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
+    end = r'\n\s*\[\[.*|{{.*?}} *| \[Op:.*'
+    message = re.sub(end, '', message, flags=re.DOTALL)
+    start = r'\AGraph execution.*(unavailable>|\nNode: [^\n]*)\s*|\Ain user code:.*\n\s*\w+: '
+    message = re.sub(start, '', message, flags=re.DOTALL)
     return message.lstrip().rstrip(' .\n') or type(error).__name__
 
 

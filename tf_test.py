@@ -340,8 +340,10 @@ def is_special(path: str) -> bool:
 def describe(error: BaseException) -> str:
     """Returns the message of an error, without the stack, op and node in those of TensorFlow."""
     message = getattr(error, 'message', '') or str(error)
-    message = re.sub(r'\AGraph execution.*unavailable>\s*', '', message, flags=re.DOTALL)
-    message = re.sub(r'\n\s*\[\[.*|{{.*?}} *| \[Op:.*', '', message, flags=re.DOTALL)
+    end = r'\n\s*\[\[.*|{{.*?}} *| \[Op:.*'
+    message = re.sub(end, '', message, flags=re.DOTALL)
+    start = r'\AGraph execution.*(unavailable>|\nNode: [^\n]*)\s*|\Ain user code:.*\n\s*\w+: '
+    message = re.sub(start, '', message, flags=re.DOTALL)
     return message.lstrip().rstrip(' .\n') or type(error).__name__
 
 
@@ -1291,11 +1293,17 @@ def compute_heatmap(graph: Graph, contents: bytes, index: int) -> np.ndarray:
 
 
 def run_from(graph_def: GraphDef, node: str, values: np.ndarray, output: str) -> np.ndarray:
-    """Returns the output of a graph in which a node has the given values."""
+    """Returns the output of a graph in which a node has the given values.
+
+    Raises UserError if another branch of the network leads to the output, too.
+    """
     rest = fold(graph_def, node, [None, *values.shape[1:]], output)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         tf.import_graph_def(rest, name='')
-        return session.run(f'{output}:0', {f'{node}:0': values})
+        try:
+            return session.run(f'{output}:0', {f'{node}:0': values})
+        except tf.errors.InvalidArgumentError:  # the other branch has no image
+            raise UserError(NO_HEATMAP)
 
 
 def find_mean(graph: Graph) -> tuple[NodeDef, str]:

@@ -763,15 +763,22 @@ def test_the_heatmap_of_a_network_that_splits_its_features(job, function):
     assert heatmap.mean() == pytest.approx(share, rel=1e-3)
 
 
-def test_no_heatmap_of_a_network_that_is_not_affine_behind_the_mean(job):
+def normalize(images):
+    means = tf.reduce_mean(images, [1, 2])
+    return means / tf.norm(means, axis=1, keepdims=True)
+
+
+def branch(images):
+    """The mean of the parts of the image is a second branch."""
+    parts = tf.image.resize(images, [4, 4])
+    return tf.concat([tf.reduce_mean(images, [1, 2]), tf.reduce_mean(parts, [1, 2])], axis=1)
+
+
+@pytest.mark.parametrize('function', [normalize, branch])
+def test_no_heatmap_of_a_network_that_is_not_affine_behind_one_mean(job, function):
     """After few training steps, too, when all logits are small."""
-
-    def normalize(images):
-        means = tf.reduce_mean(images, [1, 2])
-        return means / tf.norm(means, axis=1, keepdims=True)
-
     with pytest.raises(tf_test.UserError, match='this network has no class activation map'):
-        draw_heatmap_of(job, normalize)
+        draw_heatmap_of(job, function)
 
 
 def draw_heatmap_of(job, function):

@@ -399,6 +399,18 @@ def test_names_in_errors_of_tensorflow_are_whole():
     assert tf_retrain.describe(error) == 'dog [[2]].pb; No such file'
 
 
+def test_errors_of_tensorflow_say_the_reason():
+    """Those of a session, and those of a function that a dataset has traced."""
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        image = tf.io.decode_jpeg(b'')
+        with pytest.raises(tf.errors.InvalidArgumentError) as failed:
+            session.run(image)
+    assert tf_retrain.describe(failed.value) == 'Input is empty'
+    with pytest.raises(ValueError, match='in user code:\n') as failed:
+        tf.data.Dataset.range(1).map(lambda number: tf.reshape([1, 2], [3]))
+    assert tf_retrain.describe(failed.value).startswith('Cannot reshape a tensor with 2 elements')
+
+
 def test_the_path_in_an_error_stays_relative():
     assert tf_retrain.describe(OSError('../b/x.tmp; No space left.')) == '../b/x.tmp; No space left'
 
