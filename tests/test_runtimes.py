@@ -230,22 +230,44 @@ def wait_for_status(browser, *starts):
     return status.text
 
 
+SIDEWAYS = ['sideways.jpg', 'sideways.png', 'sideways.webp']
+SIZE = 'const canvas = document.querySelector("canvas"); return [canvas.width, canvas.height]'
+
+
+def check_upright(browser, recipes):
+    """After a training with --upright, photographs are turned."""
+    path = pathlib.Path(f'{GRAPH}.json')
+    before = path.read_text()
+    record = json.loads(before)
+    record['flags']['upright'] = True
+    path.write_text(json.dumps(record))
+    try:
+        browser.get(f'http://localhost:{recipes.ports["8000"]}')
+        wait_for_status(browser, 'Ready')
+        for name in SIDEWAYS[:2]:  # Chromium turns no WebP
+            browser.execute_script('document.getElementById("status").textContent = ""')
+            browser.find_element(By.ID, 'file').send_keys(os.path.abspath(name))
+            wait_for_status(browser, 'cat (', 'dog (')
+            assert browser.execute_script(SIZE) == [20, 31]
+    finally:
+        path.write_text(before)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('npm'), reason='there is no npm here')
 def test_the_page(recipes, browser):
-    """Photographs as they come from cameras: a JPEG, one that its camera stored sideways, a PNG;
-    and the webcam.
-    """
+    """Photographs as they come from cameras, some of them stored sideways; and the webcam."""
     shutil.copy(ROOT / 'trained_model/index.html', 'trained_model')
     for word in ('npm', 'localhost'):
         recipes.type(find(recipes, word))
     exif = Image.Exif()
     exif[0x0112] = 6
     with Image.open('data/cat/cat 1.jpg') as photograph:
-        photograph.crop((0, 0, 31, 20)).save('turned.jpg', exif=exif)
+        for name in SIDEWAYS:
+            photograph.crop((0, 0, 31, 20)).save(name, exif=exif)
         photograph.save('lossless.png')
     pathlib.Path('text.jpg').write_text('no photograph')
-    photographs = ['data/cat/cat 0.jpg', 'data/dog/dog 0.jpg', 'turned.jpg', 'lossless.png']
+    photographs = ['data/cat/cat 0.jpg', 'data/dog/dog 0.jpg', 'lossless.png', *SIDEWAYS]
     browser.get(f'http://localhost:{recipes.ports["8000"]}')
     assert wait_for_status(browser, 'Ready', 'ERROR') == 'Ready.'
     clear = 'document.getElementById("status").textContent = ""'
@@ -255,6 +277,8 @@ def test_the_page(recipes, browser):
         chooser.send_keys(os.path.abspath(path))
         found = wait_for_status(browser, 'cat (', 'dog (', 'ERROR')
         check_words(found, scores, 0.01)
+        if path in SIDEWAYS:
+            assert browser.execute_script(SIZE) == [31, 20]
     rows = browser.find_elements(By.CSS_SELECTOR, '#scores tr')
     assert sorted(row.text.split()[0] for row in rows) == ['cat', 'dog']
     browser.execute_script(clear)
@@ -263,6 +287,7 @@ def test_the_page(recipes, browser):
     chooser.send_keys(os.path.abspath('text.jpg'))
     assert wait_for_status(browser, 'ERROR').startswith('ERROR: ')
     check_slow_webcam(browser, chooser)
+    check_upright(browser, recipes)
 
 
 SLOW_WEBCAM = """
