@@ -2222,6 +2222,14 @@ def talkative_library() -> Iterator[None]:
         absl.logging.set_verbosity(verbosity)
 
 
+def is_pattern(path: str) -> bool:
+    """Tells whether TensorFlow takes a path for a pattern, such as 'photos [2026]'.
+
+    Then it does not find the variables of a SavedModel (core/util/tensor_slice_reader.cc).
+    """
+    return any(character in path.replace(os.sep, '/') for character in '*?[\\')
+
+
 def open_tfhub_module(handle: str) -> tuple[int, Any]:
     """Returns the checksum of a module, and the module; raises UserError if it cannot be loaded."""
     try:
@@ -2237,9 +2245,11 @@ def open_tfhub_module(handle: str) -> tuple[int, Any]:
             f"--tfhub_module: {error}. Run pip install tensorflow-hub 'setuptools<81' first."
         )
     except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
+        advice = 'Download it into a folder, as inception/README.md shows, and name that.'
+        if is_pattern(handle) and gfile.isdir(handle):
+            advice = 'It may be because of a * ? [ or \\ in its path: rename the folder.'
         raise UserError(
-            f"--tfhub_module: '{handle}' cannot be loaded ({str(error).strip()}). Download it into "
-            'a folder, as inception/README.md shows, and name that.'
+            f"--tfhub_module: '{handle}' cannot be loaded ({str(error).strip()}). {advice}"
         )
 
 

@@ -397,6 +397,19 @@ class Training(NamedTuple):
     percentages: tuple[int, int]  # --testing_percentage, --validation_percentage
     is_upright: bool
 
+    def list_folders(self) -> list[str]:
+        """Returns the paths of the class folders, from --image_dir."""
+        parents = list(self.set_folders) or ['']  # the latter if they are not split
+        return [os.path.join(parent, name) for parent in parents for name in self.folders]
+
+    def list_gone(self) -> list[str]:
+        """Returns the folders of sets, and of classes that no set has, which are gone now."""
+        parts = set()
+        for name in self.list_folders():
+            if is_folder(os.path.join(self.absolute_image_dir, name)):
+                parts.update(pathlib.PurePath(name).parts)
+        return [name for name in (*self.set_folders, *self.folders) if name not in parts]
+
 
 # What a damaged record raises.
 DAMAGED_RECORD = (
@@ -658,6 +671,20 @@ def split_paths(stream: Any) -> Iterator[bytes]:
         yield line.rstrip(b'\r\n')
 
 
+def drop_listed(paths: Iterable[str]) -> Iterator[str]:
+    """Yields paths without those in a folder that came before, as all of its images are meant.
+
+    `find` lists a folder, and then what is in it.
+    """
+    folders: set[pathlib.PurePath] = set()
+    for path in paths:
+        pure_path = pathlib.PurePath(path)
+        if folders.isdisjoint([pure_path, *pure_path.parents]):
+            if is_folder(path):
+                folders.add(pure_path)
+            yield path
+
+
 def expand(images: Iterable[str], sorted_dir: str | None) -> Iterator[str]:
     """Yields the paths of the images that IMAGE arguments name.
 
@@ -665,7 +692,8 @@ def expand(images: Iterable[str], sorted_dir: str | None) -> Iterator[str]:
     """
     for path in images:
         if path == '-':
-            yield from expand((line for line in read_paths() if line != '-'), sorted_dir)
+            paths = (line for line in read_paths() if line != '-')
+            yield from expand(drop_listed(paths), sorted_dir)
         elif is_folder(path):
             yield from find_images(path, sorted_dir)
         else:
@@ -1531,8 +1559,7 @@ class Tally:
         training = self.training
         if training is None:
             return {}
-        parents = list(training.set_folders) or ['']  # the latter if they are not split
-        names = [os.path.join(parent, name) for parent in parents for name in training.folders]
+        names = training.list_folders()
         return {resolve(os.path.join(training.absolute_image_dir, name)): name for name in names}
 
     def find_listed(self, path: str) -> str | None:
@@ -1675,6 +1702,9 @@ def report_accuracy(tally: Tally) -> None:
     elif not is_folder(tally.training.absolute_image_dir):
         folder = escape(tally.training.absolute_image_dir)
         print(f'The folder of the training, {folder}, is gone: its own images count as new ones.')
+    elif gone := tally.training.list_gone():
+        names = name_some(gone)
+        print(f'Folders of the training are gone: {names}. Their images count as new ones.')
     if tally.not_new:
         print(f'In the training or validation set, and not counted: {tally.not_new} more.')
     if tally.other_folders:

@@ -558,6 +558,30 @@ def test_a_training_folder_that_is_gone_is_mentioned(trained, capsys):
         assert ('The folder of the training, nowhere, is gone: its own images' in out) != is_there
 
 
+@pytest.mark.parametrize(
+    ('set_folders', 'folders', 'gone'),
+    [
+        ({}, ['cat', 'dog'], []),
+        ({}, ['_cat', 'dog'], ['cat']),
+        ({}, ['train/cat', 'train/dog'], ['cat', 'dog']),
+        ({'train': 'training', 'val': 'validation'}, ['train/cat', 'train/dog', 'val/cat'], []),
+        ({'train': 'training', 'val': 'validation'}, ['train/cat', 'val/cat'], ['dog']),
+        ({'train': 'training', 'val': 'validation'}, ['old/cat', 'val/cat', 'val/dog'], ['train']),
+    ],
+)
+def test_class_folders_that_are_gone_are_mentioned(tmp_path, capsys, set_folders, folders, gone):
+    """A class may be missing in a set, but not in all of them."""
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    training = tf_test.Training(
+        ['cat', 'dog'], 'data', str(tmp_path), set_folders, (10, 10), is_upright=False
+    )
+    tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), training, images=2, not_new=2)
+    tf_test.report_tally(tally, mock.Mock(upright=False))
+    found = re.findall(r'^Folders of the training are gone: (.*)\. Their', capsys.readouterr().err)
+    assert found == [', '.join(gone)] * bool(gone)
+
+
 def test_there_is_a_reason_if_no_image_counts(capsys):
     tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), None, images=2, not_new=2)
     tf_test.report_tally(tally, mock.Mock(upright=False))

@@ -424,6 +424,15 @@ def test_paths_with_nul_after_each(trained):
     assert [line.split('\t')[0] for line in lines] == names
 
 
+def test_what_find_lists_is_labelled_once(trained):
+    """A folder, and then what is in it: the folder stands for all of it."""
+    paths = sorted(trained.data.rglob('*'))
+    lines = [str(path) for path in (trained.data, *paths, trained.data)]
+    process = run_new('tf_test.py', '-', *FILES, cwd=trained.folder, input='\n'.join(lines))
+    names = [line.split('\t')[0] for line in process.stdout.splitlines()]
+    assert names == [str(path) for path in paths if path.suffix]
+
+
 class Slow(io.RawIOBase):
     """A stream that gives what it has in parts."""
 

@@ -453,6 +453,12 @@ def test_a_damaged_module_is_one_line(tmp_path):
         tf_retrain.load_tfhub_module(str(tmp_path / 'module'))
 
 
+def test_a_module_in_a_folder_whose_path_is_a_pattern(tmp_path):
+    write_module(tmp_path / 'modules [2026]')
+    with pytest.raises(tf_retrain.UserError, match=r'a \* \? \[ or \\ in its path: rename'):
+        tf_retrain.load_tfhub_module(str(tmp_path / 'modules [2026]'))
+
+
 def test_a_damaged_mobilenet_is_one_line(tmp_path):
     path = write_mobilenet(tmp_path, '0.25_128')
     contents = path.read_bytes()

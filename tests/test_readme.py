@@ -81,13 +81,16 @@ def test_data(tmp_path, monkeypatch):
         path.rename(train_dir / path.name.replace(' ', '.'))
     before = {path.name: path.read_bytes() for path in train_dir.iterdir()}
     write_photographs(tmp_path, 'photographs', 2, COLOURS[2])
-    rows = 'file,label', 'photographs 0.jpg,bird', 'photographs 1.jpg,cat'
+    rows = 'file,label', 'photographs 0.jpg,bird', 'photographs 1.jpg,cat', 'unknown.jpg,'
     (tmp_path / 'labels.csv').write_text('\n'.join(rows), 'utf-8-sig')  # as Excel does
     Image.fromarray(np.arange(0, 4096, 2, np.uint16).reshape(32, 64)).save('scan.png')
     names = {'name': 'data/cat/cat.0.jpg', 'validation_percentage': 10, 'testing_percentage': 10}
     reader = Reader(tmp_path, **names).follow('data/README.md')
     assert reader.names['p'] == pytest.approx(15.7, abs=0.05)
     linked = [tmp_path / 'data/bird/photographs 0.jpg', tmp_path / 'data/cat/photographs 1.jpg']
+    linked[1].unlink()
+    (recipe,) = (text for _, text in read_blocks('data/README.md') if 'os.link' in text)
+    exec(recipe, {})  # again, with a row that is not linked yet
     for path in linked:
         assert path.read_bytes() == (tmp_path / 'photographs' / path.name).read_bytes()
         path.unlink()

@@ -386,6 +386,7 @@ def test_the_root_is_no_place_for_a_model(job, monkeypatch):
     [
         ('file', "'file' is a file"),
         ('file/1', "nothing can be written in 'file'"),
+        ('models [2026]/1', r"TensorFlow cannot load a model from 'models \[2026\]/1'"),
     ],
 )
 def test_where_no_version_can_be(tmp_path, monkeypatch, path, message):
@@ -393,6 +394,7 @@ def test_where_no_version_can_be(tmp_path, monkeypatch, path, message):
     pathlib.Path('file').touch()
     with pytest.raises(retrain_serving.UserError, match=f'--saved_model_dir.*{message}'):
         retrain_serving.check_saved_model_dir(path)
+    assert os.listdir() == ['file']
 
 
 @pytest.mark.parametrize(
