@@ -894,11 +894,14 @@ def ensure_replaceable(path: str, flag: str) -> None:
     if is_special(path) or os.path.isdir(target):
         raise UserError(f"{flag}: '{path}' is not a plain file. Name another one.")
     try:
-        os.lstat(target)
+        status = os.lstat(target)
     except FileNotFoundError:
         return
     except OSError as error:  # the name is too long
         raise UserError(f"{flag}: '{path}' cannot be written ({error.strerror}). Name another one.")
+    is_own = sys.platform == 'win32' or status.st_uid == os.geteuid()
+    if is_own and not status.st_mode & stat.S_IWUSR:
+        raise UserError(f"{flag}: '{path}' is read-only. Make it writable, or name another file.")
     if os.name != 'posix':  # on Windows, the error below does not tell why the rename failed
         return
     probe = os.path.join(os.path.dirname(target), create_hidden_name().encode())

@@ -404,7 +404,7 @@ class Training(NamedTuple):
 
     def list_gone(self) -> list[str]:
         """Returns the folders of sets, and of classes that no set has, which are gone now."""
-        parts = set()
+        parts: set[str] = set()
         for name in self.list_folders():
             if is_folder(os.path.join(self.absolute_image_dir, name)):
                 parts.update(pathlib.PurePath(name).parts)

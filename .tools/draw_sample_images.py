@@ -16,7 +16,12 @@ import sys
 import tempfile
 from typing import NamedTuple
 
-from PIL import Image, ImageDraw
+try:
+    from PIL import Image, ImageDraw
+except ImportError as error:
+    sys.exit(
+        f'ERROR: {error}. Run this in the environment, as README.md shows: pipenv run quickstart'
+    )
 
 COUNT = 60  # images per class
 SIDE = 400  # of the square that an animal is drawn in

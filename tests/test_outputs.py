@@ -360,6 +360,19 @@ def test_the_archive_of_a_model_is_no_output(job, name):
     job.fails('^--output_graph: .* is the pretrained model', output_graph=url)
 
 
+@pytest.mark.parametrize('name', [GRAPH, LABELS, RECORD])
+def test_files_that_are_read_only_stay(job, name):
+    """The user keeps a good model in this way. The original could not write there, either."""
+    path = job.folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"command": []}')
+    path.chmod(0o444)
+    job.photographs(cat=4, dog=4).fails(f"^--output_.*: '{name}' is read-only. Make it writable")
+    path.chmod(0o644)
+    job.main()
+    assert path.read_bytes() != b'{"command": []}'
+
+
 @pytest.mark.posix
 def test_outputs_keep_their_rights(job):
     """Those of a private graph, for example."""

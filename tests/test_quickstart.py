@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -234,6 +235,12 @@ def test_own_class_folders_are_used(project, monkeypatch, capsys):
     assert done.startswith('Done. ')
     assert MOBILENET[0] in network
     assert own.startswith('To train again on your photographs: ')
+
+
+def test_without_the_environment(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'PIL', None)
+    with pytest.raises(SystemExit, match='^ERROR: .*PIL.*, as README.md shows: pipenv run quick'):
+        runpy.run_path(draw_sample_images.__file__)
 
 
 @pytest.mark.parametrize(
