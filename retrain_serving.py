@@ -718,7 +718,7 @@ def finish_run(*signal_and_frame: object) -> None:
 def describe(error: BaseException) -> str:
     """Returns the message of an error, without the stack, op and node in those of TensorFlow."""
     message = getattr(error, 'message', '') or str(error)
-    end = r'\n\s*\[\[.*|{{.*?}} *| \[Op:.*'
+    end = r'\n\s*\[\[.*|{{(function_)?node .*?}} *| \[Op:\w+\].*'
     message = re.sub(end, '', message, flags=re.DOTALL)
     start = r'\AGraph execution.*(unavailable>|\nNode: [^\n]*)\s*|\Ain user code:.*\n\s*\w+: '
     message = re.sub(start, '', message, flags=re.DOTALL)
@@ -3860,8 +3860,8 @@ def with_unfinished(batches: Iterator) -> Iterator:
         yield from batches
     except MemoryError:
         raise Unfinished(MEMORY_FULL)
-    except (UserError, OSError, tf.errors.OpError) as error:
-        raise Unfinished(describe(error))
+    except (UserError, OSError, RuntimeError, tf.errors.OpError) as error:
+        raise Unfinished(describe(error))  # RuntimeError: no more threads can be started
 
 
 def train(
@@ -4288,9 +4288,17 @@ def rename_outputs(flags: argparse.Namespace) -> argparse.Namespace:
         path = follow_link(path)
         if not is_writable_dir(os.path.dirname(path) or '.'):  # it was on the drive of the images
             # A folder per output keeps equal names apart.
-            path = os.path.join(tempfile.mkdtemp(), os.path.basename(path))
+            path = os.path.join(make_folder() or os.path.dirname(path), os.path.basename(path))
         setattr(renamed, name, f'{path}.{extension}')
     return renamed
+
+
+def make_folder() -> str | None:
+    """Returns a new folder where one can be made, or None: TMPDIR may be on the same drive."""
+    for parent in (None, '/tmp', '.', os.path.expanduser('~')):
+        with contextlib.suppress(OSError):
+            return tempfile.mkdtemp(dir=parent)
+    return None
 
 
 def is_writable_dir(path: str) -> bool:

@@ -340,7 +340,7 @@ def is_special(path: str) -> bool:
 def describe(error: BaseException) -> str:
     """Returns the message of an error, without the stack, op and node in those of TensorFlow."""
     message = getattr(error, 'message', '') or str(error)
-    end = r'\n\s*\[\[.*|{{.*?}} *| \[Op:.*'
+    end = r'\n\s*\[\[.*|{{(function_)?node .*?}} *| \[Op:\w+\].*'
     message = re.sub(end, '', message, flags=re.DOTALL)
     start = r'\AGraph execution.*(unavailable>|\nNode: [^\n]*)\s*|\Ain user code:.*\n\s*\w+: '
     message = re.sub(start, '', message, flags=re.DOTALL)

@@ -245,6 +245,26 @@ def test_outputs_whose_folders_are_gone_get_others(tmp_path, monkeypatch):
         assert path.parent.parent == tmp_path / 'temporary'
 
 
+@pytest.mark.parametrize('is_anything_left', [True, False])
+def test_outputs_if_the_folder_for_temporary_files_is_gone_too(
+    tmp_path, monkeypatch, is_anything_left
+):
+    """On the same drive, such as /scratch. If nothing is left, the end of the run says so."""
+    monkeypatch.chdir(tmp_path)
+    make = tf_retrain.tempfile.mkdtemp
+
+    def make_in(dir):
+        if dir != '.' or not is_anything_left:
+            raise FileNotFoundError(2, 'No such file or directory', dir)
+        return make(dir=dir)
+
+    monkeypatch.setattr(tf_retrain.tempfile, 'mkdtemp', make_in)
+    flags = tf_retrain.rename_outputs(parse('--image_dir=data', '--output_labels=gone/l.txt'))
+    folder = pathlib.Path(flags.output_labels).parent
+    assert folder.is_dir() == is_anything_left
+    assert (str(folder) == 'gone') != is_anything_left
+
+
 @pytest.mark.posix
 def test_an_unfinished_output_lies_beside_the_target_of_a_link(tmp_path):
     """The folder of the link may be read-only."""
@@ -256,17 +276,24 @@ def test_an_unfinished_output_lies_beside_the_target_of_a_link(tmp_path):
     assert flags.output_labels.startswith(f'{tmp_path}/labels.txt.unfinished_')
 
 
-def test_full_memory_after_the_first_step_keeps_what_was_learned(job, monkeypatch):
+@pytest.mark.parametrize(
+    ('error', 'message'),
+    [
+        (MemoryError(), r'the memory is full\. Close .*, or lower the batch sizes'),
+        (RuntimeError("can't start new thread"), "can't start new thread"),  # pids of a container
+    ],
+)
+def test_a_lack_of_resources_after_the_first_step_keeps_what_was_learned(
+    job, monkeypatch, error, message
+):
     real = tf_retrain.compute_distorted
 
-    def fill(*arguments):
+    def fail(*arguments):
         yield from itertools.islice(real(*arguments), 3)
-        raise MemoryError
+        raise error
 
-    monkeypatch.setattr(tf_retrain, 'compute_distorted', fill)
-    message = (
-        r'^the memory is full\. Close .*, or lower the batch sizes\. What 3 training steps have'
-    )
+    monkeypatch.setattr(tf_retrain, 'compute_distorted', fail)
+    message = rf'^{message}\. What 3 training steps have'
     job.photographs(cat=30, dog=30).fails(message, '--flip_left_right')
 
 

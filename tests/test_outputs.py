@@ -410,6 +410,8 @@ def test_rights_of_files_of_other_users_are_not_kept(tmp_path):
 def test_names_in_errors_of_tensorflow_are_whole():
     error = tf.errors.NotFoundError(None, None, 'dog [[2]].pb; No such file')
     assert tf_retrain.describe(error) == 'dog [[2]].pb; No such file'
+    error = tf.errors.NotFoundError(None, None, '{{v1}}/cat [Op: 3].pb; No such file [Op:ReadFile]')
+    assert tf_retrain.describe(error) == '{{v1}}/cat [Op: 3].pb; No such file'
 
 
 def test_errors_of_tensorflow_say_the_reason():
