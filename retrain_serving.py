@@ -3575,6 +3575,7 @@ NEIGHBOR = 3  # an image is as similar as its third nearest training image
 REFERENCES = 500
 MAX_REFERENCES = 5_000  # 40 MB
 MAX_OWN_IMAGES = 2_500  # whose similarities are in the graph
+ROUNDING = 1e-6  # of a similarity, which has other last digits in a batch of another size
 
 
 class Familiarity(NamedTuple):
@@ -3667,7 +3668,9 @@ def find_familiarity(
     rows = np.arange(len(images.files))
     sample = np.sort(rng.permutation(rows)[:MAX_OWN_IMAGES])
     similarities = measure_similarities(images, bottlenecks, sample, references)
-    familiarity = Familiarity(np.float32(to_units(bottlenecks[references])), similarities)
+    units = to_units(bottlenecks[references])
+    # Later, an image of the user's own is compared with its own similarity.
+    familiarity = Familiarity(np.float32(units), np.float32(similarities - ROUNDING))
     if flags.find_suspects:
         of_all = measure_similarities(images, bottlenecks, rows, references)
         report_least_familiar(images, of_all, familiarity, flags.find_suspects)

@@ -101,6 +101,16 @@ def test_own_images_are_uniform_and_others_are_not():
     assert (evaluate(foreign, familiarity) <= 0.05).mean() > 0.99
 
 
+def test_an_own_image_has_one_familiarity_however_it_is_computed():
+    """Its similarity is compared with itself, and has other last digits in another batch."""
+    own = RNG.uniform(size=[300, 300])
+    sets = np.where(np.arange(300) % 2, 'testing', 'training')
+    familiarity = find(make(sets, np.arange(300) // 150), own)
+    tested = own[sets == 'testing']
+    alone = np.concatenate([evaluate([image], familiarity) for image in tested])
+    np.testing.assert_array_equal(evaluate(tested, familiarity), alone)
+
+
 @pytest.mark.parametrize('count', [2, 3, 4])
 @pytest.mark.parametrize('value', ['random', 'equal', 'zero'])
 def test_few_or_equal_images(count, value):
