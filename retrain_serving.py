@@ -2175,6 +2175,24 @@ def load_tfhub_module(handle: str) -> Backbone:
     )
 
 
+def ensure_independent(backbone: Backbone) -> None:
+    """Raises UserError if the bottleneck of an image depends on its batch, or on chance.
+
+    Networks that were exported for training do that: they normalize batches, or drop units.
+    """
+    rng = np.random.default_rng(0)
+    noise = np.float32(rng.uniform(0, 255, [1, *backbone.input_format.size, 3]))
+    network = backbone.patient_networks[0]
+    alone = network(noise)[:1].numpy()
+    beside_black = network(np.concatenate([noise, np.zeros_like(noise)]))[:1].numpy()
+    difference = np.abs(alone - beside_black).max(initial=0)
+    if difference > 0.05 * np.abs(alone).max(initial=0):  # far more than rounding
+        raise UserError(
+            f'{backbone.source} gives other numbers for an image if other images are beside it. It '
+            'was exported for training: export it for inference, or name another network.'
+        )
+
+
 def freeze_function(function: Callable, input_format: InputFormat, size: int) -> GraphDef:
     """Returns the graph of a function from images to features, behind the decoding nodes.
 
@@ -3093,7 +3111,7 @@ class BottleneckCache:
         if not is_finite.all():
             names = name_some([self.images.paths[row] for row in rows[~is_finite]])
             remedy = 'Remove them.'
-            if not is_finite.any():  # of the whole batch
+            if len(rows) > 1 and not is_finite.any():  # of the whole batch
                 remedy = 'Download the model again.'
             source = self.backbone.source
             raise UserError(f'{source} gives numbers that are not finite for {names}. {remedy}')
@@ -3125,6 +3143,8 @@ class BottleneckCache:
     def fill(self, rows: np.ndarray, flags: argparse.Namespace) -> dict[int, str]:
         """Computes and writes the bottlenecks of some rows; returns {row: reason} of failures."""
         self.report_recomputed(rows)
+        if flags.tfhub_module and rows.size:
+            ensure_independent(self.backbone)
         with tqdm(total=len(rows), desc='Bottlenecks', unit='image', disable=None) as bar:
             left = rows
             if flags.data_service:
@@ -4439,6 +4459,9 @@ def check_outputs_and_images(images: Images, flags: argparse.Namespace) -> None:
 SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
 # The names of event files end with the time in ns, the computer and the process.
 LOG_NAME = re.compile(r'\.tfevents\.\d+\.(.+)\.(\d+)$')
+# Those of tf.summary, as in Keras, end with '.v2', and those of tensorboard's own writer, as in
+# PyTorch, with the process and a number, after the time in s.
+OTHER_LOG_NAME = re.compile(r'\.v2$|\.tfevents\.\d{10}\..+\.\d+\.\d+$')
 # A run on another computer may still be at work if it wrote its log up to this many seconds before
 # this run started: it may be in a long step, or the clock there may be wrong.
 OTHER_RUNS = 60
@@ -4469,8 +4492,7 @@ def list_events(summaries_dir: str) -> list[str]:
     for name in SUMMARY_FOLDERS:
         folder = os.path.join(summaries_dir, name)
         for file in list_dir(folder):
-            # Files that tf.summary writes, as Keras' TensorBoard callback does, end with '.v2'.
-            if file.startswith('events.out.tfevents.') and not file.endswith('.v2'):
+            if file.startswith('events.out.tfevents.') and not OTHER_LOG_NAME.search(file):
                 paths.append(os.path.join(folder, file))
     return [path for path in paths if not is_special(path)]
 

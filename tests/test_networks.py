@@ -368,14 +368,33 @@ def test_a_module_that_does_not_keep_its_promise(job, function, problem):
     job.photographs(cat=4, dog=4).fails(problem, '--tfhub_module=module')
 
 
+@pytest.mark.parametrize(
+    'function',
+    [
+        lambda images: images[:, 0, 0] - tf.reduce_mean(images[:, 0, 0], axis=0),
+        lambda images: tf.nn.dropout(images[:, 0], 0.5)[:, :, 0],
+    ],
+)
+def test_a_module_that_was_exported_for_training(job, function):
+    save_function(job.folder / 'module', function)
+    problem = '^module gives other numbers for an image if other images are beside it'
+    job.photographs(cat=4, dog=4).fails(problem, '--tfhub_module=module')
+    assert not list((job.folder / 'bottlenecks').rglob('*.txt'))
+
+
 def test_an_image_without_finite_numbers_is_named(job):
     """By a module that divides by the deviation of the pixels."""
     save_function(
         job.folder / 'module',
         lambda images: images[:, 0, 0] / tf.math.reduce_std(images, axis=[1, 2, 3])[:, None],
     )
-    Image.new('RGB', (8, 8)).save(job.photographs(cat=4, dog=4).data / 'cat/black.png')
+    black = job.photographs(cat=4, dog=4).data / 'cat/black.png'
+    Image.new('RGB', (8, 8)).save(black)
     problem = r'^module gives numbers that are not finite for data/cat/black\.png\. Remove them\.$'
+    job.fails(problem, '--tfhub_module=module')
+    black.rename('black.png')
+    job.cache('--tfhub_module=module')
+    pathlib.Path('black.png').rename(black)  # now it is the only one in its batch
     job.fails(problem, '--tfhub_module=module')
 
 

@@ -194,7 +194,7 @@ def test_logged_graph_has_no_weights(trained):
 
 
 def test_only_event_files_are_removed_from_the_logs(job):
-    """Those of Keras, which has folders of the same names, stay."""
+    """Those of Keras and PyTorch, which may have folders of the same names, stay."""
     old = 'events.out.tfevents.1'
     kept = ['train/notes.txt', f'train/other/{old}', f'mine/{old}', old]
     for name in (*kept, f'train/{old}.host', f'validation/{old}.host'):
@@ -207,10 +207,14 @@ def test_only_event_files_are_removed_from_the_logs(job):
     # These find one event file each.
     assert len(read_events(job.folder / 'logs/train')) > 10
     assert len(read_events(job.folder / 'logs/validation')) == 5
-    of_keras = job.folder / f'logs/train/{old}.host.7.0.v2'
-    of_keras.touch()
+    others = [f'{old}.host.7.0.v2', 'events.out.tfevents.1764345600.host.7.0']
+    of_the_original = 'events.out.tfevents.1764345600.host'
+    for name in (*others, of_the_original):
+        (job.folder / 'logs/train' / name).touch()
+        os.utime(job.folder / 'logs/train' / name, (1, 1))
     job.main()
-    assert of_keras.exists()
+    assert set(others) < set(os.listdir(job.folder / 'logs/train'))
+    assert of_the_original not in os.listdir(job.folder / 'logs/train')
 
 
 def read_pictures(job):
