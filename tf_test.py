@@ -1727,7 +1727,7 @@ def print_ranking(
         for label, score in shown:
             print(f'{label} (score = {score:.5f})')
     else:
-        columns = [f'{label}\t{score:.5f}' for label, score in shown]
+        columns = [f'{escape(label)}\t{score:.5f}' for label, score in shown]
         print(escape(path), *columns, sep='\t', flush=True)
 
 

@@ -388,6 +388,12 @@ def test_a_label_with_a_nul_is_sorted(trained, label, tmp_path):
     assert os.listdir(tmp_path / 's') == ['c_d']
 
 
+def test_a_label_with_a_tab_stays_in_its_column(capsys):
+    flags = parse('a\t1.jpg', *FILES)
+    tf_test.print_ranking('a\t1.jpg', [('b\t2', 0.75)], flags, is_single=False)
+    assert capsys.readouterr().out == 'a\\t1.jpg\tb\\t2\t0.75000\n'
+
+
 def test_a_folder_that_cannot_be_read_is_one_line(trained, label, monkeypatch):
     """The images of the others are labeled."""
 
