@@ -2567,6 +2567,12 @@ def load_files(keys: np.ndarray, paths: list[str], load: Callable) -> tf.data.Da
     return files.map(load_file_of, tf.data.AUTOTUNE).ignore_errors()
 
 
+def load_digests(keys: np.ndarray, paths: list[str]) -> Iterator:
+    """Yields (key, digest) of the file of each key, paths[i] of keys[i]; skips files that fail."""
+    files = load_files(keys, paths, lambda key, contents: (key, compute_digest(contents)))
+    return files.as_numpy_iterator()
+
+
 def run_in_parts(network: Callable, source: str) -> Callable:
     """Returns a network that takes smaller batches once the memory of its device was full.
 
@@ -2665,8 +2671,7 @@ def drop_other_files(batches: Iterator, keys: np.ndarray, paths: list[str]) -> I
     dropped = 0
     for some_keys, digests, bottlenecks in batches:
         own_paths = [path_of[key] for key in some_keys.tolist()]
-        files = load_files(some_keys, own_paths, lambda key, image: (key, compute_digest(image)))
-        here = dict(files.as_numpy_iterator())
+        here = dict(load_digests(some_keys, own_paths))
         pairs = zip(some_keys, digests, strict=True)
         is_same = np.array([here.get(key) == digest for key, digest in pairs])
         dropped += np.count_nonzero(~is_same)
@@ -3015,8 +3020,7 @@ class BottleneckCache:
         """
         rows = np.array(list(records), int)
         paths = [self.images.paths[row] for row in rows]
-        files = load_files(rows, paths, lambda row, image: (row, compute_digest(image)))
-        for row, image_digest in until_stopped(files.as_numpy_iterator()):
+        for row, image_digest in until_stopped(load_digests(rows, paths)):
             record = records[row]
             # The digest is None if trust_unrecorded() made the record: it does not read the image.
             # Then an image of the same size counts as unchanged.
@@ -4384,7 +4388,7 @@ def is_model(path: str, model_dir: str) -> bool:
 def is_other_file(path: str) -> bool:
     """Tells whether a file in the place of a record is something else."""
     start = b''
-    with contextlib.suppress(UserError, tf.errors.OpError), open_file(path) as file:
+    with contextlib.suppress(UserError, OSError, tf.errors.OpError), open_file(path) as file:
         start = file.read(100)
     return bool(start) and b'"command"' not in start
 

@@ -672,7 +672,7 @@ def split_paths(stream: Any) -> Iterator[bytes]:
 
 
 def drop_listed(paths: Iterable[str]) -> Iterator[str]:
-    """Yields paths without those in a folder that came before, as all of its images are meant.
+    """Yields paths, without those in a folder that came before: it stands for all of its images.
 
     `find` lists a folder, and then what is in it.
     """
