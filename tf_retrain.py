@@ -3140,7 +3140,7 @@ class BottleneckCache:
     def fill(self, rows: np.ndarray, flags: argparse.Namespace) -> dict[int, str]:
         """Computes and writes the bottlenecks of some rows; returns {row: reason} of failures."""
         self.report_recomputed(rows)
-        if flags.tfhub_module and rows.size:
+        if flags.tfhub_module:
             ensure_independent(self.backbone)
         with tqdm(total=len(rows), desc='Bottlenecks', unit='image', disable=None) as bar:
             left = rows

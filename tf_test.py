@@ -671,17 +671,19 @@ def split_paths(stream: Any) -> Iterator[bytes]:
         yield line.rstrip(b'\r\n')
 
 
-def drop_listed(paths: Iterable[str]) -> Iterator[str]:
-    """Yields paths, without those in a folder that came before: it stands for all of its images.
+def expand_list(paths: Iterable[str], sorted_dir: str | None) -> Iterator[str]:
+    """Yields the paths of the images that a list names.
 
-    `find` lists a folder, and then what is in it.
+    `find` lists a folder, and then what is in it: an image that came with a folder is passed over.
     """
-    folders: set[pathlib.PurePath] = set()
+    found = set()
     for path in paths:
-        pure_path = pathlib.PurePath(path)
-        if folders.isdisjoint([pure_path, *pure_path.parents]):
-            if is_folder(path):
-                folders.add(pure_path)
+        if is_folder(path):
+            for image in find_images(path, sorted_dir):
+                if image not in found:
+                    found.add(image)
+                    yield image
+        elif path not in found:
             yield path
 
 
@@ -693,7 +695,7 @@ def expand(images: Iterable[str], sorted_dir: str | None) -> Iterator[str]:
     for path in images:
         if path == '-':
             paths = (line for line in read_paths() if line != '-')
-            yield from expand(drop_listed(paths), sorted_dir)
+            yield from expand_list(paths, sorted_dir)
         elif is_folder(path):
             yield from find_images(path, sorted_dir)
         else:

@@ -79,7 +79,9 @@ class Run:
             cache_suffix='',
             bottleneck_size=SIZE,
         )
-        flags = types.SimpleNamespace(bottleneck_dir=str(folder), data_service=None, strict=False)
+        flags = types.SimpleNamespace(
+            bottleneck_dir=str(folder), data_service=None, strict=False, tfhub_module=None
+        )
         self.thread = threading.Thread(target=self.work, args=(images, source, flags))
 
     def work(self, images, backbone, flags):

@@ -430,13 +430,22 @@ def test_paths_with_nul_after_each(trained):
     assert [line.split('\t')[0] for line in lines] == names
 
 
-def test_what_find_lists_is_labelled_once(trained):
-    """A folder, and then what is in it: the folder stands for all of it."""
-    paths = sorted(trained.data.rglob('*'))
-    lines = [str(path) for path in (trained.data, *paths, trained.data)]
-    process = run_new('tf_test.py', '-', *FILES, cwd=trained.folder, input='\n'.join(lines))
+def test_what_find_lists_is_labelled_once(trained, tmp_path):
+    """A folder, and then what is in it: also files that are not taken for images in a folder."""
+    inside, above = tmp_path / 'inside', tmp_path / 'above'
+    for name in ('cat/1.jpg', 'cat/2', 'dog/3.jpg'):
+        for folder in (inside, above):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(trained.data / 'cat/cat 0.jpg', folder / name)
+    lines = [
+        *('.', './cat', './cat/1.jpg', './cat/2', './dog', './dog/3.jpg', '../above'),
+        *('../above/cat', '../above/cat/1.jpg', '../above/cat/2', '../above/dog/3.jpg', '.'),
+    ]
+    files = trained.folder / GRAPH, trained.folder / LABELS
+    process = run_new('tf_test.py', '-', *files, cwd=inside, input='\n'.join(lines))
     names = [line.split('\t')[0] for line in process.stdout.splitlines()]
-    assert names == [str(path) for path in paths if path.suffix]
+    images = ['cat/1.jpg', 'dog/3.jpg', 'cat/2']  # the last is not found in the folder
+    assert names == [f'{folder}/{name}' for folder in ('.', '../above') for name in images]
 
 
 class Slow(io.RawIOBase):
