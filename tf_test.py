@@ -403,12 +403,19 @@ class Training(NamedTuple):
         return [os.path.join(parent, name) for parent in parents for name in self.folders]
 
     def list_gone(self) -> list[str]:
-        """Returns the folders of sets, and of classes that no set has, which are gone now."""
-        parts: set[str] = set()
-        for name in self.list_folders():
-            if is_folder(os.path.join(self.absolute_image_dir, name)):
-                parts.update(pathlib.PurePath(name).parts)
-        return [name for name in (*self.set_folders, *self.folders) if name not in parts]
+        """Returns the paths, from --image_dir, of folders of known images that are gone now.
+
+        If the images are split, each class has a folder in train/, but not in each other set.
+        """
+        names = []
+        for folder, set_name in (self.set_folders or {'': 'training'}).items():
+            if set_name == 'training':
+                names += [os.path.join(folder, name) for name in self.folders]
+            elif set_name == 'validation':
+                names.append(folder)
+        return [
+            name for name in names if not is_folder(os.path.join(self.absolute_image_dir, name))
+        ]
 
 
 # What a damaged record raises.
