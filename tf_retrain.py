@@ -147,7 +147,6 @@ RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a small number above 
 # Raises UnicodeEncodeError, a ValueError, for names that are not UTF-8.
 PATH = checked(lambda text: to_path(text).encode().decode(), bool, 'a name in UTF-8')
 ADDRESS = checked(str, re.compile(r'grpc://.+:\d{1,5}').fullmatch, 'grpc://HOST:PORT')
-HANDLE = checked(to_path, bool, 'the URL or folder of a module')
 # The pattern is that of tensorflow/core/framework/node_def_util.cc.
 NODE_PATTERN = re.compile(r'[A-Za-z0-9.][A-Za-z0-9_./-]*')
 NODE_NAME = checked(str, NODE_PATTERN.fullmatch, 'of letters, digits, _ . - /')
@@ -271,7 +270,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     network.add_argument(
         '--tfhub_module',
         metavar='HANDLE',
-        type=HANDLE,
+        type=PATH,
         help='URL or folder of an image feature vector of your own, Kaggle or TensorFlow Hub',
     )
 
@@ -2177,8 +2176,10 @@ def ensure_independent(backbone: Backbone) -> None:
     noise = np.float32(rng.uniform(0, 255, [1, *backbone.input_format.size, 3]))
     network = backbone.patient_networks[0]
     alone = network(noise)[:1].numpy()
-    beside_black = network(np.concatenate([noise, np.zeros_like(noise)]))[:1].numpy()
-    difference = np.abs(alone - beside_black).max(initial=0)
+    # Several, as a network may drop few units, and leave some images as they are.
+    batch = np.concatenate([*[noise] * 15, np.zeros_like(noise)])
+    together = network(batch)[:15].numpy()
+    difference = np.abs(together - alone).max(initial=0)
     if difference > 0.05 * np.abs(alone).max(initial=0):  # far more than rounding
         raise UserError(
             f'{backbone.source} gives other numbers for an image if other images are beside it. It '
@@ -2970,7 +2971,16 @@ class BottleneckCache:
         if outcome != self.cache_digests[row]:
             self.remove_cache_file(row)
         text = json.dumps(vars(record))
-        write_whole(self.record_paths[row], text.encode())
+        self.write_file(self.record_paths[row], text.encode())
+
+    def write_file(self, path: str, contents: bytes) -> None:
+        """Writes a file of the cache. A link there is replaced, and not its target.
+
+        It may lead into the store of git-annex or DVC, or to a device.
+        """
+        if os.path.islink(to_bytes(path)):
+            gfile.remove(path)
+        write_whole(path, contents)
 
     def remove_cache_file(self, row: int) -> None:
         """Removes the old cache file of a row, if there is one, before there is a new record.
@@ -2979,7 +2989,7 @@ class BottleneckCache:
         this program if the record is lost.
         """
         with contextlib.suppress(tf.errors.NotFoundError):
-            gfile.remove(follow_link(self.paths[row]))
+            gfile.remove(self.paths[row])
 
     def try_to_save_record(
         self, row: int, image_digest: int | None, outcome: int | str, header: Header
@@ -3076,7 +3086,7 @@ class BottleneckCache:
         try:
             header = load_header(self.images.paths[row])
             self.save_record(row, image_digest, cache_digest, header)
-            write_whole(path, text)
+            self.write_file(path, text)
         except tf.errors.OpError as error:
             # Linux says so itself, by an InvalidArgumentError, and Windows does not.
             is_name_too_long = isinstance(error, tf.errors.InvalidArgumentError) or is_too_long(
@@ -4685,6 +4695,7 @@ def load_thumbnail(path: str, side: int, is_upright: bool) -> Image.Image:
         contents = read_file(path)
         if name_format(contents) == 'JPEG':
             thumbnail = open_by_pillow(io.BytesIO(contents))
+            check_size(thumbnail.width * thumbnail.height)
             thumbnail.draft('RGB', (side, side))  # decodes it no larger than needed
             thumbnail = thumbnail.convert('RGB')
         else:

@@ -372,6 +372,21 @@ def test_only_plain_files_are_opened(cached):
     assert created(cached.cache()) == []
 
 
+@pytest.mark.posix
+def test_the_target_of_a_link_in_the_cache_stays(cached):
+    """Such as an object of DVC or git-annex, or a device: the link is replaced."""
+    target = cached.folder / 'object'
+    target.write_text('of the user')
+    for path in (cached.cache_file(CAT), record(cached, CAT)):
+        path.unlink()
+        path.symlink_to(target)
+    assert created(cached.cache()) == [CAT]
+    assert target.read_text() == 'of the user'
+    assert not cached.cache_file(CAT).is_symlink()
+    assert not record(cached, CAT).is_symlink()
+    assert created(cached.cache()) == []
+
+
 def test_files_are_loaded_without_autograph(tmp_path):
     """It parses the whole script. Missing files on disk are passed over, those on ram:// tried."""
     there, missing, remote, lost = f'{tmp_path}/a', f'{tmp_path}/b', 'ram://x/c', 'ram://x/d'

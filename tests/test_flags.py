@@ -22,7 +22,7 @@ USAGE_ERRORS = [
     ('--learning_rate=1e-46', 'a small number above 0'),
     ('--data_service=grpc://localhost:99999999999999999999', 'grpc://HOST:PORT'),
     ('--architecture=convnext_tiny', "there is no 'convnext_tiny'; did you mean ConvNeXtTiny?"),
-    ('--tfhub_module=', 'the URL or folder of a module'),
+    ('--tfhub_module=', 'a name in UTF-8'),
     ('--train_batch_size=0', 'a whole number from 1 to 100,000'),
     ('--train_batch_size=-1', 'a whole number from 1 to 100,000'),
     ('--train_batch_size=1000000000000', 'a whole number from 1 to 100,000'),
@@ -81,10 +81,11 @@ def test_switches_as_tutorials_write_them(words, expected):
         assert vars(parse(*arguments, '--image_dir=data/'))[name] is expected
 
 
-def test_a_path_that_is_not_utf_8_names_its_flag(capsys):
+@pytest.mark.parametrize('flag', ['output_graph', 'tfhub_module'])
+def test_a_path_that_is_not_utf_8_names_its_flag(capsys, flag):
     with pytest.raises(SystemExit, match='^2$'):
-        parse('--image_dir=data/', '--output_graph=\udcff.pb')
-    assert 'argument --output_graph: must be a name in UTF-8' in capsys.readouterr().err
+        parse('--image_dir=data/', f'--{flag}=\udcff.pb')
+    assert f'argument --{flag}: must be a name in UTF-8' in capsys.readouterr().err
 
 
 def test_a_path_is_not_empty(capsys):

@@ -373,6 +373,7 @@ def test_a_module_that_does_not_keep_its_promise(job, function, problem):
     [
         lambda images: images[:, 0, 0] - tf.reduce_mean(images[:, 0, 0], axis=0),
         lambda images: tf.nn.dropout(images[:, 0], 0.5)[:, :, 0],
+        lambda images: images[:, 0, 0] * tf.nn.dropout(tf.ones_like(images[:, :1, 0, 0]), 0.5),
     ],
 )
 def test_a_module_that_was_exported_for_training(job, function):

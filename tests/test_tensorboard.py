@@ -252,6 +252,15 @@ def test_thumbnails(tmp_path):
     assert colours == [(255, 0, 0), (128, 128, 128), (128, 128, 128)]
 
 
+def test_the_limit_on_pixels_holds_for_thumbnails(tmp_path, monkeypatch):
+    """Of an image that has changed since its bottleneck was computed."""
+    monkeypatch.setattr(tf_retrain, 'MAX_PIXELS', 600 * 200 - 1)
+    for kind in ('JPEG', 'PNG', 'WEBP'):
+        Image.new('RGB', (600, 200), 'red').save(tmp_path / kind, kind)
+        thumbnail = tf_retrain.load_thumbnail(str(tmp_path / kind), 299, False)
+        assert thumbnail.getpixel((5, 5)) == (128, 128, 128)
+
+
 def test_pictures_of_images_that_have_changed_since(job, monkeypatch):
     """The same at the end of a run, whose bottlenecks are known by then.
 
