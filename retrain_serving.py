@@ -2182,11 +2182,13 @@ def ensure_independent(backbone: Backbone) -> None:
     rng = np.random.default_rng(0)
     noise = np.float32(rng.uniform(0, 255, [1, *backbone.input_format.size, 3]))
     network = backbone.patient_networks[0]
-    alone = network(noise)[:1].numpy()
+    alone = network(noise).numpy()
     # Several, as a network may drop few units, and leave some images as they are.
-    batch = np.concatenate([*[noise] * 15, np.zeros_like(noise)])
-    together = network(batch)[:15].numpy()
-    difference = np.abs(together - alone).max(initial=0)
+    batch = np.concatenate([noise] * 16 + [noise / 2] * 16)
+    together = network(batch).numpy()
+    if len(together) != len(batch):  # ensure_vectors() raises an error
+        return
+    difference = np.abs(together[:16] - alone).max(initial=0)
     if difference > 0.05 * np.abs(alone).max(initial=0):  # far more than rounding
         raise UserError(
             f'{backbone.source} gives other numbers for an image if other images are beside it. It '
@@ -4474,8 +4476,8 @@ SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
 # The names of event files end with the time in ns, the computer and the process.
 LOG_NAME = re.compile(r'\.tfevents\.\d+\.(.+)\.(\d+)$')
 # Those of tf.summary, as in Keras, end with '.v2', and those of tensorboard's own writer, as in
-# PyTorch, with the process and a number, after the time in s.
-OTHER_LOG_NAME = re.compile(r'\.v2$|\.tfevents\.\d{10}\..+\.\d+\.\d+$')
+# PyTorch, with the process, a number and perhaps a suffix, after the time in s.
+OTHER_LOG_NAME = re.compile(r'\.v2$|\.tfevents\.\d{10}\..+\.\d+\.\d+')
 # A run on another computer may still be at work if it wrote its log up to this many seconds before
 # this run started: it may be in a long step, or the clock there may be wrong.
 OTHER_RUNS = 60

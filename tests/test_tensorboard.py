@@ -207,7 +207,8 @@ def test_only_event_files_are_removed_from_the_logs(job):
     # These find one event file each.
     assert len(read_events(job.folder / 'logs/train')) > 10
     assert len(read_events(job.folder / 'logs/validation')) == 5
-    others = [f'{old}.host.7.0.v2', 'events.out.tfevents.1764345600.host.7.0']
+    of_pytorch = 'events.out.tfevents.1764345600.host.7.0'
+    others = [f'{old}.host.7.0.v2', of_pytorch, f'{of_pytorch}.run1']
     of_the_original = 'events.out.tfevents.1764345600.host'
     for name in (*others, of_the_original):
         (job.folder / 'logs/train' / name).touch()
