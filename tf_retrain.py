@@ -743,6 +743,8 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
         if not stop_requested.is_set():
             raise
         problem = None
+    if stop_requested.is_set():  # whatever it says, the stop made it fail
+        problem = None
     stop_requested.clear()
     # Not in the `except` clauses: there, the error still keeps the threads of the job alive, and
     # Python would abort if it ended while they work.
@@ -3887,13 +3889,16 @@ def start_batches(batches: Iterator) -> Iterator:
 
 
 def with_unfinished(batches: Iterator) -> Iterator:
-    """Yields batches, and raises Unfinished if one of them cannot be computed."""
+    """Yields batches, and raises Unfinished if one of them cannot be computed.
+
+    A RuntimeError says that no more threads can be started, or comes from a stop inside TensorFlow.
+    """
     try:
         yield from batches
-    except MemoryError:
-        raise Unfinished(MEMORY_FULL)
-    except (UserError, OSError, RuntimeError, tf.errors.OpError) as error:
-        raise Unfinished(describe(error))  # RuntimeError: no more threads can be started
+    except (MemoryError, UserError, OSError, RuntimeError, tf.errors.OpError) as error:
+        if stop_requested.is_set():
+            raise KeyboardInterrupt
+        raise Unfinished(MEMORY_FULL if isinstance(error, MemoryError) else describe(error))
 
 
 def train(

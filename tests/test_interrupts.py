@@ -408,15 +408,39 @@ def release_in_extra():
         release_in_vain()
 
 
+def fail_by_stop(flags):
+    """As the load of a module may, whose errors are explained."""
+    with contextlib.suppress(KeyboardInterrupt):
+        tf_retrain.stop_run()
+    raise tf_retrain.UserError('the module cannot be loaded')
+
+
+def test_a_stop_that_fails_a_batch_ends_the_training_early(signals):
+    """TensorFlow may make a RuntimeError of it, which is no reason for unfinished outputs."""
+
+    def compute():
+        yield 1
+        with contextlib.suppress(KeyboardInterrupt):
+            tf_retrain.stop_run()
+        raise RuntimeError('REPLACED BY KeyboardInterrupt')
+
+    batches = tf_retrain.with_unfinished(compute())
+    assert next(batches) == 1
+    with pytest.raises(KeyboardInterrupt):
+        next(batches)
+
+
 def test_what_fails_because_of_a_stop_is_a_stop(capsys):
     handlers = [signal.getsignal(number) for number in STOPS]
     with pytest.raises(SystemExit, match='^130$'):
         tf_retrain.run(lambda flags: release_in_vain(), None)
     assert [signal.getsignal(number) for number in STOPS] == handlers
     assert capsys.readouterr().err.startswith('\nStopped. All bottlenecks')
-    # What the graph does not need does not hide it.
-    with pytest.raises(SystemExit, match='^130$'):
-        tf_retrain.run(lambda flags: release_in_extra(), None)
+    # What the graph does not need does not hide it, and neither does an error for the user.
+    for job in (lambda flags: release_in_extra(), fail_by_stop):
+        with pytest.raises(SystemExit, match='^130$'):
+            tf_retrain.run(job, None)
+        assert capsys.readouterr().err.startswith('\nStopped. All bottlenecks')
     # The next run is not stopped, and its own errors are shown.
     with pytest.raises(ZeroDivisionError):
         tf_retrain.run(lambda flags: 1 / 0, None)
