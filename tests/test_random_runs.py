@@ -1,6 +1,6 @@
 """Random sequences of runs, of what users do to the files between and during them, and of stops.
 
-RANDOM_RUNS=1000 python3 -m pytest -x tests/test_random_runs.py tries as many sequences.
+RANDOM_RUNS=1000:2000 python3 -m pytest -x tests/test_random_runs.py tries those with these seeds.
 """
 
 import io
@@ -19,6 +19,7 @@ from PIL import Image
 import tf_retrain
 import tf_test
 
+SEEDS = os.environ.get('RANDOM_RUNS', '0:3')
 STEPS = 6  # runs per sequence
 OUTPUTS = [GRAPH, f'{GRAPH}.json', LABELS]
 TRAINING_FLAGS = [
@@ -298,7 +299,7 @@ class World:
 
 @pytest.mark.slow
 @pytest.mark.posix
-@pytest.mark.parametrize('seed', range(int(os.environ.get('RANDOM_RUNS', 3))))
+@pytest.mark.parametrize('seed', range(*map(int, SEEDS.split(':'))))
 def test_whatever_happens(tmp_path, model, seed):
     world = World(tmp_path, model, seed)
     try:
