@@ -648,8 +648,10 @@ def stoppable() -> Iterator[None]:
     hook = sys.unraisablehook
 
     def ignore_stop(unraisable: Any) -> None:
-        # Python drops what is raised in a __del__(). stop_requested ends the next loop.
-        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        # Python drops what is raised in a __del__(). stop_requested ends the next loop. After a
+        # stop, objects that were not yet complete may fail there, too.
+        is_stop = isinstance(unraisable.exc_value, KeyboardInterrupt)
+        if not is_stop and signal.getsignal(signal.SIGINT) != QUIT:
             hook(unraisable)
 
     sys.unraisablehook = ignore_stop
@@ -3889,15 +3891,12 @@ def start_batches(batches: Iterator) -> Iterator:
 
 
 def with_unfinished(batches: Iterator) -> Iterator:
-    """Yields batches, and raises Unfinished if one of them cannot be computed.
-
-    A RuntimeError says that no more threads can be started, or comes from a stop inside TensorFlow.
-    """
+    """Yields batches, and raises Unfinished if one of them cannot be computed, for any reason."""
     try:
         yield from batches
-    except (MemoryError, UserError, OSError, RuntimeError, tf.errors.OpError) as error:
+    except Exception as error:
         if stop_requested.is_set():
-            raise KeyboardInterrupt
+            raise
         raise Unfinished(MEMORY_FULL if isinstance(error, MemoryError) else describe(error))
 
 
@@ -3932,14 +3931,15 @@ def train(
                 drawn = images.draw('validation', flags.validation_batch_size, rng)
                 validate(layer, bottlenecks[drawn], images.classes[drawn], step, logs['validation'])
         protect_outputs()  # a Ctrl-C up to here still ends the training early
-    except KeyboardInterrupt:
-        if not layer.steps:
-            raise
-        go_on_after_stop()
     except Unfinished as error:
         protect_outputs()
         stop_requested.clear()  # a Ctrl-C just before it would stop the loops of the test, too
         problem = str(error)
+    except BaseException as error:  # TensorFlow may make any other of a KeyboardInterrupt
+        is_stopped = isinstance(error, KeyboardInterrupt) or stop_requested.is_set()
+        if not (is_stopped and layer.steps):
+            raise
+        go_on_after_stop()
     if flags.how_many_training_steps and not layer.steps:
         raise UserError(
             problem or f'--image_dir: none of the drawn images can be read any longer. {KEPT}'

@@ -16,6 +16,7 @@ import sys
 import termios
 import threading
 
+import numpy as np
 import pytest
 from forks import Fork
 from helpers import GRAPH, ROOT, Job, created, read_all, run, run_new, run_v1, send, serve
@@ -389,6 +390,10 @@ def test_a_stop_that_python_drops_is_not_printed(monkeypatch):
     with tf_retrain.stoppable():
         InterruptedEnd(KeyboardInterrupt())
         InterruptedEnd(ValueError())
+        with contextlib.suppress(KeyboardInterrupt):
+            tf_retrain.stop_run()
+        InterruptedEnd(AttributeError())  # of an object that is not complete
+    tf_retrain.stop_requested.clear()
     InterruptedEnd(KeyboardInterrupt())
     assert [one.exc_type for one in dropped] == [ValueError, KeyboardInterrupt]
 
@@ -415,19 +420,22 @@ def fail_by_stop(flags):
     raise tf_retrain.UserError('the module cannot be loaded')
 
 
-def test_a_stop_that_fails_a_batch_ends_the_training_early(signals):
-    """TensorFlow may make a RuntimeError of it, which is no reason for unfinished outputs."""
+@pytest.mark.parametrize('error', [RuntimeError, TypeError])
+def test_a_stop_that_fails_a_batch_ends_the_training_early(job, monkeypatch, signals, error):
+    """TensorFlow may make another error of it, which is no reason for unfinished outputs."""
 
-    def compute():
-        yield 1
+    def compute(*arguments):
+        yield np.arange(2), np.zeros([2, 2048], np.float32)
         with contextlib.suppress(KeyboardInterrupt):
             tf_retrain.stop_run()
-        raise RuntimeError('REPLACED BY KeyboardInterrupt')
+        raise error('REPLACED BY KeyboardInterrupt')
 
-    batches = tf_retrain.with_unfinished(compute())
-    assert next(batches) == 1
-    with pytest.raises(KeyboardInterrupt):
-        next(batches)
+    job.photographs(cat=20, dog=20)
+    monkeypatch.setattr(tf_retrain, 'compute_distorted', compute)
+    out = job.main('--flip_left_right')
+    assert 'Ctrl-C: what was learned so far will be tested and written.' in out
+    assert out.splitlines()[-1].startswith('python3 tf_test.py')
+    assert (job.folder / 'trained_model/unoptimized_model.pb').exists()
 
 
 def test_what_fails_because_of_a_stop_is_a_stop(capsys):

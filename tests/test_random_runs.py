@@ -196,7 +196,7 @@ class World:
     def run(self, *command, changes):
         """Runs a script, and stops it or changes files in the middle; returns the ended process."""
         fault = self.random.choice([None, None, 'stop', 'stop', 'change'])
-        lines = self.random.randrange(60)
+        lines = self.random.randrange(1, 60)  # before the first one, it may not yet be the script
         self.story.append(f'{" ".join(map(str, command))}: {fault} after {lines} lines')
         signals = []
         with Fork(command, self.folder) as process:
