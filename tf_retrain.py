@@ -781,14 +781,18 @@ def is_special(path: str) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
-def open_file(path: str) -> IO[bytes] | gfile.GFile:
-    """Opens a file to read; raises UserError if it is not a plain one, or cannot be opened."""
+@contextlib.contextmanager
+def open_file(path: str) -> Iterator[IO[bytes] | gfile.GFile]:
+    """Opens a file to read; raises UserError if it is not a plain one, or cannot be read."""
     if is_special(path):
         raise UserError(f"'{path}' is not a plain file. Delete it, or name another file.")
-    if '://' in path:
-        return gfile.GFile(path, 'rb')
     try:
-        return open(to_bytes(path), 'rb')  # gfile takes three times as long for 90 MB
+        if '://' in path:
+            file = gfile.GFile(path, 'rb')
+        else:
+            file = open(to_bytes(path), 'rb')  # gfile takes three times as long for 90 MB
+        with file:
+            yield file
     except OSError as error:
         raise UserError(f"'{path}' cannot be read: {error.strerror}. Check this file.")
 
@@ -2880,7 +2884,7 @@ def is_memory_scarce() -> bool:
 
 def load_header(path: str) -> Header:
     """Returns the header of an image file, as far as it can be read."""
-    with contextlib.suppress(UserError, OSError, tf.errors.OpError), open_file(path) as file:
+    with contextlib.suppress(UserError, tf.errors.OpError), open_file(path) as file:
         return read_header(file)
     return Header()
 
@@ -3191,7 +3195,7 @@ def report_left_out(paths: list[str], count: int, service: str) -> None:
 
 def read_start(path: str) -> bytes:
     """Returns the first two bytes of a file, or none if it cannot be read."""
-    with contextlib.suppress(UserError, OSError, tf.errors.OpError), open_file(path) as file:
+    with contextlib.suppress(UserError, tf.errors.OpError), open_file(path) as file:
         return file.read(2)
     return b''
 
@@ -4212,10 +4216,13 @@ def create_writers(
 
     That of the graph returns the CRC-32 of its file.
     """
-    graph = create_frozen_graph(backbone, head, flags.final_tensor_name)
+
+    @functools.cache
+    def create_graph() -> GraphDef:  # by a writer: if that fails, the others go on
+        return create_frozen_graph(backbone, head, flags.final_tensor_name)
 
     def write_graph() -> int:
-        contents = graph.SerializeToString(deterministic=True)
+        contents = create_graph().SerializeToString(deterministic=True)
         write_whole(flags.output_graph, contents)
         return zlib.crc32(contents)
 
@@ -4227,7 +4234,7 @@ def create_writers(
 
     def write_optimized_graph() -> None:
         shape = [None, *backbone.input_format.size, 3]
-        folded = fold(graph, SCALED_INPUT_NODE, shape, flags.final_tensor_name)
+        folded = fold(create_graph(), SCALED_INPUT_NODE, shape, flags.final_tensor_name)
         write_whole(flags.optimized_graph, folded.SerializeToString(deterministic=True))
 
     writers: dict[str, Callable] = {
@@ -4405,7 +4412,7 @@ def is_model(path: str, model_dir: str) -> bool:
 def is_other_file(path: str) -> bool:
     """Tells whether a file in the place of a record is something else."""
     start = b''
-    with contextlib.suppress(UserError, OSError, tf.errors.OpError), open_file(path) as file:
+    with contextlib.suppress(UserError, tf.errors.OpError), open_file(path) as file:
         start = file.read(100)
     return bool(start) and b'"command"' not in start
 

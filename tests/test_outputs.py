@@ -80,11 +80,25 @@ def test_a_model_that_cannot_be_opened_is_named(job):
     job.photographs(cat=20, dog=20).fails(message)
 
 
-def test_a_graph_that_cannot_be_serialized_does_not_stop_the_others(job, monkeypatch):
+@pytest.mark.posix
+def test_a_model_whose_drive_fails_is_named(job):
+    """The model opens, and then cannot be read."""
+    model = job.folder / 'inception/classify_image_graph_def.pb'
+    model.unlink()
+    model.symlink_to('/proc/self/mem')
+    if not model.exists():
+        pytest.skip('there is no file here whose read fails')
+    message = "^'inception/classify_image_graph_def.pb' cannot be read: Input/output error. Check"
+    job.photographs(cat=20, dog=20).fails(message)
+
+
+@pytest.mark.parametrize('is_created', [False, True])
+def test_a_graph_that_cannot_be_made_does_not_stop_the_others(job, monkeypatch, is_created):
     """It may be larger than 2 GB, or than the memory."""
     graph = mock.Mock()
     graph.SerializeToString.side_effect = MemoryError('full')
-    monkeypatch.setattr(retrain_serving, 'create_frozen_graph', lambda *arguments: graph)
+    create = mock.Mock(return_value=graph, side_effect=None if is_created else MemoryError('full'))
+    monkeypatch.setattr(retrain_serving, 'create_frozen_graph', create)
     error = serve(job.photographs(cat=20, dog=20), monkeypatch)
     assert f'could not be written: {GRAPH} (full); {OPTIMIZED} (' in error
     assert existing(job) == {LABELS, 'saved/1/saved_model.pb'}
@@ -304,8 +318,8 @@ def test_an_image_outside_of_the_folder_is_no_output(job):
     job.fails('^--output_labels: .* is what the training reads', output_labels=str(image))
     for name in ('h.pb', 'k.pb.json'):
         (job.folder / name).symlink_to(image)
-    for name in ('h.pb', 'k.pb'):
-        job.fails('^--output_graph: .* is what the training reads', output_graph=name)
+    job.fails('^--output_graph: .* is what the training reads', output_graph='h.pb')
+    job.fails("^--output_graph: .* replace 'k.pb.json', which is no record", output_graph='k.pb')
     assert image.read_bytes() == before
 
 
