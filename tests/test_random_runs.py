@@ -24,7 +24,7 @@ STEPS = 6  # runs per sequence
 OUTPUTS = [GRAPH, f'{GRAPH}.json', LABELS]
 TRAINING_FLAGS = [
     [],
-    ['--flip_left_right', '--random_brightness=10'],
+    ['--flip_left_right', '--random_brightness=10', '--train_batch_size=5'],
     ['--find_suspects=3'],
     ['--strict'],
     ['--optimized_graph=trained_model/optimized.pb'],
