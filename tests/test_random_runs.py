@@ -154,6 +154,7 @@ class World:
     def change_output(self):
         path = self.folder / self.random.choice(OUTPUTS)
         path.parent.mkdir(exist_ok=True)
+        self.kept.pop(path, None)
         kind = self.random.randrange(5)
         if kind == 0 and path.is_file() and not path.is_symlink():
             path.chmod(0o444)
