@@ -751,7 +751,6 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
         # A stop may break other calls: tqdm then releases a lock that it has not taken.
         if not stop_requested.is_set():
             raise
-        problem = None
     if stop_requested.is_set():  # whatever it says, the stop made it fail
         problem = None
     stop_requested.clear()
