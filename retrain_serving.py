@@ -767,6 +767,8 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
 
 # Files
 
+MOUNTS = '/proc/self/mountinfo'
+
 
 def to_bytes(path: str) -> bytes:
     """Returns a path in UTF-8, whatever the locale is, by which `os` encodes a str."""
@@ -890,6 +892,20 @@ def ensure_writable_dir(path: str, flag: str) -> None:
         )
 
 
+def is_mount_point(path: bytes) -> bool:
+    """Tells whether a folder or file is mounted by itself, as by Docker's -v FILE:FILE.
+
+    os.path.ismount() misses files, and folders that are mounted from the same drive. Only Linux has
+    such mounts, and lists them (https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html).
+    """
+    try:
+        mounts = pathlib.Path(MOUNTS).read_bytes().splitlines()
+    except OSError:
+        return os.path.ismount(path)
+    listed = re.sub(rb'[ \t\n\\]', lambda match: b'\\%03o' % ord(match[0]), os.path.realpath(path))
+    return any(mount.split()[4] == listed for mount in mounts)
+
+
 def ensure_replaceable(path: str, flag: str) -> None:
     """Raises UserError if a file exists and could not be replaced at the end of the run.
 
@@ -908,6 +924,10 @@ def ensure_replaceable(path: str, flag: str) -> None:
     is_own = sys.platform == 'win32' or status.st_uid == os.geteuid()
     if is_own and not status.st_mode & stat.S_IWUSR:
         raise UserError(f"{flag}: '{path}' is read-only. Make it writable, or name another file.")
+    if is_mount_point(target):  # the error below does not tell
+        raise UserError(
+            f"{flag}: '{path}' is a mount point, and cannot be replaced. Mount its folder instead."
+        )
     if os.name != 'posix':  # on Windows, the error below does not tell why the rename failed
         return
     probe = os.path.join(os.path.dirname(target), create_hidden_name().encode())
@@ -4416,9 +4436,13 @@ def is_model(path: str, model_dir: str) -> bool:
 
 
 def is_other_file(path: str) -> bool:
-    """Tells whether a file in the place of a record is something else."""
-    start = b''
-    with contextlib.suppress(UserError, tf.errors.OpError), open_file(path) as file:
+    """Tells whether a file in the place of a record is something else.
+
+    Raises UserError if there is one that cannot be read: it may be another user's.
+    """
+    if not gfile.exists(path):
+        return False
+    with open_file(path) as file:
         start = file.read(100)
     return bool(start) and b'"command"' not in start
 
@@ -5037,7 +5061,7 @@ def ensure_renamable(folder: str, flag: str) -> None:
     """Raises UserError if a folder cannot be replaced by renaming: a link or a mount point."""
     path = to_bytes(folder)
     problem = 'a symbolic link' if os.path.islink(path) else ''
-    if os.path.ismount(path):
+    if is_mount_point(path):
         problem = 'a mount point'
     if problem:
         remedy = f'Name a new folder in it: {folder}/1'

@@ -510,19 +510,20 @@ def check_labels(labels: list[str], graph: Graph, flags: argparse.Namespace) -> 
 
     That is so if a label of the graph is not on its own line of the file, but on another line. All
     other differences are only a warning, which names the first: people translate labels, and merge
-    classes by giving them one label. rank() raises UserError if there are more or fewer labels.
+    classes by giving them one label. It does nothing for more or fewer labels, of which rank()
+    raises UserError, nor for a graph without labels.
     """
     trained = graph.labels
-    if not trained or labels == trained:
+    if len(labels) != len(trained) or labels == trained:
         return
-    displaced = {old for old, new in zip(trained, labels, strict=False) if old != new}
+    displaced = {old for old, new in zip(trained, labels, strict=True) if old != new}
     for label in labels:
         if label in displaced:
             raise UserError(
                 f"'{flags.labels}' has labels of '{flags.graph}' in another order, such as "
                 f"'{label}'. Name files of one training."
             )
-    for own, expected in zip(labels, trained, strict=False):
+    for own, expected in zip(labels, trained, strict=True):
         if own != expected:
             print(
                 f"WARNING: '{flags.labels}' says '{own}' where '{flags.graph}' says '{expected}'. "

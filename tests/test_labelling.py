@@ -649,6 +649,7 @@ ERRORS = [  # image, graph and labels
     ('cat.jpg graph absent', "The labels file 'absent' cannot be read: "),
     ('cat.jpg graph graph', "The labels file 'graph' is not text. "),
     ('cat.jpg graph empty', "'empty' has 0 labels, but 'graph' has 3 classes. Name files of one"),
+    ('cat.jpg graph other', "'other' has 1 labels, but 'graph' has 3 classes. Name files of one"),
     ('cat.jpg model labels', "'labels' has 3 labels, but 'model' has 10 classes. Name files of"),
 ]
 
@@ -664,6 +665,7 @@ def odd_files(trained, tmp_path_factory):
     for name, target in links.items():
         (folder / name).symlink_to(trained.folder / target)
     (folder / 'empty').touch()
+    (folder / 'other').write_text('dog\n')
     (folder / 'folder').mkdir()
     os.mkfifo(folder / 'pipe')  # nobody writes into it: it would be waited for
     Image.new('1', (20_000, 20_000)).save(folder / 'huge.png')  # it would take all memory

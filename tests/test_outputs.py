@@ -1,5 +1,6 @@
 """What a training leaves: each output, whatever becomes of the others, and nothing but files."""
 
+import errno
 import json
 import os
 import zlib
@@ -258,6 +259,41 @@ def test_a_link_stays_a_link_and_its_target_is_written(job):
     assert os.listdir(target.parent) == ['labels.txt']
 
 
+def list_mounts(monkeypatch, *paths):
+    """Lets the scripts believe that the system lists `paths` among its mounts."""
+    file = paths[0].parent / 'mountinfo'
+    escaped = [str(path).replace(' ', '\\040') for path in paths]
+    lines = [f'{n} 27 254:0 /source {path} rw - ext4 /dev/vda rw' for n, path in enumerate(escaped)]
+    file.write_text('\n'.join(lines))
+    for script in (tf_retrain, retrain_serving):
+        monkeypatch.setattr(script, 'MOUNTS', str(file))
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize('name', [GRAPH, LABELS, RECORD])
+def test_a_file_that_is_a_mount_cannot_be_replaced(job, name, monkeypatch):
+    """Docker's -v FILE:FILE makes such files. The training would be lost at its end."""
+    path = job.folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"command": []}')
+    list_mounts(monkeypatch, path)
+    message = f"^--output_.*: '{name}' is a mount point, and cannot be replaced. Mount its folder"
+    job.photographs(cat=4, dog=4).fails(message)
+    assert not (job.folder / 'bottlenecks').exists()
+
+
+@pytest.mark.skipif(not os.path.exists(tf_retrain.MOUNTS), reason='only Linux lists its mounts')
+def test_mounts_are_what_the_system_lists(tmp_path, monkeypatch):
+    assert tf_retrain.is_mount_point(b'/proc')
+    assert not tf_retrain.is_mount_point(bytes(tmp_path))
+    list_mounts(monkeypatch, tmp_path / 'a b', tmp_path / 'c')
+    names = ['a b', 'c', 'a', 'a\\040b', '']
+    listed = [name for name in names if tf_retrain.is_mount_point(bytes(tmp_path / name))]
+    assert listed == ['a b', 'c']
+    monkeypatch.setattr(tf_retrain, 'MOUNTS', '/nowhere')
+    assert tf_retrain.is_mount_point(b'/')
+
+
 @pytest.mark.posix
 def test_a_saved_model_does_not_replace_a_mount_or_a_link(job, monkeypatch):
     job.photographs(cat=20, dog=20)
@@ -265,8 +301,7 @@ def test_a_saved_model_does_not_replace_a_mount_or_a_link(job, monkeypatch):
         (job.folder / name).mkdir()
     (job.folder / 'link').symlink_to('target')
     (job.folder / 'dangling').symlink_to('nowhere')
-    ismount = os.path.ismount
-    monkeypatch.setattr(os.path, 'ismount', lambda path: path == b'mount' or ismount(path))
+    list_mounts(monkeypatch, job.folder / 'mount')
     monkeypatch.chdir(job.folder)
     for name, reason in (
         ('mount', 'mount point. Name a new folder in it: mount/1$'),
@@ -385,6 +420,25 @@ def test_files_that_are_read_only_stay(job, name):
     path.chmod(0o644)
     job.main()
     assert path.read_bytes() != b'{"command": []}'
+
+
+def test_what_cannot_be_read_in_the_place_of_the_record_stays(job, monkeypatch):
+    """It may be a file of another user, in a folder that both may write to."""
+    path = job.folder / RECORD
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"secret": 1}')
+    open_plainly = open
+
+    def refuse(name, *arguments, **options):
+        if name == RECORD.encode():
+            raise PermissionError(errno.EACCES, 'Permission denied')
+        return open_plainly(name, *arguments, **options)
+
+    monkeypatch.setattr('builtins.open', refuse)
+    job.photographs(cat=4, dog=4).fails(
+        f"^'{RECORD}' cannot be read: Permission denied. Check this"
+    )
+    assert path.read_text() == '{"secret": 1}'
 
 
 @pytest.mark.posix
