@@ -3046,6 +3046,15 @@ class BottleneckCache:
         is_written = record.outcome == self.cache_digests[row]
         return is_written and record.model == self.backbone.checksum
 
+    def is_unusable(self, row: int) -> bool:
+        """Tells whether an image probably has no bottleneck to write.
+
+        It cannot be read, or could not be decoded by other versions of the libraries.
+        """
+        path, record = self.images.paths[row], self.records[row]
+        is_readable = '://' in path or os.access(to_bytes(path), os.R_OK)
+        return not is_readable or (record is not None and isinstance(record.outcome, str))
+
     def trust_unrecorded(self) -> None:
         """Records cache files without a readable record as they are (bottlenecks/README.md)."""
         has_record = np.array([record is not None for record in self.records])
@@ -3273,7 +3282,8 @@ def cache_bottlenecks(
     missing, reasons = cache.compare()
     ends_at_once = flags.strict and bool(reasons)  # report_unreadable() raises
     if missing.size and not ends_at_once:
-        ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
+        if not all(map(cache.is_unusable, missing)):
+            ensure_writable_dir(flags.bottleneck_dir, '--bottleneck_dir')
         reasons |= cache.fill(missing, flags)
     report_unreadable(images, reasons, flags.strict)
     readable = np.ones(len(images.files), bool)
@@ -4508,11 +4518,10 @@ def check_outputs_and_images(images: Images, flags: argparse.Namespace) -> None:
 # TensorBoard
 
 SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
-# The names of event files end with the time in ns, the computer and the process.
-LOG_NAME = re.compile(r'\.tfevents\.\d+\.(.+)\.(\d+)$')
-# Those of tf.summary, as in Keras, end with '.v2', and those of tensorboard's own writer, as in
-# PyTorch, with the process, a number and perhaps a suffix, after the time in s.
-OTHER_LOG_NAME = re.compile(r'\.v2$|\.tfevents\.\d{10}\..+\.\d+\.\d+')
+LOG_START = 'events.out.tfevents.'
+# The names of event files end with the time in ns, the computer and the process. Keras, PyTorch and
+# retrain.py of 2017 write the time in s.
+LOG_NAME = re.compile(rf'{re.escape(LOG_START)}\d{{19}}\.(.+)\.(\d+)$')
 # A run on another computer may still be at work if it wrote its log up to this many seconds before
 # this run started: it may be in a long step, or the clock there may be wrong.
 OTHER_RUNS = 60
@@ -4531,32 +4540,37 @@ class Start(NamedTuple):
 
 def note_start(summaries_dir: str) -> Start:
     """Returns the start of a run, now."""
-    logs = []
+    logs: list[str] = []
     with extra('the removal of earlier logs'):
-        logs = list_events(summaries_dir)
+        logs, _ = list_logs(summaries_dir)
     return Start(datetime.datetime.now(), time.monotonic(), logs)
 
 
-def list_events(summaries_dir: str) -> list[str]:
-    """Returns the paths of the event files that runs have written below summaries_dir."""
-    paths = []
+def list_logs(summaries_dir: str) -> tuple[list[str], list[str]]:
+    """Returns the paths of the event files of runs below summaries_dir, and of other programs."""
+    own: list[str] = []
+    others: list[str] = []
     for name in SUMMARY_FOLDERS:
         folder = os.path.join(summaries_dir, name)
         for file in list_dir(folder):
-            if file.startswith('events.out.tfevents.') and not OTHER_LOG_NAME.search(file):
-                paths.append(os.path.join(folder, file))
-    return [path for path in paths if not is_special(path)]
+            path = os.path.join(folder, file)
+            if file.startswith(LOG_START) and not is_special(path):
+                (own if LOG_NAME.match(file) else others).append(path)
+    return own, others
 
 
 def clear_events(summaries_dir: str, start: Start) -> None:
     """Removes the logs of earlier runs, unless they are still at work."""
-    now = list_events(summaries_dir)
-    new_owners = {get_owner(path) for path in now if path not in start.logs}
-    is_shared = bool(new_owners - {get_process()})
+    now, others = list_logs(summaries_dir)
+    new_owners = {get_owner(path) for path in now if path not in start.logs} - {get_process()}
+    is_shared = bool(new_owners)
     ended = {get_owner(path) for path in now if os.path.basename(os.path.dirname(path)) == 'test'}
+    at_work = {path for path in start.logs if is_at_work(path, start, ended)}
+    # Another run may have written the suspects already, and so have closed their file.
+    owners_at_work = new_owners | {get_owner(path) for path in at_work}
     locked = []
     for path in start.logs:
-        if is_at_work(path, start, ended):
+        if path in at_work or get_owner(path) in owners_at_work:
             is_shared = True
             continue
         try:
@@ -4574,6 +4588,11 @@ def clear_events(summaries_dir: str, start: Start) -> None:
         print(
             f'WARNING: another run logs to {summaries_dir} at the same time, or did a moment ago. '
             'Name another --summaries_dir to tell the two apart in TensorBoard.'
+        )
+    if others:
+        print(
+            'WARNING: logs of other programs stay, and TensorBoard shows them together with those '
+            f'of this run: {name_some(others)}. Name another --summaries_dir.'
         )
 
 
@@ -4595,9 +4614,10 @@ def get_process() -> tuple[str, str]:
 
 
 def get_owner(path: str) -> tuple[str, ...]:
-    """Returns get_process() of the run that made an event file; () if its name does not tell."""
+    """Returns get_process() of the run that made an event file."""
     match = LOG_NAME.search(path)
-    return match.groups() if match else ()
+    assert match
+    return match.groups()
 
 
 def is_at_work(path: str, start: Start, ended: set) -> bool:
@@ -4611,7 +4631,7 @@ def is_at_work(path: str, start: Start, ended: set) -> bool:
     if is_recent(path, start, margin=0):
         return True
     owner = get_owner(path)
-    if owner and owner[0] != get_process()[0]:
+    if owner[0] != get_process()[0]:
         return owner not in ended and is_recent(path, start, OTHER_RUNS)
     return is_open_elsewhere(path)
 
@@ -4619,7 +4639,7 @@ def is_at_work(path: str, start: Start, ended: set) -> bool:
 def is_open_elsewhere(path: str) -> bool:
     """Tells whether another program here still writes an event file, as far as Linux tells."""
     owner = get_owner(path)
-    if not owner or owner == get_process():
+    if owner == get_process():
         return False
     folder = f'/proc/{owner[1]}/fd'
     real_path = os.path.realpath(to_bytes(path))
@@ -4703,10 +4723,10 @@ class SummaryWriter:
 
     def __init__(self, folder: str) -> None:
         self.file = None
-        name = '.'.join(['events.out.tfevents', str(time.time_ns()), *get_process()])
+        name = '.'.join([str(time.time_ns()), *get_process()])
         try:
             gfile.makedirs(folder)
-            self.file = tf.io.TFRecordWriter(os.path.join(folder, name))
+            self.file = tf.io.TFRecordWriter(os.path.join(folder, f'{LOG_START}{name}'))
         except tf.errors.OpError as error:
             self.give_up(error)
         self.write(file_version='brain.Event:2')

@@ -1826,6 +1826,10 @@ def check_heatmap(training: Training | None, flags: argparse.Namespace) -> None:
             f"--heatmap: '{path}' exists, and may be a photograph. Delete it, or name another "
             'file, such as heatmap.png.'
         )
+    if os.path.isfile(to_bytes(path)) and not os.stat(to_bytes(path)).st_mode & stat.S_IWUSR:
+        raise UserError(
+            f"--heatmap: '{path}' is read-only. Make it writable, or name another file."
+        )
 
 
 def check_flags(flags: argparse.Namespace, is_single: bool) -> None:

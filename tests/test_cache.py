@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from decimal import Decimal
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -659,6 +660,7 @@ def test_folder_names_are_not_patterns(job):
     assert len([name for name in names if name.startswith('events.')]) == 1
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize('has_records', [True, False])
 def test_a_complete_cache_may_be_read_only(cached, monkeypatch, has_records):
     """The folder is probed when the first bottleneck is missing, before any is computed."""
@@ -676,10 +678,25 @@ def test_a_complete_cache_may_be_read_only(cached, monkeypatch, has_records):
     for name, change in changes.items():
         monkeypatch.setattr(gfile, name, change)
     assert created(cached.cache()) == []
+    (cached.data / 'cat/lost.jpg').symlink_to('nowhere')
+    assert 'left out: ' in cached.cache()
     shutil.copy(cached.data / CAT, cached.data / 'cat/new.jpg')
     monkeypatch.setattr(tf_retrain, 'compute_bottlenecks', None)
     message = "^--bottleneck_dir: nothing can be written in 'bottlenecks/'"
     with pytest.raises(UserError, match=message):
+        cached.cache()
+
+
+def test_a_cache_may_be_read_only_after_an_update_of_the_decoders(cached, monkeypatch):
+    """Images that could not be decoded are tried again, by other versions of the libraries."""
+    (cached.data / 'cat/empty.jpg').touch()
+    cached.cache()
+    probe = mock.Mock(side_effect=UserError('read-only'))
+    monkeypatch.setattr(tf_retrain, 'ensure_writable_dir', probe)
+    monkeypatch.setattr(tf_retrain, 'DECODER', 'a newer one')
+    assert 'left out: it is empty' in cached.cache()
+    shutil.copy(cached.data / CAT, cached.data / 'cat/new.jpg')
+    with pytest.raises(UserError, match='^read-only$'):
         cached.cache()
 
 

@@ -324,8 +324,12 @@ def test_a_heatmap_does_not_replace_a_photograph(trained, label, tmp_path):
             message.replace('other.JPG', path.name), '--heatmap', path, trained.test_image()
         )
     assert other.read_bytes() == before
+    heatmap = tmp_path / 'heatmap.png'
     for _ in range(2):  # a heatmap may be drawn again
-        label(f'--heatmap={tmp_path}/heatmap.png', trained.test_image())
+        label(f'--heatmap={heatmap}', trained.test_image())
+    heatmap.chmod(0o444)
+    message_read_only = "^--heatmap: '.*heatmap.png' is read-only. Make it writable, or name"
+    label.fails(message_read_only, f'--heatmap={heatmap}', trained.test_image())
     for name, contents in (('photo.png', png(other)), ('cut.png', png(other)[:50])):
         path = tmp_path / name
         path.write_bytes(contents)

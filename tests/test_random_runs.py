@@ -149,7 +149,11 @@ class World:
         else:
             shutil.rmtree(self.folder / 'bottlenecks/.records', ignore_errors=True)
             for file in (self.folder / 'bottlenecks').rglob('*.txt'):
-                file.unlink()  # or old files of images that have changed would be believed
+                file.unlink()
+        if path.suffix == '.rec':
+            # Without a record, the cache file of an image that has changed would be believed.
+            name = path.relative_to(self.folder / 'bottlenecks/.records').with_suffix('.txt')
+            (self.folder / 'bottlenecks' / name).unlink(missing_ok=True)
 
     def change_output(self):
         path = self.folder / self.random.choice(OUTPUTS)
@@ -179,8 +183,9 @@ class World:
                 path.unlink()
 
     def add_log(self):
-        name = 'events.out.tfevents.1764345600.host.7.0'  # as PyTorch calls it
-        path = self.folder / 'logs/train' / self.random.choice([name, f'{name}.v2', 'notes.txt'])
+        name = 'events.out.tfevents.1764345600.host'  # of retrain.py of 2017, PyTorch and Keras
+        names = [name, f'{name}.7.0', f'{name}.7.0.v2', 'notes.txt']
+        path = self.folder / 'logs/train' / self.random.choice(names)
         self.keep(path, b'')
         os.utime(path, (1, 1))
 

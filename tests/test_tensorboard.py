@@ -193,29 +193,43 @@ def test_logged_graph_has_no_weights(trained):
     assert not read_graphs(trained.folder / 'logs/validation')
 
 
-def test_only_event_files_are_removed_from_the_logs(job):
-    """Those of Keras and PyTorch, which may have folders of the same names, stay."""
-    old = 'events.out.tfevents.1'
+def name_log(owner):
+    """Returns what an earlier run called an event file."""
+    return f'events.out.tfevents.1764345600000000000.{owner}'
+
+
+def test_only_event_files_of_runs_are_removed_from_the_logs(job):
+    """Those of other programs, which may have folders of the same names, stay."""
+    old = name_log('host.7')
     kept = ['train/notes.txt', f'train/other/{old}', f'mine/{old}', old]
-    for name in (*kept, f'train/{old}.host', f'validation/{old}.host'):
+    for name in (*kept, f'train/{old}', f'validation/{old}'):
         path = job.folder / 'logs' / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text('x')
+        os.utime(path, (1, 1))
     job.photographs(cat=20, dog=20).main()
     for name in kept:
         assert (job.folder / 'logs' / name).read_text() == 'x'
     # These find one event file each.
     assert len(read_events(job.folder / 'logs/train')) > 10
     assert len(read_events(job.folder / 'logs/validation')) == 5
-    of_pytorch = 'events.out.tfevents.1764345600.host.7.0'
-    others = [f'{old}.host.7.0.v2', of_pytorch, f'{of_pytorch}.run1']
-    of_the_original = 'events.out.tfevents.1764345600.host'
-    for name in (*others, of_the_original):
-        (job.folder / 'logs/train' / name).touch()
-        os.utime(job.folder / 'logs/train' / name, (1, 1))
-    job.main()
-    assert set(others) < set(os.listdir(job.folder / 'logs/train'))
-    assert of_the_original not in os.listdir(job.folder / 'logs/train')
+
+
+def test_logs_of_other_programs_stay(job):
+    start = 'events.out.tfevents.1764345600.host'
+    # Of retrain.py of 2017 and tensorboardX, PyTorch, a named run of PyTorch, and Keras; a copy.
+    others = [start, f'{start}.7.0', f'{start}.7.0.run1', f'{start}.7.0.v2']
+    others.append(f'{name_log("host.7")}.best')
+    train = job.folder / 'logs/train'
+    train.mkdir(parents=True)
+    for name in (*others, name_log('host.7')):
+        (train / name).touch()
+        os.utime(train / name, (1, 1))
+    out = job.photographs(cat=20, dog=20).main()
+    assert 'WARNING: logs of other programs stay, and TensorBoard shows them t' in out
+    assert all(f'logs/train/{name}' in out for name in others)
+    (own,) = set(os.listdir(train)) - set(others)
+    assert own != name_log('host.7')
 
 
 def read_pictures(job):
@@ -334,7 +348,7 @@ def test_nothing_is_left_of_the_pictures_of_an_earlier_run(job):
 def test_what_another_run_writes_at_the_same_time_is_left_alone(job, monkeypatch):
     """It may also remove what this run is about to remove."""
     job.photographs(cat=30, dog=30).main('--find_suspects=2')
-    events = job.folder / 'logs/train/events.out.tfevents.1.other.2'
+    events = job.folder / 'logs/train' / name_log('other.2')
     list_dir, removed = tf_retrain.list_dir, []
 
     def list_and_remove(path):
@@ -364,14 +378,14 @@ def test_the_log_of_a_run_that_is_at_work_stays(job):
     host, _ = tf_retrain.get_process()
     with subprocess.Popen(['cat'], stdin=subprocess.PIPE) as other:
         # A notebook may live on after its training: what counts is that the file is open.
-        old = logs / f'events.out.tfevents.1.{host}.{other.pid}'
+        old = logs / name_log(f'{host}.{other.pid}')
         old.touch()
         os.utime(old, (10**9, 10**9))
         job.photographs(cat=30, dog=30)
         assert 'another run' not in job.main('--find_suspects=2')
         assert not old.exists()
         other.stdin.close()
-    command = [sys.executable, PROGRAMS / 'open_log.py', logs / f'events.out.tfevents.1.{host}.']
+    command = [sys.executable, PROGRAMS / 'open_log.py', logs / name_log(f'{host}.')]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         path = pathlib.Path(other.stdout.readline().decode().strip())
         os.utime(path, (10**9, 10**9))
@@ -382,6 +396,33 @@ def test_the_log_of_a_run_that_is_at_work_stays(job):
     assert 'another run' not in job.main('--find_suspects=2')
     assert not path.exists()
     assert len(list((job.folder / 'logs/suspects').iterdir())) == 1
+
+
+@pytest.mark.parametrize('is_first', [True, False])
+def test_the_suspects_of_a_run_that_is_at_work_stay(tmp_path, capsys, monkeypatch, is_first):
+    """Their file is closed before the training: the file of the training may come later, too."""
+    suspects, train, old = (
+        tmp_path / path
+        for path in (
+            f'suspects/{name_log("other.2")}',
+            f'train/{name_log("other.2")}',
+            f'train/{name_log("other.9")}',
+        )
+    )
+    for path in (suspects, train, old):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+        os.utime(path, (10**9, 10**9))
+    if is_first:
+        os.utime(train)
+        start = tf_retrain.note_start(str(tmp_path))
+    else:
+        train.unlink()
+        start = tf_retrain.note_start(str(tmp_path))
+        train.touch()
+    tf_retrain.clear_events(str(tmp_path), start)
+    assert sorted(tmp_path.rglob('events*')) == [suspects, train]
+    assert capsys.readouterr().out.count('WARNING: another run logs to') == 1
 
 
 def test_a_run_that_is_stopped_before_the_training_leaves_the_logs(job, monkeypatch):
@@ -396,7 +437,7 @@ def test_a_run_that_is_stopped_before_the_training_leaves_the_logs(job, monkeypa
 def test_events_of_the_future_are_old_ones(job):
     """The clock was set back since then."""
     job.photographs(cat=30, dog=30)
-    events = job.folder / 'logs/train/events.out.tfevents.1.other.2'
+    events = job.folder / 'logs/train' / name_log('other.2')
     events.parent.mkdir(parents=True)
     events.touch()
     os.utime(events, (2**40, 2**40))
@@ -413,7 +454,7 @@ def clear_events(folder):
 def test_logs_of_other_computers_whose_clocks_differ(tmp_path, capsys, seconds, stays):
     """They may log to the same network drive."""
     (tmp_path / 'train').mkdir()
-    events = tmp_path / 'train/events.out.tfevents.1.other.2'
+    events = tmp_path / 'train' / name_log('other.2')
     events.touch()
     modified = time.time() + seconds
     os.utime(events, (modified, modified))
@@ -426,7 +467,7 @@ def test_logs_of_other_computers_whose_clocks_differ(tmp_path, capsys, seconds, 
 def test_containers_on_this_computer_do_not_remove_logs_of_each_other(tmp_path, capsys):
     """They may have its name, and the same numbers for their processes."""
     (tmp_path / 'train').mkdir()
-    log = tmp_path / f'train/events.out.tfevents.1.{socket.gethostname()}-1.{os.getpid()}'
+    log = tmp_path / 'train' / name_log(f'{socket.gethostname()}-1.{os.getpid()}')
     log.touch()
     os.utime(log, (time.time() - 9, time.time() - 9))
     clear_events(tmp_path)
@@ -438,7 +479,7 @@ def test_the_logs_of_containers_that_have_ended_are_removed(tmp_path, capsys):
     """Each container has a name of its own."""
     for name in ('train', 'validation', 'test'):
         (tmp_path / name).mkdir()
-        (tmp_path / name / 'events.out.tfevents.1.other.2').touch()
+        (tmp_path / name / name_log('other.2')).touch()
     clear_events(tmp_path)
     assert list(tmp_path.rglob('events*')) == []
     assert capsys.readouterr().out == ''
@@ -486,9 +527,9 @@ def test_a_log_folder_that_cannot_be_cleared_is_a_warning(job, monkeypatch):
     """The graph is written all the same, and a FIFO that looks like a log stays."""
     logs = job.folder / 'logs/train'
     logs.mkdir(parents=True)
-    os.mkfifo(logs / 'events.out.tfevents.1')
+    os.mkfifo(logs / name_log('host.7'))
     job.photographs(cat=20, dog=20).main(how_many_training_steps='2')
-    assert (logs / 'events.out.tfevents.1').is_fifo()
+    assert (logs / name_log('host.7')).is_fifo()
     with open(os.fsencode(logs) + b'/\xff', 'w'):
         pass
     out = job.main(how_many_training_steps='2')
