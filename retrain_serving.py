@@ -1617,8 +1617,9 @@ def name_format(contents: bytes) -> str:
 def count_pixels(contents: tf.Tensor) -> tf.Tensor:
     """Returns how many pixels an encoded JPEG, PNG or GIF has by its header, int64 [].
 
-    A PNG has width and height in bytes 16 to 23 (https://www.w3.org/TR/png-3/#11IHDR), a GIF in
-    bytes 6 to 9 (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
+    A PNG has width and height in bytes 16 to 23, in its first chunk, IHDR
+    (https://www.w3.org/TR/png-3/#11IHDR), a GIF in bytes 6 to 9
+    (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
     """
     start = tf.strings.substr(contents, 0, 2)
     header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'  # a short file has sides of 0
@@ -1627,7 +1628,9 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
         header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
     )
     message = ['The image is not JPEG, PNG or GIF. It starts with', text]
-    is_known = tf.reduce_any(start == [JPEG, PNG, GIF])
+    # libpng allows other chunks before IHDR. Their contents would be taken for the sides.
+    is_png = (start == PNG) & (tf.strings.substr(header, 12, 4) == b'IHDR')
+    is_known = is_png | tf.reduce_any(start == [JPEG, GIF])
     png_sides = tf.io.decode_raw(tf.strings.substr(header, 16, 8), tf.int32, little_endian=False)
     gif_sides = tf.io.decode_raw(tf.strings.substr(header, 6, 4), tf.uint16)
     # The op itself, as tf.debugging.Assert() takes several times as long to build.
@@ -1635,7 +1638,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
         sides = tf.cond(
             start == JPEG,
             lambda: tf.image.extract_jpeg_shape(contents)[:2],
-            lambda: tf.where(start == PNG, png_sides, tf.cast(gif_sides, tf.int32)),
+            lambda: tf.where(is_png, png_sides, tf.cast(gif_sides, tf.int32)),
         )
     return tf.reduce_prod(tf.cast(sides, tf.int64))
 
@@ -2353,12 +2356,16 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat
 
 
 def get_folder_checksum(folder: str) -> int:
-    """Returns the CRC-32 of all files in and below a folder, in the order of their paths."""
+    """Returns the CRC-32 of the files in and below a folder, in the order of their paths.
+
+    Hidden files do not count: the Finder of macOS adds its .DS_Store to each folder that it shows.
+    """
     walk = gfile.walk(folder)
-    paths = sorted(os.path.join(parent, name) for parent, _, names in walk for name in names)
+    paths = [os.path.join(parent, name) for parent, _, names in walk for name in names]
     checksum = 0
-    for path in paths:
-        checksum = zlib.crc32(read_file(path), checksum)
+    for path in sorted(paths):
+        if not is_hidden(os.path.basename(path)):
+            checksum = zlib.crc32(read_file(path), checksum)
     return checksum
 
 
@@ -4416,7 +4423,8 @@ def ensure_outside_module(folder: str, flag: str, flags: argparse.Namespace) -> 
 def check_folders(flags: argparse.Namespace) -> None:
     """Raises UserError if the path of an output is that of a folder of the run, or of one above it.
 
-    The folder need not exist yet, as in --output_graph=x with --bottleneck_dir=x/y.
+    The folder need not exist yet, as in --output_graph=x with --bottleneck_dir=x/y. An output in a
+    SavedModel, which is another folder that must stay as it is, is refused, too.
     """
     outputs = list_outputs(flags)
     folders = [os.path.dirname(path) for _, path in outputs]
@@ -4426,6 +4434,11 @@ def check_folders(flags: argparse.Namespace) -> None:
         # As a file, the output could be neither a folder of the run nor have one in it.
         if any(is_same_or_inside(folder, path) for folder in folders):
             raise UserError(f"{flag}: '{path}' is a folder by another flag. Name another file.")
+        parent = os.path.dirname(follow_link(path))
+        if all(
+            gfile.exists(os.path.join(parent, name)) for name in ('saved_model.pb', 'variables')
+        ):
+            raise UserError(f"{flag}: '{path}' is in the folder of a SavedModel. Name another one.")
 
 
 def is_model(path: str, model_dir: str) -> bool:

@@ -855,8 +855,9 @@ def name_format(contents: bytes) -> str:
 def count_pixels(contents: tf.Tensor) -> tf.Tensor:
     """Returns how many pixels an encoded JPEG, PNG or GIF has by its header, int64 [].
 
-    A PNG has width and height in bytes 16 to 23 (https://www.w3.org/TR/png-3/#11IHDR), a GIF in
-    bytes 6 to 9 (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
+    A PNG has width and height in bytes 16 to 23, in its first chunk, IHDR
+    (https://www.w3.org/TR/png-3/#11IHDR), a GIF in bytes 6 to 9
+    (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
     """
     start = tf.strings.substr(contents, 0, 2)
     header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'  # a short file has sides of 0
@@ -865,7 +866,9 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
         header, 'UTF-8', 'UTF-8', replacement_char=ord('.'), replace_control_characters=True
     )
     message = ['The image is not JPEG, PNG or GIF. It starts with', text]
-    is_known = tf.reduce_any(start == [JPEG, PNG, GIF])
+    # libpng allows other chunks before IHDR. Their contents would be taken for the sides.
+    is_png = (start == PNG) & (tf.strings.substr(header, 12, 4) == b'IHDR')
+    is_known = is_png | tf.reduce_any(start == [JPEG, GIF])
     png_sides = tf.io.decode_raw(tf.strings.substr(header, 16, 8), tf.int32, little_endian=False)
     gif_sides = tf.io.decode_raw(tf.strings.substr(header, 6, 4), tf.uint16)
     # The op itself, as tf.debugging.Assert() takes several times as long to build.
@@ -873,7 +876,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
         sides = tf.cond(
             start == JPEG,
             lambda: tf.image.extract_jpeg_shape(contents)[:2],
-            lambda: tf.where(start == PNG, png_sides, tf.cast(gif_sides, tf.int32)),
+            lambda: tf.where(is_png, png_sides, tf.cast(gif_sides, tf.int32)),
         )
     return tf.reduce_prod(tf.cast(sides, tf.int64))
 

@@ -519,10 +519,10 @@ def test_a_class_without_readable_images(job):
     assert len(list((job.folder / 'bottlenecks').rglob('*.txt'))) == 8
 
 
-def add_chunk(png, kind, data):
-    """Adds a chunk after the header of a PNG, which ends at byte 33."""
+def add_chunk(png, kind, data, place=33):
+    """Adds a chunk to a PNG, by default after its header, which is in bytes 8 to 32."""
     chunk = struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    return png[:33] + chunk + png[33:]
+    return png[:place] + chunk + png[place:]
 
 
 @pytest.mark.parametrize(
@@ -542,6 +542,18 @@ def test_the_limit_on_pixels_holds_whatever_else_is_in_the_header(job, monkeypat
     (job.data / 'cat/bomb.png').write_bytes(add_chunk(contents.getvalue(), kind, data))
     reason = 'it has 120,400 pixels, more than 120,000'
     assert f"'data/cat/bomb.png' is left out: {reason}" in job.cache()
+
+
+def test_the_limit_on_pixels_holds_whatever_comes_before_the_header(job, monkeypatch):
+    """The contents of another chunk are not the sides of a PNG."""
+    job.photographs(cat=4, dog=4)
+    monkeypatch.setattr(tf_retrain, 'MAX_PIXELS', 120_000)
+    contents = io.BytesIO()
+    Image.new('L', (400, 301)).save(contents, 'PNG')
+    bomb = add_chunk(contents.getvalue(), b'prVt', struct.pack('>II', 10, 10), place=8)
+    (job.data / 'cat/bomb.png').write_bytes(bomb)
+    reason = r'it is PNG, and damaged \(.*The image is not JPEG, PNG or GIF'
+    assert re.search(f"'data/cat/bomb.png' is left out: {reason}", job.cache())
 
 
 def test_strict_stops_at_the_first_image_that_cannot_be_read(job, monkeypatch):

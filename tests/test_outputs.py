@@ -409,6 +409,16 @@ def test_the_archive_of_a_model_is_no_output(job, name):
     job.fails('^--output_graph: .* is the pretrained model', output_graph=url)
 
 
+def test_a_version_that_may_be_served_stays(job):
+    (job.folder / 'served/1/variables').mkdir(parents=True)
+    (job.folder / 'served/1/saved_model.pb').write_text('a SavedModel')
+    job.photographs(cat=4, dog=4)
+    for name in ('saved_model.pb', 'graph.pb'):
+        message = f"^--output_graph: 'served/1/{name}' is in the folder of a SavedModel. Name anoth"
+        job.fails(message, output_graph=f'served/1/{name}')
+    assert sorted(os.listdir(job.folder / 'served/1')) == ['saved_model.pb', 'variables']
+
+
 @pytest.mark.parametrize('name', [GRAPH, LABELS, RECORD])
 def test_files_that_are_read_only_stay(job, name):
     """The user keeps a good model in this way. The original could not write there, either."""
