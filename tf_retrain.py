@@ -43,12 +43,12 @@ import shlex
 import signal
 import socket
 import stat
+import string
 import sys
 import tarfile
 import tempfile
 import threading
 import time
-import traceback
 import unicodedata
 import urllib.parse
 import urllib.request
@@ -686,6 +686,14 @@ def until_stopped(items: Iterable) -> Iterator:
         raise KeyboardInterrupt
 
 
+def wait_for(result: multiprocessing.pool.AsyncResult, seconds: float) -> Any:
+    """Returns what a thread does; raises multiprocessing.TimeoutError if that takes too long."""
+    end = time.monotonic() + seconds
+    while not result.ready() and time.monotonic() < end:
+        result.wait(1)  # in parts: Python may hear a stop only after the wait
+    return result.get(0)
+
+
 def protect_outputs() -> None:
     """Makes a first Ctrl-C no longer stop the run, as what was learned would be lost.
 
@@ -825,9 +833,13 @@ def keep_rights(path: str, temporary: str) -> None:
     with contextlib.suppress(OSError):  # there is no file yet, or it is on gs:// and the like
         status = os.stat(to_bytes(path))
         if status.st_uid == os.stat(to_bytes(temporary)).st_uid:
-            if sys.platform != 'win32' and status.st_mode & stat.S_IRWXG:
-                os.chown(to_bytes(temporary), -1, status.st_gid)
-            os.chmod(to_bytes(temporary), stat.S_IMODE(status.st_mode))
+            mode = stat.S_IMODE(status.st_mode)
+            if sys.platform != 'win32' and mode & stat.S_IRWXG:
+                try:
+                    os.chown(to_bytes(temporary), -1, status.st_gid)
+                except PermissionError:  # then the group gets the rights of all others
+                    mode = mode & ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
+            os.chmod(to_bytes(temporary), mode)
 
 
 def write_whole(path: str, contents: bytes) -> None:
@@ -911,11 +923,13 @@ def ensure_replaceable(path: str, flag: str) -> None:
     try:
         status = os.lstat(target)
     except FileNotFoundError:
+        ensure_name_is_allowed(path, flag)
         return
     except OSError as error:  # the name is too long
         raise UserError(f"{flag}: '{path}' cannot be written ({error.strerror}). Name another one.")
     is_own = sys.platform == 'win32' or status.st_uid == os.geteuid()
-    if is_own and not status.st_mode & stat.S_IWUSR:
+    is_writable = status.st_mode & stat.S_IWUSR if is_own else os.access(target, os.W_OK)
+    if not is_writable:
         raise UserError(f"{flag}: '{path}' is read-only. Make it writable, or name another file.")
     if is_mount_point(target):  # the error below does not tell
         raise UserError(
@@ -935,6 +949,24 @@ def ensure_replaceable(path: str, flag: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             os.rmdir(probe)
+
+
+def ensure_name_is_allowed(path: str, flag: str) -> None:
+    """Raises UserError if the drive allows no such name: FAT and NTFS allow none with a colon.
+
+    This tries a hidden name with the same punctuation.
+    """
+    target = os.path.realpath(to_bytes(path))
+    odd = ''.join(set(string.punctuation).intersection(os.path.basename(target).decode()))
+    probe = os.path.join(os.path.dirname(target), f'.{odd}{create_hidden_name()}'.encode())
+    try:
+        os.mkdir(probe)
+        os.rmdir(probe)
+    except OSError as error:
+        raise UserError(
+            f"{flag}: '{path}' cannot be written ({error.strerror}). Name another one, of letters "
+            'and digits.'
+        )
 
 
 def make_absolute(path: str) -> str:
@@ -1523,7 +1555,7 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
     if len(untrained) == len(images.labels):
         raise UserError(
             '--image_dir: no image fell into the training set. Add images, or lower '
-            '--testing_percentage.'
+            '--testing_percentage or --validation_percentage.'
         )
     is_wanted = {
         'testing': flags.testing_percentage > 0,
@@ -1804,7 +1836,8 @@ FUNCTION_BOTTLENECK = f'{FUNCTION_SCOPE}/bottleneck'
 # What the training puts behind a network.
 FINAL_SCOPE = 'final_training_ops'
 FAMILIARITY_NODE = 'familiarity'
-MAX_ARCHIVE_SIZE = 2**30  # bytes, packed or unpacked: the largest model has a tenth of it
+MAX_ARCHIVE_SIZE = 2**30  # bytes, unpacked: the largest model has a tenth of it
+MAX_DOWNLOAD_SIZE = 2**31  # bytes: the largest weights of Keras have 1.4 GB
 DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
@@ -1832,14 +1865,14 @@ def extract(archive: bytes, name: str) -> bytes:
 def fetch(url: str, name: str) -> bytes:
     """Returns a downloaded file, all of it, and shows the progress; raises OSError if it fails."""
     contents = bytearray()
-    with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
+    with download_timeout(), urllib.request.urlopen(url) as response:
         total = int(response.headers.get('Content-Length', 0))
         try:
             while block := response.read1(1 << 16):
                 contents += block
                 done = len(contents)
-                if done > MAX_ARCHIVE_SIZE:
-                    raise OSError(f'more than {MAX_ARCHIVE_SIZE:,} bytes came')
+                if done > MAX_DOWNLOAD_SIZE:
+                    raise OSError(f'more than {MAX_DOWNLOAD_SIZE:,} bytes came')
                 progress = f'{100 * done / total:.1f}%' if total else f'{done / 1e6:.1f} MB'
                 print(f'\r>> Downloading {name} {progress}', end='', file=sys.stderr)
         finally:
@@ -1849,22 +1882,23 @@ def fetch(url: str, name: str) -> bytes:
     return bytes(contents)
 
 
-def download(url: str, path: str, name: str) -> bytes:
-    """Downloads a .tgz to `path`, and returns the named file in it.
+def download(url: str, path: str, find: Callable[[bytes], bytes], kind: str) -> bytes:
+    """Downloads a file to `path`, and returns what find() finds in it.
 
-    Raises UserError after DOWNLOAD_ATTEMPTS failures. Then `path` is as it was.
+    Raises UserError after DOWNLOAD_ATTEMPTS failures. One is that find() returns nothing: then the
+    file is not of the kind that the message names. After a failure, `path` is as it was.
     """
     for attempt in range(DOWNLOAD_ATTEMPTS):
         time.sleep(attempt)
         try:
-            archive = fetch(url, os.path.basename(path))
+            contents = fetch(url, os.path.basename(path))
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f'{type(error).__name__}: {error}'.strip()
             continue
-        if contents := extract(archive, name):
-            write_whole(path, archive)
-            return contents
-        reason = f'{len(archive):,} bytes came, and are not a .tgz with {name}'
+        if found := find(contents):
+            write_whole(path, contents)
+            return found
+        reason = f'{len(contents):,} bytes came, and are not {kind}'
     suggestion = suggest_local_network(os.path.dirname(path))
     advice = f'Run the same command again, or save it as {path}.'
     raise UserError(f'{url} could not be downloaded ({reason}). {advice} {suggestion}'.strip())
@@ -1896,7 +1930,10 @@ def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str
             broken = f'{archive_path}.broken'
             print(f'{archive_path} is damaged, or has no {graph_name} in it: renamed to {broken}.')
             gfile.rename(archive_path, broken, overwrite=True)
-    write_whole(graph_path, graph or download(url, archive_path, graph_name))
+    if not graph:
+        find = functools.partial(extract, name=graph_name)
+        graph = download(url, archive_path, find, f'a .tgz with {graph_name}')
+    write_whole(graph_path, graph)
     return graph_path
 
 
@@ -2087,7 +2124,7 @@ def load_keras_network(model_dir: str, architecture: str) -> Backbone:
     prepare = sys.modules[create.__module__].preprocess_input
     side = KERAS_NETWORKS[architecture]
     input_format = InputFormat((side, side), mean=0, deviation=1)  # prepare() does the rest
-    network = create_keras_network(create, side, model_dir)
+    network = create_keras_network(create, side)
     size = network.output_shape[-1]
     graph_def = freeze_function(lambda images: network(prepare(images)), input_format, size)
     checksum = 0
@@ -2111,13 +2148,24 @@ def get_keras_home() -> str:
 
 @contextlib.contextmanager
 def download_timeout() -> Iterator[None]:
-    """Makes libraries give up downloads that hang: they would wait forever."""
-    timeout = socket.getdefaulttimeout()
+    """Makes libraries give up connections that hang, and lets a stop end them at once."""
+    timeout, look_up = socket.getdefaulttimeout(), socket.getaddrinfo
+
+    def look_up_in_thread(*arguments: Any, **options: Any) -> Any:
+        # Python hears no signal while the system waits for a name server, which may be gone.
+        with multiprocessing.pool.ThreadPool(1) as thread:
+            try:
+                return wait_for(thread.apply_async(look_up, arguments, options), DOWNLOAD_TIMEOUT)
+            except multiprocessing.TimeoutError:
+                raise OSError(f'no name server has answered for {DOWNLOAD_TIMEOUT} s')
+
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    socket.getaddrinfo = look_up_in_thread
     try:
         yield
     finally:
         socket.setdefaulttimeout(timeout)
+        socket.getaddrinfo = look_up
 
 
 @contextlib.contextmanager
@@ -2135,39 +2183,66 @@ def keras_in_float32() -> Iterator[None]:
         keras.config.set_floatx(floatx)
 
 
-def create_keras_network(create: Callable, side: int, model_dir: str) -> Any:
+def fetch_weights(
+    name: str, url: str, cache_subdir: str = 'models', file_hash: str | None = None
+) -> str:
+    """Returns the path of a file of weights, which is downloaded if need be: Keras' get_file().
+
+    A file of another hash, MD5 or SHA-256 in hexadecimal digits, is renamed.
+    """
+    path = os.path.join(get_keras_home(), cache_subdir, name)
+
+    def find(contents: bytes) -> bytes:
+        algorithm = 'md5' if len(file_hash or '') == 32 else 'sha256'
+        digest = hashlib.new(algorithm, contents, usedforsecurity=False).hexdigest()
+        return contents if file_hash in (None, digest) else b''
+
+    if gfile.exists(path):
+        if find(read_file(path)):
+            return path
+        broken = f'{path}.broken'
+        print(f'{path} is damaged, or not what this Keras needs: renamed to {broken}.')
+        gfile.rename(path, broken, overwrite=True)
+    ensure_writable_dir(os.path.dirname(path), '--model_dir or KERAS_HOME')
+    download(url, path, find, 'the weights that Keras expects')
+    return path
+
+
+@contextlib.contextmanager
+def keras_with_safe_downloads() -> Iterator[None]:
+    """Makes Keras call fetch_weights().
+
+    Its own function writes into the file itself, which another run may be reading, and deletes it
+    if the download fails. It is no part of Keras' public interface: if it has another name one day,
+    it is called as before.
+    """
+    module = sys.modules.get('keras.src.utils.file_utils')
+    get_file = getattr(module, 'get_file', None)
+    if get_file:
+        module.get_file = fetch_weights  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        if get_file:
+            module.get_file = get_file  # type: ignore[union-attr]
+
+
+def create_keras_network(create: Callable, side: int) -> Any:
     """Calls a function of Keras Applications, which downloads the weights if need be.
 
     Raises UserError if that fails.
     """
-    if get_keras_home() == model_dir:  # by prepare_keras()
-        # If it is not writable, Keras takes another folder, under /tmp, without a word.
-        ensure_writable_dir(model_dir, '--model_dir')
     try:
-        # The progress goes where that of other downloads goes.
-        with keras_in_float32(), download_timeout(), contextlib.redirect_stdout(sys.stderr):
+        with keras_in_float32(), keras_with_safe_downloads():
             return create(include_top=False, input_shape=[side, side, 3], pooling='avg')
-    except (MemoryError, tf.errors.ResourceExhaustedError):
+    except (UserError, MemoryError, tf.errors.ResourceExhaustedError):
         raise
     except Exception as error:  # Keras has no class of its own for what fails
         raise UserError(explain_keras_error(error))
 
 
 def explain_keras_error(error: Exception) -> str:
-    """Returns what to do about weights that cannot be downloaded or loaded.
-
-    Keras' messages do not always name the URL and the file, but the variables of its function
-    get_file() do.
-    """
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if 'download_target' in frame.f_locals:
-            url = frame.f_locals['origin']
-            path = frame.f_locals['download_target']
-            reason = describe(error.__context__ or error)
-            return (
-                f'{url} could not be downloaded ({reason}). Run the same command again, or save '
-                f'it as {path}.'
-            )
+    """Returns what to do about weights that cannot be loaded."""
     reason = describe(error).splitlines()[0]
     folder = os.path.join(get_keras_home(), 'models')
     settings = os.path.join(get_keras_home(), 'keras.json')
@@ -2205,10 +2280,11 @@ def ensure_independent(backbone: Backbone) -> None:
     rng = np.random.default_rng(0)
     noise = np.float32(rng.uniform(0, 255, [1, *backbone.input_format.size, 3]))
     network = backbone.patient_networks[0]
-    alone = network(noise).numpy()
     # Several, as a network may drop few units, and leave some images as they are.
     batch = np.concatenate([noise] * 16 + [noise / 2] * 16)
-    together = network(batch).numpy()
+    # In a thread, or a stop would wait for large networks.
+    results = run_ahead((network(images).numpy(),) for images in (noise, batch))
+    (alone,), (together,) = until_stopped(results)
     if len(together) != len(batch):  # ensure_vectors() raises an error
         return
     difference = np.abs(together[:16] - alone).max(initial=0)
@@ -2624,7 +2700,7 @@ def run_in_parts(network: Callable, source: str) -> Callable:
             try:
                 parts = [network(images[start : start + largest]) for start in starts]
                 return tf.concat(parts, 0)
-            except tf.errors.InvalidArgumentError as error:
+            except (tf.errors.InvalidArgumentError, tf.errors.UnimplementedError) as error:
                 reason = describe(error).splitlines()[0]
                 raise UserError(f'{source} cannot be run ({reason}). Name another network.')
             except tf.errors.ResourceExhaustedError as error:
@@ -2665,7 +2741,8 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
     host, port = address.removeprefix('grpc://').rsplit(':', 1)
     try:
         server = host.strip('[]'), int(port)  # [...] is an IPv6 address
-        socket.create_connection(server, timeout=DATA_SERVICE_TIMEOUT).close()
+        with download_timeout():
+            socket.create_connection(server).close()
     except (OSError, OverflowError, UnicodeError) as error:  # the last for an odd host
         raise UserError(
             f'--data_service: {address} does not answer ({error}). Start it, or leave the flag out.'
@@ -2678,12 +2755,7 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
 
             def call_with_timeout(function: Callable, *arguments: Any) -> Any:
                 # It may wait forever, for a dispatcher that hangs or a worker that died.
-                result = thread.apply_async(function, arguments)
-                for _ in range(DATA_SERVICE_TIMEOUT):
-                    if result.ready():
-                        break
-                    result.wait(1)  # in parts: Python may hear a stop only after the wait
-                return result.get(0)
+                return wait_for(thread.apply_async(function, arguments), DATA_SERVICE_TIMEOUT)
 
             dataset = call_with_timeout(computed.apply, distribute)
             iterator = call_with_timeout(dataset.as_numpy_iterator)
@@ -3134,13 +3206,15 @@ class BottleneckCache:
             self.write_file(path, text)
         except tf.errors.OpError as error:
             # Linux says so itself, by an InvalidArgumentError, and Windows does not.
-            is_name_too_long = isinstance(error, tf.errors.InvalidArgumentError) or is_too_long(
+            is_name_refused = isinstance(error, tf.errors.InvalidArgumentError) or is_too_long(
                 self.record_paths[row]
             )
-            if not is_name_too_long:
+            if not is_name_refused:
                 raise
-            problem = 'the name is too long. Each run computes this bottleneck.'
-            tqdm.write(f'WARNING: {escape(path)}: {problem}')
+            tqdm.write(
+                f'WARNING: {escape(path)}: the name is too long, or the drive does not allow it. '
+                'Each run computes this bottleneck.'
+            )
             return
         self.written += 1
         if self.written % 100 == 0:

@@ -1815,15 +1815,20 @@ def is_heatmap(path: str) -> bool:
         return False
 
 
-def check_heatmap(training: Training | None, flags: argparse.Namespace) -> None:
-    """Raises UserError if the heatmap would replace something else, or be trained on."""
-    path = flags.heatmap
-    if not path:
+def ensure_outside_images(training: Training | None, flags: argparse.Namespace) -> None:
+    """Raises UserError if what is written would be trained on."""
+    if training is None:
         return
-    if training and resolve(path).is_relative_to(resolve(training.absolute_image_dir)):
-        raise UserError(
-            f"--heatmap: '{path}' is in the --image_dir of the training. Name a file elsewhere."
-        )
+    image_dir = resolve(training.absolute_image_dir)
+    for flag, path in (('--heatmap', flags.heatmap), ('--sort_into', flags.sort_into)):
+        if path and resolve(path).is_relative_to(image_dir):
+            raise UserError(
+                f"{flag}: '{path}' is in the --image_dir of the training. Name another folder."
+            )
+
+
+def check_heatmap(path: str) -> None:
+    """Raises UserError if a heatmap would replace something else."""
     if os.path.isfile(to_bytes(path)) and not is_heatmap(path):
         raise UserError(
             f"--heatmap: '{path}' exists, and may be a photograph. Delete it, or name another "
@@ -1899,7 +1904,9 @@ def label_images(flags: argparse.Namespace) -> None:
     check_labels(labels, graph, flags)
     classes = create_classes(labels, graph.training, flags)
     check_refusal_flags(classes, graph, flags)
-    check_heatmap(graph.training, flags)
+    ensure_outside_images(graph.training, flags)
+    if flags.heatmap:
+        check_heatmap(flags.heatmap)
     tally = Tally(classes, graph.training)
     if is_single:
         answers = score_image(graph, first, flags.upright)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -288,6 +289,46 @@ def test_ctrl_c_while_downloading(job, monkeypatch):
         release.set()
     assert not list(folder.glob('*.tgz'))
     assert not list(folder.glob('*.pb'))
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize('is_stopped', [True, False])
+def test_a_name_server_that_does_not_answer(monkeypatch, is_stopped):
+    """The system waits for it in a thread: Python hears no signal while it does."""
+    release = threading.Event()
+
+    def hang(*arguments, **options):
+        assert threading.current_thread() is not threading.main_thread()
+        if is_stopped:
+            os.kill(os.getpid(), signal.SIGINT)
+        release.wait(60)
+
+    monkeypatch.setattr(socket, 'getaddrinfo', hang)
+    monkeypatch.setattr(tf_retrain, 'DOWNLOAD_TIMEOUT', 60 if is_stopped else 0.1)
+    error = KeyboardInterrupt if is_stopped else OSError
+    message = None if is_stopped else 'no name server has answered for 0.1 s'
+    with pytest.raises(error, match=message):
+        with tf_retrain.stoppable():
+            tf_retrain.fetch('http://example.org/model.tgz', 'model.tgz')
+    assert socket.getaddrinfo is hang
+    release.set()
+    tf_retrain.stop_requested.clear()
+
+
+@pytest.mark.posix
+def test_a_stop_does_not_wait_for_the_trial_of_a_large_module():
+    release = threading.Event()
+
+    def compute(images):
+        os.kill(os.getpid(), signal.SIGINT)
+        release.wait(60)
+
+    backbone = mock.Mock(patient_networks=[compute])
+    backbone.input_format.size = (8, 8)
+    with pytest.raises(KeyboardInterrupt), tf_retrain.stoppable():
+        tf_retrain.ensure_independent(backbone)
+    release.set()
+    tf_retrain.stop_requested.clear()
 
 
 @pytest.mark.parametrize('signum', STOPS)

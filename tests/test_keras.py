@@ -4,8 +4,10 @@ import hashlib
 import inspect
 import json
 import os
+import pathlib
 import re
 import sys
+from unittest import mock
 
 import keras
 import numpy as np
@@ -25,7 +27,6 @@ from helpers import (
     serve,
 )
 from keras.src.applications import convnext, efficientnet_v2, imagenet_utils, mobilenet_v3, resnet
-from keras.src.backend import config
 
 import tf_retrain
 from tf_retrain import tf
@@ -172,8 +173,7 @@ def keras_host(tmp_path, monkeypatch):
     network.save(tmp_path / 'x.h5')
     body = (tmp_path / 'x.h5').read_bytes()
     monkeypatch.setitem(resnet.WEIGHTS_HASHES, 'resnet50', ['', hashlib.md5(body).hexdigest()])
-    monkeypatch.setattr(config, '_KERAS_DIR', str(tmp_path / 'home'))
-    (tmp_path / 'home').mkdir()
+    monkeypatch.setenv('KERAS_HOME', str(tmp_path / 'home'))
     for name in tf_retrain.KERAS_NETWORKS:
         monkeypatch.setattr(keras.applications, name, create_stand_in(name))
     answers, asked = {f'/{FILE}': {'body': body}}, []
@@ -280,15 +280,16 @@ def test_a_network_by_its_name(job, keras_host):
 
 FAILURES = [
     ({'body': b'', 'status': 404}, 'HTTP Error 404: Not Found'),
-    ({'body': b'half', 'length': 8}, 'retrieval incomplete: got only 4 out of 8 bytes'),
+    ({'body': b'half', 'length': 8}, '4 of 8 bytes came'),
     ({}, 'timed out'),
-    ({'body': b'<html></html>'}, 'Incomplete or corrupted file detected'),
+    ({'body': b'<html></html>'}, '13 bytes came, and are not the weights that Keras expects'),
 ]
 
 
 def test_weights_that_cannot_be_downloaded(job, keras_host, monkeypatch):
     """The next run tries again; a file that the user puts there is taken."""
     monkeypatch.setattr(tf_retrain, 'DOWNLOAD_TIMEOUT', 0.5)
+    monkeypatch.setattr(tf_retrain, 'DOWNLOAD_ATTEMPTS', 1)
     answers, asked = keras_host
     right = answers[f'/{FILE}']['body']
     path = job.folder / 'home/models' / FILE
@@ -301,10 +302,44 @@ def test_weights_that_cannot_be_downloaded(job, keras_host, monkeypatch):
         assert message.startswith(f'{resnet.BASE_WEIGHTS_PATH}{FILE} could not be downloaded (')
         assert reason in message
         assert message.endswith(f'or save it as {path}.')
+        assert not path.exists()
     assert len(asked) == len(FAILURES)
     path.write_bytes(right)
     assert len(created(job.cache('--architecture=ResNet50'))) == 6
     assert len(asked) == len(FAILURES)
+
+
+@pytest.mark.parametrize('is_online', [True, False])
+def test_weights_of_another_version_of_keras_are_kept(job, keras_host, monkeypatch, is_online):
+    """Keras would overwrite them, or delete them if it has no network connection."""
+    monkeypatch.setattr(tf_retrain, 'DOWNLOAD_ATTEMPTS', 1)
+    answers, _ = keras_host
+    if not is_online:
+        answers[f'/{FILE}'] = {'body': b'', 'status': 503}
+    path = job.folder / 'home/models' / FILE
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b'of another version')
+    job.photographs(cat=3, dog=3)
+    if is_online:
+        out = job.cache('--architecture=ResNet50')
+    else:
+        with pytest.raises(tf_retrain.UserError, match='HTTP Error 503'):
+            job.cache('--architecture=ResNet50')
+        out = job.capsys.readouterr().out
+    assert f'{path} is damaged, or not what this Keras needs: renamed to {path}.broken.' in out
+    assert pathlib.Path(f'{path}.broken').read_bytes() == b'of another version'
+    assert path.exists() == is_online
+
+
+def test_weights_may_be_read_only(job, keras_host, monkeypatch):
+    path = job.folder / 'home/models' / FILE
+    job.photographs(cat=3, dog=3).cache('--architecture=ResNet50')
+    probe = mock.Mock(wraps=tf_retrain.ensure_writable_dir)
+    monkeypatch.setattr(tf_retrain, 'ensure_writable_dir', probe)
+    before = path.stat()
+    job.cache('--architecture=ResNet50')
+    assert not probe.called
+    assert path.stat() == before
 
 
 @pytest.mark.parametrize(

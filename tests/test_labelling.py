@@ -285,11 +285,21 @@ def test_nothing_that_is_read_is_written(trained, label, path):
     label.fails('^--sort_into: .* is read. Name another folder', '--sort_into=data', 'data/')
 
 
+def test_images_are_not_sorted_into_what_is_trained_on(trained, label, monkeypatch):
+    """Cats that are taken for dogs would be trained on as dogs."""
+    monkeypatch.chdir(trained.folder)
+    before = sorted(trained.data.rglob('*'))
+    for folder in ('data', 'data/cat', 'data/sorted', trained.data):
+        message = '^--sort_into: .* is in the --image_dir of the training. Name another folder'
+        label.fails(message, f'--sort_into={folder}', *sorted(before)[1:3])
+    assert sorted(trained.data.rglob('*')) == before
+
+
 def test_a_heatmap_is_no_photograph_to_train_on(trained, label):
     other = trained.data / 'cat/cat 1.jpg'
     before = other.read_bytes()
     for path in (other, 'data/dog/new.png'):
-        message = '^--heatmap: .* is in the --image_dir of the training. Name a file elsewhere'
+        message = '^--heatmap: .* is in the --image_dir of the training. Name another folder'
         label.fails(message, f'--heatmap={path}', trained.test_image())
     assert other.read_bytes() == before
     assert not (trained.data / 'dog/new.png').exists()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import zipfile
+from unittest import mock
 
 import keras
 import numpy as np
@@ -349,6 +350,15 @@ def test_a_module_with_branches(tmp_path, gray):
     images = np.full([2, 8, 8, 3], gray, np.float32)
     expected = [[2, 3, 4]] if gray else [[5, 6, 7]]
     np.testing.assert_allclose(backbone.networks[0](images), 2 * expected)
+
+
+def test_a_network_that_this_computer_cannot_run_is_named():
+    """Such as one whose convolutions take the channels first, without oneDNN."""
+    error = tf.errors.UnimplementedError(None, None, 'only supported for NHWC format')
+    run_batch = tf_retrain.run_in_parts(mock.Mock(side_effect=error), 'module')
+    message = r'^module cannot be run \(only supported for NHWC format\). Name another network'
+    with pytest.raises(tf_retrain.UserError, match=message):
+        run_batch(tf.zeros([2, 8, 8, 3]))
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,40 @@ def test_files_that_may_not_be_replaced(job, monkeypatch):
 
 
 @pytest.mark.posix
+def test_files_of_others_that_are_read_only_stay(job, monkeypatch):
+    """The folder may be a shared one, in which this user could rename another file to theirs."""
+    path = job.folder / 'graph.pb'
+    path.write_text('of somebody else')
+    monkeypatch.setattr(os, 'geteuid', lambda: path.stat().st_uid + 1)
+    monkeypatch.setattr(os, 'access', lambda name, mode: name != os.fsencode(path))
+    job.photographs(cat=20, dog=20).fails('^--output_graph: .* is read-only.', output_graph=path)
+    assert path.read_text() == 'of somebody else'
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize('flag', ['output_graph', 'output_labels', 'saved_model_dir'])
+def test_a_name_that_the_drive_does_not_allow_is_found_before_any_work(job, monkeypatch, flag):
+    """On a USB drive with FAT or NTFS: `--output_graph=run_$(date +%H:%M).pb`."""
+    mkdir = os.mkdir
+
+    def refuse(name, *arguments):
+        if b':' in os.fsencode(name):
+            raise OSError(errno.EINVAL, 'Invalid argument')
+        mkdir(name, *arguments)
+
+    monkeypatch.setattr(os, 'mkdir', refuse)
+    monkeypatch.chdir(job.folder)
+    flags = {'saved_model_dir': 'usb/1', flag: 'usb/12:30'}
+    arguments = job.photographs(cat=4, dog=4).arguments(**flags)
+    message = (
+        rf"^--{flag}: 'usb/12:30' cannot be written \(Invalid argument\). Name another one, of"
+    )
+    with pytest.raises(retrain_serving.UserError, match=message):
+        retrain_serving.main_serving(parse_serving(*arguments))
+    assert not (job.folder / 'bottlenecks').exists()
+
+
+@pytest.mark.posix
 def test_a_link_stays_a_link_and_its_target_is_written(job):
     target = job.folder / 'elsewhere/labels.txt'
     target.parent.mkdir()
@@ -470,6 +504,18 @@ def test_outputs_keep_their_group(tmp_path):
     os.chown(path, -1, 12345)
     tf_retrain.write_whole(str(path), b'new')
     assert (path.stat().st_gid, path.stat().st_mode & 0o777) == (12345, 0o640)
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize(('before', 'after'), [(0o640, 0o600), (0o664, 0o644), (0o604, 0o604)])
+def test_another_group_gets_no_rights_that_not_all_have(tmp_path, monkeypatch, before, after):
+    """This user may not be in the group of the old file."""
+    path = tmp_path / 'x.pb'
+    path.touch()
+    path.chmod(before)
+    monkeypatch.setattr(os, 'chown', mock.Mock(side_effect=PermissionError))
+    tf_retrain.write_whole(str(path), b'new')
+    assert path.stat().st_mode & 0o777 == after
 
 
 @pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid(), reason='only root gives files away')
