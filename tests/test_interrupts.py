@@ -320,6 +320,7 @@ def test_a_stop_does_not_wait_for_the_trial_of_a_large_module():
     release = threading.Event()
 
     def compute(images):
+        assert threading.current_thread() is not threading.main_thread()
         os.kill(os.getpid(), signal.SIGINT)
         release.wait(60)
 

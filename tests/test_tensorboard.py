@@ -228,7 +228,9 @@ def test_logs_of_other_programs_stay(job):
     out = job.photographs(cat=20, dog=20).main()
     assert 'WARNING: logs of other programs stay, and TensorBoard shows them t' in out
     assert all(f'logs/train/{name}' in out for name in others)
-    (own,) = set(os.listdir(train)) - set(others)
+    left = set(os.listdir(train))
+    assert set(others) < left
+    (own,) = left - set(others)
     assert own != name_log('host.7')
 
 
