@@ -963,6 +963,8 @@ def ensure_name_is_allowed(path: str, flag: str) -> None:
 
     This tries a hidden name with the same punctuation.
     """
+    if '://' in path:
+        return
     target = os.path.realpath(to_bytes(path))
     odd = ''.join(set(string.punctuation).intersection(os.path.basename(target).decode()))
     probe = os.path.join(os.path.dirname(target), f'.{odd}{create_hidden_name()}'.encode())
@@ -2159,7 +2161,7 @@ def load_keras_network(model_dir: str, architecture: str) -> Backbone:
 
 def get_keras_home() -> str:
     """Returns the folder where Keras keeps its settings, and in models/ its weights."""
-    return os.environ.get('KERAS_HOME', os.path.expanduser('~/.keras'))
+    return os.path.expanduser(os.environ.get('KERAS_HOME', '~/.keras'))
 
 
 @contextlib.contextmanager

@@ -280,6 +280,10 @@ def test_a_name_that_the_drive_does_not_allow_is_found_before_any_work(job, monk
     assert not (job.folder / 'bottlenecks').exists()
 
 
+def test_names_elsewhere_are_not_those_of_a_drive():
+    tf_retrain.ensure_replaceable('gs://bucket/12:30', '--output_graph')
+
+
 @pytest.mark.posix
 def test_a_link_stays_a_link_and_its_target_is_written(job):
     target = job.folder / 'elsewhere/labels.txt'
