@@ -4407,8 +4407,11 @@ def create_record(
     record['labels'] = images.labels
     record['folders'] = images.folders
     record['set_folders'] = images.set_folders
-    is_remote = '://' in images.folder
-    record['image_dir'] = images.folder if is_remote else make_absolute(images.folder)
+    record['image_dir'] = record['real_image_dir'] = images.folder
+    if '://' not in images.folder:
+        record['image_dir'] = make_absolute(images.folder)
+        real_path = os.path.realpath(to_bytes(images.folder))
+        record['real_image_dir'] = real_path.decode(errors='surrogateescape')
     record['images'] = {
         name: dict(zip(images.labels, counts.tolist(), strict=True))
         for name, counts in images.counts.items()

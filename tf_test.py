@@ -393,6 +393,7 @@ class Training(NamedTuple):
     folders: list[str]  # class folders, in the order of the labels
     image_dir: str  # as typed
     absolute_image_dir: str
+    real_image_dir: str  # where it led then, if it is a link
     set_folders: dict[str, str]  # {folder: its set} of images that were split already
     percentages: tuple[int, int]  # --testing_percentage, --validation_percentage
     is_upright: bool
@@ -451,6 +452,7 @@ def load_training(path: str, contents: bytes) -> Training | None:
             folders=[check_name(folder) for folder in record['folders']],
             image_dir=check_name(flags['image_dir']),
             absolute_image_dir=check_name(record['image_dir']),
+            real_image_dir=check_name(record.get('real_image_dir', record['image_dir'])),
             set_folders={check_name(name): set_ for name, set_ in record['set_folders'].items()},
             percentages=(int(flags['testing_percentage']), int(flags['validation_percentage'])),
             is_upright=bool(flags['upright']),
@@ -1581,8 +1583,11 @@ class Tally:
         training = self.training
         if training is None:
             return {}
-        names = training.list_folders()
-        return {resolve(os.path.join(training.absolute_image_dir, name)): name for name in names}
+        return {
+            resolve(os.path.join(image_dir, name)): name
+            for image_dir in (training.absolute_image_dir, training.real_image_dir)
+            for name in training.list_folders()
+        }
 
     def find_listed(self, path: str) -> str | None:
         """Returns an image as the training listed it, 'class folder/file', or None if it did not.

@@ -285,6 +285,26 @@ def test_nothing_that_is_read_is_written(trained, label, path):
     label.fails('^--sort_into: .* is read. Name another folder', '--sort_into=data', 'data/')
 
 
+@pytest.mark.posix
+def test_images_of_a_folder_to_which_a_link_led_are_not_new(job, monkeypatch):
+    """`data` leads to one version of the images in the training, and to the next one later."""
+    job.photographs(cat=20, dog=20)
+    job.data.rename(job.folder / 'v1')
+    job.data.symlink_to('v1')
+    job.main(how_many_training_steps='2')
+    job.data.unlink()
+    for name in ('cat', 'dog'):
+        (job.folder / 'v2' / name).mkdir(parents=True)
+    job.data.symlink_to('v2')
+    monkeypatch.chdir(job.folder)
+    for name in ('v1', f'{job.folder}/v1'):
+        tf_test.label_images(parse(name, GRAPH, LABELS))
+        err = job.capsys.readouterr().err
+        counts = re.search(r'Accuracy on the (\d+) images.*not counted: (\d+) more', err, re.DOTALL)
+        tested, not_new = map(int, counts.groups())
+        assert (0 < tested < 20, tested + not_new) == (True, 40)
+
+
 def test_images_are_not_sorted_into_what_is_trained_on(trained, label, monkeypatch):
     """Cats that are taken for dogs would be trained on as dogs."""
     monkeypatch.chdir(trained.folder)
