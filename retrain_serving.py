@@ -48,7 +48,7 @@ import uuid
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import IO, Any, NamedTuple
 
 # Flags
@@ -2737,7 +2737,7 @@ def run_in_parts(network: Callable, source: str) -> Callable:
     return run_batch
 
 
-def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Iterator:
+def run_networks(networks: list[Callable], batches: tf.data.Dataset) -> Generator:
     """Yields (keys, digests, bottlenecks) of each batch of (keys, digests, images).
 
     Each device has a network. They work at once, while the next batches are made.
@@ -2820,11 +2820,12 @@ def ensure_vectors(batches: Iterator, source: str) -> Iterator:
         yield keys, digests, bottlenecks
 
 
-def run_ahead(batches: Iterator) -> Iterator:
+def run_ahead(batches: Generator) -> Iterator:
     """Yields batches, each of which is computed while the one before it is used.
 
     A stop does not wait for the batch in hand: a network drive may hang, and what was learned must
-    be written. Only the end of the program waits, as Python would abort in the middle of a batch.
+    be written. Only the end of the program waits: Python would abort in the middle of a batch, or
+    while TensorFlow ends the threads that make the next ones.
     """
     thread = multiprocessing.pool.ThreadPool(1)
     result = thread.apply_async(next, (batches, None))
@@ -2833,8 +2834,9 @@ def run_ahead(batches: Iterator) -> Iterator:
             result = thread.apply_async(next, (batches, None))
             yield batch
     finally:
+        end = thread.apply_async(batches.close)  # behind the batch in hand
         thread.close()  # terminate() would leave the batch in hand without a result
-        atexit.register(result.wait, DRIVE_TIMEOUT)
+        atexit.register(end.wait, DRIVE_TIMEOUT)
 
 
 def compute_bottlenecks(
