@@ -3141,11 +3141,15 @@ class BottleneckCache:
     def is_unusable(self, row: int) -> bool:
         """Tells whether an image probably has no bottleneck to write.
 
-        It cannot be read, or could not be decoded by other versions of the libraries.
+        It cannot be read, or is unchanged since it could not be decoded by other versions of the
+        libraries.
         """
-        path, record = self.images.paths[row], self.records[row]
-        is_readable = '://' in path or os.access(to_bytes(path), os.R_OK)
-        return not is_readable or (record is not None and isinstance(record.outcome, str))
+        path, record, status = self.images.paths[row], self.records[row], self.statuses[row]
+        if '://' not in path and not os.access(to_bytes(path), os.R_OK):
+            return True
+        if record is None or not isinstance(record.outcome, str):
+            return False
+        return (record.size, record.time) == (status.size, status.modified)
 
     def trust_unrecorded(self) -> None:
         """Records cache files without a readable record as they are (bottlenecks/README.md)."""

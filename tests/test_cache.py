@@ -695,6 +695,10 @@ def test_a_cache_may_be_read_only_after_an_update_of_the_decoders(cached, monkey
     monkeypatch.setattr(tf_retrain, 'ensure_writable_dir', probe)
     monkeypatch.setattr(tf_retrain, 'DECODER', 'a newer one')
     assert 'left out: it is empty' in cached.cache()
+    (cached.data / 'cat/empty.jpg').write_bytes(b'x')
+    with pytest.raises(UserError, match='^read-only$'):
+        cached.cache()
+    (cached.data / 'cat/empty.jpg').unlink()
     shutil.copy(cached.data / CAT, cached.data / 'cat/new.jpg')
     with pytest.raises(UserError, match='^read-only$'):
         cached.cache()

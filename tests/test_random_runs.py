@@ -60,6 +60,7 @@ class World:
         store = folder / 'store'
         store.mkdir()
         self.keep(store / 'notes.txt', b'of the user')
+        self.output = ''  # of the last run
 
     def keep(self, path, contents):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +220,7 @@ class World:
                         time.sleep(self.random.random() / 5)
                     break
                 time.sleep(0.01)
-            process.out = ''.join(process.communicate())
+            self.output = process.out = ''.join(process.communicate())
         process.is_cut_off = len(signals) > 1 or signal.SIGKILL in signals
         return process
 
@@ -315,4 +316,5 @@ def test_whatever_happens(tmp_path, model, seed):
             world.random.choice([world.train, world.train, world.label])()
     except BaseException:
         print('\n'.join(world.story))
+        print(world.output[-5000:])
         raise
