@@ -844,7 +844,7 @@ def keep_rights(path: str, temporary: str) -> None:
             if sys.platform != 'win32' and mode & stat.S_IRWXG:
                 try:
                     os.chown(to_bytes(temporary), -1, status.st_gid)
-                except PermissionError:  # then the group gets the rights of all others
+                except OSError:  # then the group gets the rights of all others
                     mode = mode & ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
             os.chmod(to_bytes(temporary), mode)
 
@@ -1593,7 +1593,6 @@ MAX_PIXELS = 2**29 // 3
 MAX_FILE_SIZE = 2**30  # bytes: MAX_PIXELS of 3 x 16 bits
 # TensorFlow decodes the formats that begin with these, and Pillow the others.
 JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
-GIF_FRAME = b'!\xf9\x04'  # a frame of an animation begins with it: a graphic control extension
 # Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
 # a TIFF file too, some AVIF files begin like HEIC, and all `....ftyp` like a video.
 SIGNATURES = {
@@ -1654,9 +1653,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
 
     A PNG has width and height in bytes 16 to 23, in its first chunk, IHDR
     (https://www.w3.org/TR/png-3/#11IHDR), a GIF in bytes 6 to 9
-    (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error. Of an animated
-    GIF, each further frame counts as a fifteenth of its pixels: TensorFlow decodes it, too, but
-    into one byte per pixel, and not into the 15 of MAX_PIXELS.
+    (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
     """
     start = tf.strings.substr(contents, 0, 2)
     header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'  # a short file has sides of 0
@@ -1677,13 +1674,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
             lambda: tf.image.extract_jpeg_shape(contents)[:2],
             lambda: tf.where(is_png, png_sides, tf.cast(gif_sides, tf.int32)),
         )
-    pixels = tf.reduce_prod(tf.cast(sides, tf.int64))
-    further_frames = tf.cond(
-        start == GIF,
-        lambda: tf.size(tf.strings.split(contents, GIF_FRAME), tf.int64) - 2,
-        lambda: tf.constant(0, tf.int64),
-    )
-    return pixels + pixels * tf.maximum(further_frames, 0) // 15
+    return tf.reduce_prod(tf.cast(sides, tf.int64))
 
 
 def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
@@ -2445,13 +2436,15 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat
 def get_folder_checksum(folder: str) -> int:
     """Returns the CRC-32 of the files in and below a folder, in the order of their paths.
 
-    Hidden files do not count: the Finder of macOS adds its .DS_Store to each folder that it shows.
+    Hidden files and folders do not count: the Finder of macOS adds its .DS_Store to each folder
+    that it shows.
     """
     walk = gfile.walk(folder)
     paths = [os.path.join(parent, name) for parent, _, names in walk for name in names]
     checksum = 0
     for path in sorted(paths):
-        if not is_hidden(os.path.basename(path)):
+        names = path.removeprefix(folder).split(os.sep)
+        if not any(map(is_hidden, names)):
             checksum = zlib.crc32(read_file(path), checksum)
     return checksum
 

@@ -799,7 +799,6 @@ MAX_PIXELS = 2**29 // 3
 MAX_FILE_SIZE = 2**30  # bytes: MAX_PIXELS of 3 x 16 bits
 # TensorFlow decodes the formats that begin with these, and Pillow the others.
 JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
-GIF_FRAME = b'!\xf9\x04'  # a frame of an animation begins with it: a graphic control extension
 # Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
 # a TIFF file too, some AVIF files begin like HEIC, and all `....ftyp` like a video.
 SIGNATURES = {
@@ -860,9 +859,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
 
     A PNG has width and height in bytes 16 to 23, in its first chunk, IHDR
     (https://www.w3.org/TR/png-3/#11IHDR), a GIF in bytes 6 to 9
-    (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error. Of an animated
-    GIF, each further frame counts as a fifteenth of its pixels: TensorFlow decodes it, too, but
-    into one byte per pixel, and not into the 15 of MAX_PIXELS.
+    (https://www.w3.org/Graphics/GIF/spec-gif89a.txt). Other contents are an error.
     """
     start = tf.strings.substr(contents, 0, 2)
     header = tf.strings.substr(contents, 0, 24) + 24 * b'\0'  # a short file has sides of 0
@@ -883,13 +880,7 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
             lambda: tf.image.extract_jpeg_shape(contents)[:2],
             lambda: tf.where(is_png, png_sides, tf.cast(gif_sides, tf.int32)),
         )
-    pixels = tf.reduce_prod(tf.cast(sides, tf.int64))
-    further_frames = tf.cond(
-        start == GIF,
-        lambda: tf.size(tf.strings.split(contents, GIF_FRAME), tf.int64) - 2,
-        lambda: tf.constant(0, tf.int64),
-    )
-    return pixels + pixels * tf.maximum(further_frames, 0) // 15
+    return tf.reduce_prod(tf.cast(sides, tf.int64))
 
 
 def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:

@@ -544,20 +544,6 @@ def test_the_limit_on_pixels_holds_whatever_else_is_in_the_header(job, monkeypat
     assert f"'data/cat/bomb.png' is left out: {reason}" in job.cache()
 
 
-def test_the_limit_on_pixels_holds_for_all_frames(job, monkeypatch):
-    """TensorFlow decodes all frames of a GIF, of which it returns the first."""
-    job.photographs(cat=4, dog=4)
-    monkeypatch.setattr(tf_retrain, 'MAX_PIXELS', 12_000)
-    rng = np.random.default_rng(0)
-    frames = [Image.fromarray(rng.integers(0, 256, (100, 100), np.uint8)) for _ in range(7)]
-    for name, count in (('allowed.gif', 4), ('refused.gif', 7)):
-        options = {'append_images': frames[1:count], 'duration': 40}
-        frames[0].save(job.data / 'cat' / name, save_all=True, **options)
-    out = job.cache('--bottleneck_dir=b')
-    assert "'data/cat/refused.gif' is left out: it has 14,000 pixels, more than 12,000" in out
-    assert 'allowed.gif.txt' in out
-
-
 def test_the_limit_on_pixels_holds_whatever_comes_before_the_header(job, monkeypatch):
     """The contents of another chunk are not the sides of a PNG."""
     job.photographs(cat=4, dog=4)

@@ -186,6 +186,8 @@ def test_module_bottlenecks(job):
     expected = FeatureVector()(resize(job.data / 'cat/cat 0.jpg', [96, 128]) / 255)[0]
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     (job.folder / 'module/.DS_Store').write_text('of the Finder of macOS')
+    (job.folder / 'module/.git').mkdir()
+    (job.folder / 'module/.git/index').write_text('of a clone')
     assert 'bottleneck' not in job.cache('--tfhub_module=module/')
     write_module(job.folder / 'module', seed=1)
     changed = 'The image or the model changed, recreating bottleneck '
