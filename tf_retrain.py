@@ -43,7 +43,6 @@ import shlex
 import signal
 import socket
 import stat
-import string
 import sys
 import tarfile
 import tempfile
@@ -769,6 +768,7 @@ def run(job: Callable, flags: argparse.Namespace) -> None:
 # Files
 
 MOUNTS = '/proc/self/mountinfo'
+REFUSED_BY_FAT = '"*:<>?\\|'
 
 
 def to_bytes(path: str) -> bytes:
@@ -954,13 +954,14 @@ def ensure_replaceable(path: str, flag: str) -> None:
 def ensure_name_is_allowed(path: str, flag: str) -> None:
     """Raises UserError if the drive allows no such name: FAT and NTFS allow none with a colon.
 
-    This tries a hidden name with the same punctuation.
+    This tries a hidden name with the same characters of those that they refuse.
     """
-    if '://' in path:
-        return
     target = os.path.realpath(to_bytes(path))
-    odd = ''.join(set(string.punctuation).intersection(os.path.basename(target).decode()))
-    probe = os.path.join(os.path.dirname(target), f'.{odd}{create_hidden_name()}'.encode())
+    odd = set(REFUSED_BY_FAT).intersection(os.path.basename(target).decode())
+    if not odd or '://' in path:
+        return
+    name = f'{create_hidden_name()}{"".join(odd)}'
+    probe = os.path.join(os.path.dirname(target), name.encode())
     try:
         os.mkdir(probe)
         os.rmdir(probe)
@@ -1930,8 +1931,8 @@ def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str
         graph = extract(read_file(archive_path), graph_name)
         if not graph:
             broken = f'{archive_path}.broken'
-            print(f'{archive_path} is damaged, or has no {graph_name} in it: renamed to {broken}.')
             gfile.rename(archive_path, broken, overwrite=True)
+            print(f'{archive_path} is damaged, or has no {graph_name} in it: renamed to {broken}.')
     if not graph:
         find = functools.partial(extract, name=graph_name)
         graph = download(url, archive_path, find, f'a .tgz with {graph_name}')
@@ -2199,13 +2200,13 @@ def fetch_weights(
         digest = hashlib.new(algorithm, contents, usedforsecurity=False).hexdigest()
         return contents if file_hash in (None, digest) else b''
 
-    if gfile.exists(path):
-        if find(read_file(path)):
-            return path
-        broken = f'{path}.broken'
-        print(f'{path} is damaged, or not what this Keras needs: renamed to {broken}.')
-        gfile.rename(path, broken, overwrite=True)
+    if gfile.exists(path) and find(read_file(path)):
+        return path
     ensure_writable_dir(os.path.dirname(path), '--model_dir or KERAS_HOME')
+    if gfile.exists(path):
+        broken = f'{path}.broken'
+        gfile.rename(path, broken, overwrite=True)
+        print(f'{path} is damaged, or not what this Keras needs: renamed to {broken}.')
     download(url, path, find, 'the weights that Keras expects')
     return path
 

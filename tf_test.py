@@ -1824,12 +1824,18 @@ def ensure_outside_images(training: Training | None, flags: argparse.Namespace) 
     """Raises UserError if what is written would be trained on."""
     if training is None:
         return
-    image_dir = resolve(training.absolute_image_dir)
-    for flag, path in (('--heatmap', flags.heatmap), ('--sort_into', flags.sort_into)):
-        if path and resolve(path).is_relative_to(image_dir):
-            raise UserError(
-                f"{flag}: '{path}' is in the --image_dir of the training. Name another folder."
-            )
+    image_dir = training.absolute_image_dir
+    if flags.heatmap and resolve(flags.heatmap).is_relative_to(resolve(image_dir)):
+        raise UserError(
+            f"--heatmap: '{flags.heatmap}' is in the --image_dir of the training. Name a file "
+            'elsewhere.'
+        )
+    parents = [os.path.join(image_dir, name) for name in ('', *training.set_folders)]
+    if flags.sort_into and resolve(flags.sort_into) in map(resolve, parents):
+        raise UserError(
+            f"--sort_into: '{flags.sort_into}' has the class folders of the training, which would "
+            'train on it. Name another folder.'
+        )
 
 
 def check_heatmap(path: str) -> None:

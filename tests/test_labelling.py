@@ -309,17 +309,19 @@ def test_images_are_not_sorted_into_what_is_trained_on(trained, label, monkeypat
     """Cats that are taken for dogs would be trained on as dogs."""
     monkeypatch.chdir(trained.folder)
     before = sorted(trained.data.rglob('*'))
-    for folder in ('data', 'data/cat', 'data/sorted', trained.data):
-        message = '^--sort_into: .* is in the --image_dir of the training. Name another folder'
+    for folder in ('data', 'data/', trained.data):
+        message = '^--sort_into: .* has the class folders of the training, which would train on it'
         label.fails(message, f'--sort_into={folder}', *sorted(before)[1:3])
     assert sorted(trained.data.rglob('*')) == before
+    label('--sort_into=data/sorted', trained.test_image())  # no class folder, and so not trained on
+    shutil.rmtree(trained.data / 'sorted')
 
 
 def test_a_heatmap_is_no_photograph_to_train_on(trained, label):
     other = trained.data / 'cat/cat 1.jpg'
     before = other.read_bytes()
     for path in (other, 'data/dog/new.png'):
-        message = '^--heatmap: .* is in the --image_dir of the training. Name another folder'
+        message = '^--heatmap: .* is in the --image_dir of the training. Name a file elsewhere'
         label.fails(message, f'--heatmap={path}', trained.test_image())
     assert other.read_bytes() == before
     assert not (trained.data / 'dog/new.png').exists()
