@@ -4621,8 +4621,8 @@ def check_outputs_and_images(images: Images, flags: argparse.Namespace) -> None:
 SUMMARY_FOLDERS = ('train', 'validation', 'test', 'suspects')
 LOG_START = 'events.out.tfevents.'
 # The names of event files end with the time in ns, the computer and the process. Keras, PyTorch and
-# retrain.py of 2017 write the time in s.
-LOG_NAME = re.compile(rf'{re.escape(LOG_START)}\d{{19}}\.(.+)\.(\d+)$')
+# retrain.py of 2017 write the time in s, of 10 digits.
+LOG_NAME = re.compile(rf'{re.escape(LOG_START)}\d{{11,}}\.(.+)\.(\d+)$')
 # A run on another computer may still be at work if it wrote its log up to this many seconds before
 # this run started: it may be in a long step, or the clock there may be wrong.
 OTHER_RUNS = 60
