@@ -516,9 +516,9 @@ def prepare_keras(flags: argparse.Namespace) -> None:
     """Tells Keras where to keep the weights of its networks.
 
     This comes before the import of TensorFlow: it imports Keras, which reads KERAS_HOME only then,
-    and writes a keras.json there.
+    and writes a keras.json there. A notebook may have imported it already.
     """
-    if flags.architecture in KERAS_NETWORKS:
+    if flags.architecture in KERAS_NETWORKS and 'keras' not in sys.modules:
         os.environ.setdefault('KERAS_HOME', flags.model_dir)
 
 
@@ -2156,10 +2156,12 @@ def get_keras_home() -> str:
     return os.path.expanduser(os.environ.get('KERAS_HOME', '~/.keras'))
 
 
+download_lock = threading.RLock()  # two trainings in threads must not restore what the other set
+
+
 @contextlib.contextmanager
 def download_timeout() -> Iterator[None]:
     """Makes libraries give up connections that hang, and lets a stop end them at once."""
-    timeout, look_up = socket.getdefaulttimeout(), socket.getaddrinfo
 
     def look_up_in_thread(*arguments: Any, **options: Any) -> Any:
         # Python hears no signal while the system waits for a name server, which may be gone.
@@ -2169,13 +2171,15 @@ def download_timeout() -> Iterator[None]:
             except multiprocessing.TimeoutError:
                 raise OSError(f'no name server has answered for {DOWNLOAD_TIMEOUT} s')
 
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    socket.getaddrinfo = look_up_in_thread
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(timeout)
-        socket.getaddrinfo = look_up
+    with download_lock:
+        timeout, look_up = socket.getdefaulttimeout(), socket.getaddrinfo
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+        socket.getaddrinfo = look_up_in_thread
+        try:
+            yield
+        finally:
+            socket.setdefaulttimeout(timeout)
+            socket.getaddrinfo = look_up
 
 
 @contextlib.contextmanager

@@ -178,6 +178,24 @@ def test_a_server_that_hangs(tmp_path, monkeypatch, server):
     done.set()
 
 
+def test_downloads_in_threads_leave_the_settings_of_the_program():
+    """Each of two trainings in one program may download at the same time."""
+    before = socket.getdefaulttimeout(), socket.getaddrinfo
+    has_begun = threading.Event()
+
+    def download():
+        with tf_retrain.download_timeout():
+            has_begun.set()
+
+    with tf_retrain.download_timeout():
+        other = threading.Thread(target=download)
+        other.start()
+        assert not has_begun.wait(0.1)
+    other.join()
+    assert has_begun.is_set()
+    assert (socket.getdefaulttimeout(), socket.getaddrinfo) == before
+
+
 def test_an_unreachable_server(tmp_path, monkeypatch):
     with socket.socket() as deaf:
         deaf.bind(('127.0.0.1', 0))  # nobody listens there, and nobody else can

@@ -364,16 +364,19 @@ def test_weights_that_cannot_be_loaded(job, keras_host, monkeypatch, error, expe
 
 
 @pytest.mark.parametrize(
-    ('architecture', 'before', 'after'),
+    ('architecture', 'before', 'after', 'is_imported'),
     [
-        ('ResNet50', {}, {'KERAS_HOME': 'inception/'}),
-        ('ResNet50', {'KERAS_HOME': '/mine'}, {'KERAS_HOME': '/mine'}),
-        ('inception_v3', {}, {}),
+        ('ResNet50', {}, {'KERAS_HOME': 'inception/'}, False),
+        ('ResNet50', {'KERAS_HOME': '/mine'}, {'KERAS_HOME': '/mine'}, False),
+        ('ResNet50', {}, {}, True),
+        ('inception_v3', {}, {}, False),
     ],
 )
-def test_where_keras_keeps_weights(monkeypatch, architecture, before, after):
-    """In --model_dir, unless the user has set another folder."""
+def test_where_keras_keeps_weights(monkeypatch, architecture, before, after, is_imported):
+    """In --model_dir, unless the user has set another folder, or a notebook has imported Keras."""
     monkeypatch.setattr(os, 'environ', dict(before))
+    if not is_imported:
+        monkeypatch.delitem(sys.modules, 'keras')
     flags = parse('--image_dir=x', '--model_dir=inception/', f'--architecture={architecture}')
     tf_retrain.prepare_keras(flags)
     assert os.environ == after
