@@ -54,7 +54,9 @@ def test_workers_compute_every_bottleneck_once(job, monkeypatch, small_batches, 
     set_processor(monkeypatch, 'bf16')
     flags = {'precision': precision, 'image_dir': job.photographs(cat=60, dog=60).data}
     job.cache(**flags, bottleneck_dir='alone')
-    monkeypatch.setattr(tf_retrain, 'run_networks', lambda networks, batches: iter(()))
+    monkeypatch.setattr(
+        tf_retrain, 'run_networks', lambda networks, batches: (batch for batch in ())
+    )
     out = job.cache(**flags, data_service=address)
     assert out.count('Creating bottleneck at') == 120
     check_same_bottlenecks(job.folder / 'alone', job.folder / 'bottlenecks')

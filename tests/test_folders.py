@@ -576,7 +576,7 @@ def test_class_folders_that_are_gone_are_mentioned(tmp_path, capsys, set_folders
     for folder in folders:
         (tmp_path / folder).mkdir(parents=True)
     training = tf_test.Training(
-        ['cat', 'dog'], 'data', str(tmp_path), set_folders, (10, 10), is_upright=False
+        ['cat', 'dog'], 'data', *[str(tmp_path)] * 2, set_folders, (10, 10), is_upright=False
     )
     tally = tf_test.Tally(tf_test.Classes(['cat'], ['cat'], []), training, images=2, not_new=2)
     tf_test.report_tally(tally, mock.Mock(upright=False))
