@@ -912,7 +912,7 @@ def is_mount_point(path: bytes) -> bool:
 
 
 def ensure_replaceable(path: str, flag: str) -> None:
-    """Raises UserError if a file exists and could not be replaced at the end of the run.
+    """Raises UserError if a file could not be written, or replaced, at the end of the run.
 
     That a folder is writable is not enough: in /tmp, nobody can replace the files of others. So
     this tries to rename an empty folder to the file. That always fails, and the error tells why.
@@ -1839,8 +1839,8 @@ FUNCTION_BOTTLENECK = f'{FUNCTION_SCOPE}/bottleneck'
 # What the training puts behind a network.
 FINAL_SCOPE = 'final_training_ops'
 FAMILIARITY_NODE = 'familiarity'
-MAX_ARCHIVE_SIZE = 2**30  # bytes, unpacked: the largest model has a tenth of it
-MAX_DOWNLOAD_SIZE = 2**31  # bytes: the largest weights of Keras have 1.4 GB
+MAX_ARCHIVE_SIZE = 2**30  # bytes, packed or unpacked: the largest model has a tenth of it
+MAX_WEIGHTS_SIZE = 2**31  # bytes: the largest weights of Keras have 1.4 GB
 DOWNLOAD_ATTEMPTS = 3
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
 LARGE_CONSTANT = 1024  # bytes: a larger Const holds weights
@@ -1865,8 +1865,11 @@ def extract(archive: bytes, name: str) -> bytes:
     return b''
 
 
-def fetch(url: str, name: str) -> bytes:
-    """Returns a downloaded file, all of it, and shows the progress; raises OSError if it fails."""
+def fetch(url: str, name: str, largest: int) -> bytes:
+    """Returns a downloaded file, all of it, and shows the progress.
+
+    Raises OSError if it fails, or if the file has more than `largest` bytes.
+    """
     contents = bytearray()
     with download_timeout(), urllib.request.urlopen(url) as response:
         total = int(response.headers.get('Content-Length', 0))
@@ -1874,8 +1877,8 @@ def fetch(url: str, name: str) -> bytes:
             while block := response.read1(1 << 16):
                 contents += block
                 done = len(contents)
-                if done > MAX_DOWNLOAD_SIZE:
-                    raise OSError(f'more than {MAX_DOWNLOAD_SIZE:,} bytes came')
+                if done > largest:
+                    raise OSError(f'more than {largest:,} bytes came')
                 progress = f'{100 * done / total:.1f}%' if total else f'{done / 1e6:.1f} MB'
                 print(f'\r>> Downloading {name} {progress}', end='', file=sys.stderr)
         finally:
@@ -1885,8 +1888,8 @@ def fetch(url: str, name: str) -> bytes:
     return bytes(contents)
 
 
-def download(url: str, path: str, find: Callable[[bytes], bytes], kind: str) -> bytes:
-    """Downloads a file to `path`, and returns what find() finds in it.
+def download(url: str, path: str, find: Callable[[bytes], bytes], kind: str, largest: int) -> bytes:
+    """Downloads a file of at most `largest` bytes to `path`, and returns what find() finds in it.
 
     Raises UserError after DOWNLOAD_ATTEMPTS failures. One is that find() returns nothing: then the
     file is not of the kind that the message names. After a failure, `path` is as it was.
@@ -1894,7 +1897,7 @@ def download(url: str, path: str, find: Callable[[bytes], bytes], kind: str) -> 
     for attempt in range(DOWNLOAD_ATTEMPTS):
         time.sleep(attempt)
         try:
-            contents = fetch(url, os.path.basename(path))
+            contents = fetch(url, os.path.basename(path), largest)
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = f'{type(error).__name__}: {error}'.strip()
             continue
@@ -1935,7 +1938,8 @@ def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str
             print(f'{archive_path} is damaged, or has no {graph_name} in it: renamed to {broken}.')
     if not graph:
         find = functools.partial(extract, name=graph_name)
-        graph = download(url, archive_path, find, f'a .tgz with {graph_name}')
+        kind = f'a .tgz with {graph_name}'
+        graph = download(url, archive_path, find, kind, MAX_ARCHIVE_SIZE)
     write_whole(graph_path, graph)
     return graph_path
 
@@ -2211,7 +2215,7 @@ def fetch_weights(
         broken = f'{path}.broken'
         gfile.rename(path, broken, overwrite=True)
         print(f'{path} is damaged, or not what this Keras needs: renamed to {broken}.')
-    download(url, path, find, 'the weights that Keras expects')
+    download(url, path, find, 'the weights that Keras expects', MAX_WEIGHTS_SIZE)
     return path
 
 
@@ -2221,7 +2225,7 @@ def keras_with_safe_downloads() -> Iterator[None]:
 
     Its own function writes into the file itself, which another run may be reading, and deletes it
     if the download fails. It is no part of Keras' public interface: if it has another name one day,
-    it is called as before.
+    Keras downloads by itself.
     """
     module = sys.modules.get('keras.src.utils.file_utils')
     get_file = getattr(module, 'get_file', None)
@@ -2751,7 +2755,7 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
     try:
         server = host.strip('[]'), int(port)  # [...] is an IPv6 address
         with download_timeout():
-            socket.create_connection(server).close()
+            socket.create_connection(server, timeout=DATA_SERVICE_TIMEOUT).close()
     except (OSError, OverflowError, UnicodeError) as error:  # the last for an odd host
         raise UserError(
             f'--data_service: {address} does not answer ({error}). Start it, or leave the flag out.'

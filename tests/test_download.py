@@ -162,7 +162,7 @@ def test_no_whole_archive(tmp_path, server, answer, reason):
 
 
 def test_a_download_that_breaks_off_ends_its_line(tmp_path, monkeypatch, server, capsys):
-    monkeypatch.setattr(tf_retrain, 'MAX_DOWNLOAD_SIZE', 10)
+    monkeypatch.setattr(tf_retrain, 'MAX_ARCHIVE_SIZE', 10)
     server(body(WHOLE))
     with pytest.raises(UserError, match='more than 10 bytes came'):
         fetch(tmp_path)

@@ -314,7 +314,7 @@ def test_a_name_server_that_does_not_answer(monkeypatch, is_stopped):
     message = None if is_stopped else 'no name server has answered for 0.1 s'
     with pytest.raises(error, match=message):
         with tf_retrain.stoppable():
-            tf_retrain.fetch('http://example.org/model.tgz', 'model.tgz')
+            tf_retrain.fetch('http://example.org/model.tgz', 'model.tgz', 100)
     assert socket.getaddrinfo is hang
     release.set()
     tf_retrain.stop_requested.clear()
