@@ -2066,7 +2066,7 @@ def load_backbone(flags: argparse.Namespace) -> Backbone:
     elif flags.architecture == 'inception_v3':
         backbone = load_inception(flags.model_dir)
     elif flags.architecture in KERAS_NETWORKS:
-        backbone = load_keras_network(flags.model_dir, flags.architecture)
+        backbone = load_keras_network(flags.architecture)
     else:
         backbone = load_mobilenet(flags.model_dir, flags.architecture)
     check_final_tensor_name(flags.final_tensor_name, backbone)
@@ -2130,7 +2130,7 @@ def load_mobilenet(model_dir: str, architecture: str) -> Backbone:
     )
 
 
-def load_keras_network(model_dir: str, architecture: str) -> Backbone:
+def load_keras_network(architecture: str) -> Backbone:
     """Returns a network of Keras, such as ConvNeXtTiny, with its weights from ImageNet."""
     import keras
 
