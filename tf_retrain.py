@@ -43,6 +43,7 @@ import shlex
 import signal
 import socket
 import stat
+import struct
 import sys
 import tarfile
 import tempfile
@@ -1730,6 +1731,63 @@ def check_size(pixels: int) -> None:
         raise ImageError(f'it has {pixels:,} pixels, more than {MAX_PIXELS:,}')
 
 
+def skip_blocks(contents: bytes, position: int) -> int:
+    """Returns the end of the data blocks of a GIF from `position` on.
+
+    Each has its length in its first byte. The last one has a length of 0.
+    """
+    while position < len(contents) and contents[position]:
+        position += 1 + contents[position]
+    return position + 1
+
+
+def count_color_bytes(flags: int) -> int:
+    """Returns the size of the table of colors that a GIF has behind a byte of flags and another."""
+    return 3 * 2 ** (flags % 8 + 1) if flags >= 128 else 0
+
+
+def read_frames(contents: bytes) -> Iterator[tuple[int, int, int]]:
+    """Yields width, height and end of each frame of a GIF, up to where the file is damaged.
+
+    Its blocks are those of https://www.w3.org/Graphics/GIF/spec-gif89a.txt.
+    """
+    screen = contents[6:13]
+    if len(screen) < 7:
+        return
+    position = 13 + count_color_bytes(screen[4])
+    while contents[position : position + 1] in (b'!', b','):
+        if contents[position : position + 1] == b'!':  # an extension
+            position = skip_blocks(contents, position + 2)
+            continue
+        descriptor = contents[position : position + 10]
+        if len(descriptor) < 10:
+            return
+        _, _, width, height, flags = struct.unpack('<x4HB', descriptor)
+        # The size of the codes, one byte, stands before their blocks.
+        position = skip_blocks(contents, position + 10 + count_color_bytes(flags) + 1)
+        yield width, height, position
+
+
+def keep_first_frame(contents: bytes) -> bytes:
+    """Returns a GIF without the frames that TensorFlow would decode in vain.
+
+    TensorFlow decodes all frames, and returns the first one, on black if another one is larger
+    (tensorflow/core/lib/gif/gif_io.cc). So the others are cut off if none is larger. Raises
+    ImageError if too many pixels are left.
+    """
+    first_width, first_height, end = next(read_frames(contents), (0, 0, len(contents)))
+    width = height = pixels = 0
+    for frame_width, frame_height, _ in read_frames(contents):
+        width = max(width, frame_width)
+        height = max(height, frame_height)
+        pixels += frame_width * frame_height
+    check_size(width * height)
+    if (width, height) == (first_width, first_height):
+        return contents[:end] + b';'
+    check_size(pixels)
+    return contents
+
+
 def decode(contents: bytes, is_upright: bool) -> np.ndarray:
     """Returns an image, uint8 [height, width, 3]; raises ImageError if it cannot be decoded.
 
@@ -1745,7 +1803,8 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
     try:
         if contents[:2] in (JPEG, PNG, GIF):
             check_size(int(count_pixels(contents)))
-            pixels = decode_by_tensorflow(contents).numpy()
+            still = keep_first_frame(contents) if name == 'GIF' else contents
+            pixels = decode_by_tensorflow(still).numpy()
         else:
             pixels = decode_by_pillow(contents)
     except ImportError:
@@ -1761,6 +1820,19 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
     return turn(pixels, get_orientation(contents)) if is_upright else pixels
 
 
+def decode_by_worker(contents: tf.Tensor) -> tf.Tensor:
+    """Returns a JPEG or PNG, uint8 [height, width, 3]; other formats are an error.
+
+    The workers of a tf.data service have no Python of this program, and TensorFlow decodes all
+    frames of a GIF.
+    """
+    is_gif = tf.strings.substr(contents, 0, 2) == GIF
+    message = ['The frames of a GIF are cut off in Python.']
+    with tf.control_dependencies([tf.raw_ops.Assert(condition=~is_gif, data=message)]):
+        contents = tf.identity(contents)
+    return decode_by_tensorflow(contents)
+
+
 def decode_image(contents: tf.Tensor, is_upright: bool) -> tf.Tensor:
     """Does what decode() does, in a graph."""
 
@@ -1771,7 +1843,7 @@ def decode_image(contents: tf.Tensor, is_upright: bool) -> tf.Tensor:
     if is_upright:
         return decode_in_python()
     start = tf.strings.substr(contents, 0, 2)
-    is_tensorflow = tf.reduce_any(start == [JPEG, PNG, GIF])
+    is_tensorflow = tf.reduce_any(start == [JPEG, PNG])
     return tf.cond(is_tensorflow, lambda: decode_by_tensorflow(contents), decode_in_python)
 
 
@@ -2851,9 +2923,8 @@ def compute_bottlenecks(
     """
 
     def load(key: tf.Tensor, contents: tf.Tensor) -> tuple[tf.Tensor, ...]:
-        # The workers of a service have no Python of this program.
         if service:
-            image = decode_by_tensorflow(contents)
+            image = decode_by_worker(contents)
         else:
             image = decode_image(contents, backbone.is_upright)
         if distort:
@@ -3309,12 +3380,12 @@ class BottleneckCache:
 
 
 def report_left_out(paths: list[str], count: int, service: str) -> None:
-    """Warns how many JPEG, PNG and GIF images, of `count`, a service has left out.
+    """Warns how many JPEG and PNG images, of `count`, a service has left out.
 
     It cannot decode other formats.
     """
     starts = [read_start(path) for path in paths]
-    left_out = sum(start in (JPEG, PNG, GIF) for start in starts)
+    left_out = sum(start in (JPEG, PNG) for start in starts)
     if left_out:
         tqdm.write(
             f'WARNING: {service} left out {left_out} of {count} images. They are tried here.'

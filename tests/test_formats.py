@@ -160,6 +160,74 @@ def test_the_saved_model_takes_the_first_frame(formats):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def change_frames(contents, *sizes):
+    """Returns a GIF of PHOTOGRAPH whose frames have other widths and heights in their headers."""
+    head, *frames = contents.split(b',' + struct.pack('<4H', 0, 0, 80, 60))
+    assert len(frames) == len(sizes)
+    for frame, size in zip(frames, sizes, strict=True):
+        head += b',' + struct.pack('<4H', 0, 0, *size) + frame
+    return head
+
+
+GRAY = {'append_images': [PHOTOGRAPH.rotate(180).convert('L')]}
+GIFS = {
+    'still': encode(PHOTOGRAPH, 'GIF'),
+    'animated': CONTENTS['gif-animated'],
+    'transparent': encode(PHOTOGRAPH, 'GIF', **FRAMES, transparency=3, disposal=2),
+    'gray': encode(PHOTOGRAPH.convert('L'), 'GIF', save_all=True, **GRAY),
+    'with a comment': encode(PHOTOGRAPH, 'GIF', **FRAMES, comment=1000 * b',!;'),
+    'in the second frame': CONTENTS['gif-animated'][:-500],
+    'in the first frame': CONTENTS['gif-animated'][:1000],
+    'in the colors': CONTENTS['gif-animated'][:400],
+    'smaller second frame': change_frames(CONTENTS['gif-animated'], (80, 60), (8, 6)),
+    'smaller first frame': change_frames(CONTENTS['gif-animated'], (8, 6), (80, 60)),
+    'flat second frame': change_frames(CONTENTS['gif-animated'], (80, 60), (90, 1)),
+}
+
+
+@pytest.mark.parametrize('module', [tf_retrain, tf_test])
+@pytest.mark.parametrize('name', GIFS)
+def test_the_first_frame_is_that_of_tensorflow(module, name):
+    """Which decodes all of them, or as many as there are before the file ends."""
+    contents = GIFS[name]
+    try:
+        expected = tf.io.decode_image(contents, channels=3, expand_animations=False).numpy()
+    except tf.errors.InvalidArgumentError:
+        with pytest.raises(module.ImageError, match='it is GIF, and damaged'):
+            module.decode(contents, is_upright=False)
+        return
+    np.testing.assert_array_equal(module.decode(contents, is_upright=False), expected)
+    frames = list(module.read_frames(module.keep_first_frame(contents)))
+    assert len(frames) == (2 if name in ('smaller first frame', 'flat second frame') else 1)
+
+
+@pytest.mark.parametrize('module', [tf_retrain, tf_test])
+def test_only_the_frames_that_are_decoded_count_for_the_limit_on_pixels(module, monkeypatch):
+    monkeypatch.setattr(module, 'MAX_PIXELS', 5000)
+    frames = [PHOTOGRAPH.rotate(angle) for angle in range(30)]
+    long = encode(PHOTOGRAPH, 'GIF', save_all=True, append_images=frames)
+    assert module.decode(long, is_upright=False).shape == (60, 80, 3)
+    animated = CONTENTS['gif-animated']
+    for sizes, pixels in [
+        [((80, 60), (80, 63)), '5,040'],  # larger than the canvas
+        [((80, 63), (80, 60)), '5,040'],
+        [((5001, 1), (1, 60)), '300,060'],
+        [((79, 60), (80, 60)), '9,540'],  # both are decoded
+    ]:
+        with pytest.raises(module.ImageError, match=f'^it has {pixels} pixels, more than 5,000$'):
+            module.decode(change_frames(animated, *sizes), is_upright=False)
+
+
+def test_a_worker_decodes_no_gif():
+    """The frames are cut off in Python, of which the workers of a service have none."""
+    for name in ('still', 'animated'):
+        with pytest.raises(tf.errors.InvalidArgumentError, match='frames of a GIF'):
+            tf_retrain.decode_by_worker(GIFS[name])
+    png = CONTENTS['png-palette-alpha']
+    pixels = tf_retrain.decode_by_worker(png).numpy()
+    np.testing.assert_array_equal(pixels, PIXELS['png-palette-alpha'])
+
+
 def test_thumbnails_of_all_formats(tmp_path):
     for path, png in write_all(tmp_path / 'formats').values():
         found, expected = (
