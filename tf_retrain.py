@@ -1802,8 +1802,8 @@ def decode(contents: bytes, is_upright: bool) -> np.ndarray:
         raise ImageError(f'it is {name}, which is not read')
     try:
         if contents[:2] in (JPEG, PNG, GIF):
-            check_size(int(count_pixels(contents)))
             still = keep_first_frame(contents) if name == 'GIF' else contents
+            check_size(int(count_pixels(still)))
             pixels = decode_by_tensorflow(still).numpy()
         else:
             pixels = decode_by_pillow(contents)
