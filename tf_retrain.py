@@ -912,6 +912,16 @@ def is_mount_point(path: bytes) -> bool:
     return any(mount.split()[4] == listed for mount in mounts)
 
 
+def ensure_utf8(path: str, flag: str) -> None:
+    """Raises UserError if a link leads to a name that TensorFlow cannot write."""
+    try:
+        follow_link(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{flag}: '{path}' is a link to a path that is not UTF-8. Name another file."
+        )
+
+
 def ensure_replaceable(path: str, flag: str) -> None:
     """Raises UserError if a file could not be written, or replaced, at the end of the run.
 
@@ -2027,7 +2037,11 @@ def load_graph_def(
     contents = read_file(path)
     try:
         graph_def = extract_sub_graph(GraphDef.FromString(contents), needed)
-    except (DecodeError, AssertionError, KeyError) as error:  # the last two: a node is missing
+        for node in graph_def.node:
+            if node.op == 'Const':
+                tf.make_ndarray(node.attr['value'].tensor)  # fails if it has too few numbers
+    # AssertionError, KeyError: a node is missing. TypeError, ValueError: a Const is damaged.
+    except (DecodeError, AssertionError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f'{path} is damaged or another graph ({error}). Delete it and run again to download '
             f'{url}.'
@@ -3243,6 +3257,9 @@ class BottleneckCache:
             # Then an image of the same size counts as unchanged.
             if record.digest in (image_digest, None):
                 header = Header(record.orientation, record.bits)
+                if record.digest is None or record.time == NO_TIME:
+                    # It may be that of the contents that the image had for a while.
+                    header = load_header(self.images.paths[row])
                 self.try_to_save_record(row, int(image_digest), record.outcome, header)
                 yield int(row)
 
@@ -4643,6 +4660,7 @@ def check_outputs(flags: argparse.Namespace) -> None:
             f'{names} and FILE.json of --output_graph must be different files. Name others.'
         )
     for flag, path in outputs:
+        ensure_utf8(path, flag)
         if gfile.isdir(path) or not os.path.basename(path):
             raise UserError(f"{flag}: '{path}' is a folder. Name a file in it.")
         if is_model(path, flags.model_dir):

@@ -1124,19 +1124,35 @@ def load_image(path: str, is_upright: bool) -> tuple[bytes, int]:
     """Returns an image as the graph takes it, and its EXIF orientation.
 
     A JPEG or PNG stays as it is, unless it is to be turned. All others become PNG. Raises
-    ImageError if it has too many pixels or cannot be decoded. A JPEG or PNG is not decoded here:
-    only the graph finds out whether it is damaged.
+    ImageError if it has too many pixels or cannot be decoded. Of a JPEG or PNG, only the size is
+    read here: the graph finds out whether it is damaged.
     """
     contents = load_file(path, 'image')
     orientation = get_orientation(contents)
     is_turned = is_upright and orientation > 1
     if name_format(contents) in ('JPEG', 'PNG') and not is_turned:
-        with contextlib.suppress(tf.errors.OpError):  # damaged: the graph will say so
+        try:
             check_size(int(count_pixels(contents)))
+        except tf.errors.OpError as error:
+            raise ImageError(f'its size cannot be read ({describe(error)})')
         return contents, orientation
     png = io.BytesIO()
     Image.fromarray(decode(contents, is_upright)).save(png, 'PNG', compress_level=1)  # fast
     return png.getvalue(), orientation
+
+
+def load_pixels(path: str, is_upright: bool) -> tuple[bytes, np.ndarray]:
+    """Returns an image as the graph takes it, and its pixels, uint8 [height, width, 3].
+
+    Raises UserError if it cannot be read or decoded.
+    """
+    try:
+        contents, _ = load_image(path, is_upright)  # which turns it if need be
+        return contents, decode(contents, is_upright=False)
+    except ImageError as error:
+        raise UserError(
+            f"--heatmap: '{path}' cannot be drawn: {error}. If it has just changed, try again."
+        )
 
 
 def explain_failure(path: str) -> str:
@@ -1932,14 +1948,13 @@ def draw(
     graph: Graph, path: str, answer: Answer, labels: list[str], flags: argparse.Namespace
 ) -> None:
     """Writes the heatmap of an image for its best label."""
-    contents, _ = load_image(path, flags.upright)  # which has turned it if need be
+    contents, pixels = load_pixels(path, flags.upright)
     index = int(answer.scores.argmax())
     name = name_in_picture(labels[index], index + 1)
     title = f'{name} {answer.scores[index]:.2f}'
     if answer.familiarity is not None:
         title += f', familiarity {answer.familiarity:.2f}'
     heatmap = compute_heatmap(graph, contents, index)
-    pixels = decode(contents, is_upright=False)
     save_picture(draw_heatmap(pixels, heatmap, title), flags.heatmap)
     if name != labels[index]:
         print(f"{flags.heatmap}: {name} is '{labels[index]}'.", file=sys.stderr)

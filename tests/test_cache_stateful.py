@@ -49,6 +49,11 @@ def to_text(bottleneck):
     return ','.join(map(str, bottleneck))
 
 
+def get_orientation(content):
+    """Half of all images lie on their side."""
+    return zlib.crc32(content) % 2 * 5 + 1
+
+
 class Run:
     """A run in a thread. It is killed after some operations on files, or may not write at all.
 
@@ -148,12 +153,18 @@ def compute_bottlenecks(rows, paths, backbone, service=None):
         yield map(np.array, zip(*found[start : start + 2], strict=True))
 
 
+def read_header(file):
+    Run.current.run.step()
+    return tf_retrain.Header(get_orientation(file.read()), 8)
+
+
 # All that is replaced in the program.
 PATCHES = [
     mock.patch.multiple(
         tf_retrain,
         load_files=load_files,
         compute_bottlenecks=compute_bottlenecks,
+        read_header=read_header,
         run_ahead=iter,  # each run has its thread
     ),
     mock.patch.multiple(gfile, remove=remove, rename=rename),
@@ -233,6 +244,8 @@ class Cache(RuleBasedStateMachine):
         if {name[:3] for name in readable} == {'cat', 'dog'}:
             assert run.error is None, run.error
             assert all(map(self.is_cached, readable))
+            orientations = [get_orientation(self.image(name).read_bytes()) for name in readable]
+            assert run.result[2]['sideways'] == orientations.count(6)
         else:
             assert isinstance(run.error, UserError) and 'can be read' in str(run.error)
 
@@ -276,10 +289,17 @@ class Cache(RuleBasedStateMachine):
         self.image(name).write_bytes(content)
         self.touch(name)
 
-    @rule(name=st.sampled_from(NAMES), is_bad=st.booleans(), changed_at=st.integers(0, 12))
-    def replace_during_a_run(self, name, is_bad, changed_at):
+    @rule(
+        name=st.sampled_from(NAMES),
+        is_new=st.booleans(),
+        is_bad=st.booleans(),
+        changed_at=st.integers(0, 16),
+    )
+    def replace_during_a_run(self, name, is_new, is_bad, changed_at):
         """Afterwards, the image is put back with the time that it had."""
         path = self.image(name)
+        if is_new:
+            self.replace(name, False)
         if not path.exists():
             return
         content, time = path.read_bytes(), path.stat().st_mtime_ns
@@ -350,6 +370,18 @@ def test_whatever_users_do():
         print_blob=True,
     )
     run_state_machine_as_test(Cache, settings=search)
+
+
+@pytest.mark.parametrize('is_bad', [False, True])
+def test_an_image_that_changes_at_any_step_of_a_run(is_bad):
+    """And that is put back with its time afterwards."""
+    for changed_at in range(10):
+        cache = Cache()
+        try:
+            cache.replace(NAMES[1], False)
+            cache.replace_during_a_run(NAMES[0], True, is_bad, changed_at)
+        finally:
+            cache.teardown()
 
 
 @pytest.mark.parametrize('is_reverted', [False, True])

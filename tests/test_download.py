@@ -264,12 +264,22 @@ def lacking(*names):
     return graph_def.SerializeToString()
 
 
+def cut_a_constant():
+    """Returns the model with too few numbers in its largest constant."""
+    graph_def = build_model()
+    node = max(graph_def.node, key=lambda node: node.ByteSize())
+    tensor = node.attr['value'].tensor
+    tensor.tensor_content = tensor.tensor_content[:-40]
+    return graph_def.SerializeToString()
+
+
 @pytest.mark.parametrize(
     ('contents', 'reason'),
     [
         (b'<html>', 'Error parsing message.*'),
         (lacking('pool_3'), 'pool_3 is not in graph'),
         (lacking('Cast'), ".*'Cast'.*"),
+        (cut_a_constant(), 'cannot reshape array of size .*'),
     ],
 )
 def test_a_model_of_another_kind(tmp_path, contents, reason):

@@ -7,8 +7,10 @@ import os
 import pathlib
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import zlib
 from unittest import mock
 
 import forks
@@ -451,6 +453,27 @@ def test_the_heatmap_of_what_pillow_cannot_read(trained, label, tmp_path):
     (tmp_path / 'x.png').write_bytes(contents[:33] + chunk + contents[33:])
     label(f'--heatmap={tmp_path}/h.png', tmp_path / 'x.png')
     assert Image.open(tmp_path / 'h.png').height == 24 + 30 + 24
+
+
+def test_the_limit_on_pixels_holds_whatever_comes_before_the_header(trained, label, tmp_path):
+    """The contents of another chunk are not the sides of a PNG, which the graph would decode."""
+    contents = png(trained.test_image())
+    data = b'prVt' + struct.pack('>II', 10, 10)
+    chunk = struct.pack('>I', 8) + data + struct.pack('>I', zlib.crc32(data))
+    path = tmp_path / 'x.png'
+    path.write_bytes(contents[:8] + chunk + contents[8:])
+    reason = r'cannot be labeled: it is PNG, and damaged \(.*The image is not JPEG, PNG or GIF'
+    label.fails(reason, path)
+    label.fails(reason, f'--heatmap={tmp_path}/h.png', path)
+
+
+def test_an_image_that_changes_before_its_heatmap_is_drawn(trained, label, monkeypatch, tmp_path):
+    path = tmp_path / 'x.png'
+    path.write_bytes(png(trained.test_image()))
+    monkeypatch.setattr(tf_test, 'report_tally', lambda *arguments: path.write_bytes(b'other'))
+    reason = f"--heatmap: '{path}' cannot be drawn: its format is not known"
+    label.fails(reason, f'--heatmap={tmp_path}/h.png', path)
+    assert not (tmp_path / 'h.png').exists()
 
 
 @pytest.mark.posix

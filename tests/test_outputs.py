@@ -381,6 +381,21 @@ def test_a_link_that_leads_to_a_folder_that_cannot_be_made_is_found_first(job, o
 
 
 @pytest.mark.posix
+@pytest.mark.parametrize('output', [GRAPH, LABELS, RECORD])
+@pytest.mark.parametrize('is_there', [False, True])
+def test_a_link_to_a_name_that_is_not_utf8_is_found_first(job, output, is_there):
+    """Such as a name of an old project. TensorFlow cannot rename a file to it."""
+    target = os.fsencode(job.folder) + b'/f\xfcr'
+    if is_there:
+        open(target, 'w').close()
+    (job.folder / output).parent.mkdir(exist_ok=True)
+    os.symlink(target, os.fsencode(job.folder / output))
+    message = "^--output_(graph|labels): '.*' is a link to a path that is not UTF-8"
+    job.photographs(cat=20, dog=20).fails(message)
+    assert not (job.folder / 'bottlenecks').exists()
+
+
+@pytest.mark.posix
 def test_an_image_outside_of_the_folder_is_no_output(job):
     """A link leads to its class folder."""
     job.photographs(cat=20, dog=20)
