@@ -1752,7 +1752,7 @@ def skip_blocks(contents: bytes, position: int) -> int:
 
 
 def count_color_bytes(flags: int) -> int:
-    """Returns the size of the table of colors that a GIF has behind a byte of flags and another."""
+    """Returns the size of the table of colors that a GIF has according to its flags."""
     return 3 * 2 ** (flags % 8 + 1) if flags >= 128 else 0
 
 
@@ -3258,7 +3258,7 @@ class BottleneckCache:
             if record.digest in (image_digest, None):
                 header = Header(record.orientation, record.bits)
                 if record.digest is None or record.time == NO_TIME:
-                    # It may be that of the contents that the image had for a while.
+                    # It may be that of other contents, which the image had for a while.
                     header = load_header(self.images.paths[row])
                 self.try_to_save_record(row, int(image_digest), record.outcome, header)
                 yield int(row)

@@ -954,7 +954,7 @@ def skip_blocks(contents: bytes, position: int) -> int:
 
 
 def count_color_bytes(flags: int) -> int:
-    """Returns the size of the table of colors that a GIF has behind a byte of flags and another."""
+    """Returns the size of the table of colors that a GIF has according to its flags."""
     return 3 * 2 ** (flags % 8 + 1) if flags >= 128 else 0
 
 
