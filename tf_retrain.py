@@ -804,7 +804,7 @@ def open_file(path: str) -> Iterator[IO[bytes] | gfile.GFile]:
         with file:
             yield file
     except OSError as error:
-        raise UserError(f"'{path}' cannot be read: {error.strerror}. Check this file.")
+        raise UserError(f"'{path}' cannot be read: {error.strerror}. Check this file.") from error
 
 
 def read_file(path: str) -> bytes:
@@ -3019,6 +3019,20 @@ class CacheRecord:
     version: int = RECORD_VERSION
 
 
+# In place of a record that may be there, but cannot be read now. It holds for no image: none has
+# this size.
+UNREADABLE_RECORD = CacheRecord(
+    size=-2,
+    time=-1,
+    digest=None,
+    model=0,
+    outcome=-1,
+    orientation=None,
+    bits=None,
+    decoder='',
+)
+
+
 def get_status(path: str) -> Status:
     """Returns the status of a file; sizes and times of -1 if there is none."""
     with contextlib.suppress(OSError):
@@ -3109,14 +3123,19 @@ def parse_record(text: bytes) -> CacheRecord | None:
 
 
 def read_record(path: str) -> CacheRecord | None:
-    """Returns the record in a file; None if it is missing or damaged."""
-    with contextlib.suppress(UserError, OSError, tf.errors.OpError):
+    """Returns the record in a file, or UNREADABLE_RECORD; None if it is missing or damaged."""
+    try:
         return parse_record(read_file(path))
-    return None
+    except (UserError, tf.errors.OpError) as error:
+        reason = error.__cause__ or error
+    missing = FileNotFoundError, tf.errors.NotFoundError
+    # A folder or device, or a file in the place of the folder.
+    is_other = UserError, IsADirectoryError, NotADirectoryError
+    return None if isinstance(reason, missing + is_other) else UNREADABLE_RECORD
 
 
 def read_records(paths: list[str]) -> list[CacheRecord | None]:
-    """Returns the record in each file; None for a missing or damaged one."""
+    """Returns what read_record() does of each file."""
     # Files on gs:// and its like take long, and local ones so little that threads would only wait
     # for each other. load_files() would take three times as long for them.
     thread_count = 32 if any('://' in path for path in paths) else 1
@@ -3188,9 +3207,13 @@ class BottleneckCache:
 
         It may lead into the store of git-annex or DVC, or to a device.
         """
-        if os.path.islink(to_bytes(path)):
-            gfile.remove(path)
-        write_whole(path, contents)
+        if not os.path.islink(to_bytes(path)):
+            write_whole(path, contents)
+            return
+        # The link stays until the new file is whole: without a record, a cache file is trusted.
+        temporary = os.path.join(os.path.dirname(path), create_hidden_name())
+        write_whole(temporary, contents)
+        gfile.rename(temporary, path, overwrite=True)
 
     def remove_cache_file(self, row: int) -> None:
         """Removes the old cache file of a row, if there is one, before there is a new record.
@@ -3298,6 +3321,8 @@ class BottleneckCache:
                 raise UserError(f"--bottleneck_dir: '{path}' is a folder. Delete it.")
             if self.cache_digests[row] < 0:
                 reason = 'Invalid float found' if gfile.exists(path) else ''
+            elif record is UNREADABLE_RECORD:
+                reason = 'The record cannot be read'
             elif record and record.outcome == self.cache_digests[row]:
                 reason = 'The image or the model changed'
             else:

@@ -411,6 +411,47 @@ def test_a_folder_in_place_of_a_cache_file_is_named(cached):
         cached.cache()
 
 
+def test_a_link_in_place_of_a_record_stays_if_no_other_can_be_written(cached, monkeypatch):
+    """A cache file without a record would be trusted, whatever becomes of its image."""
+    path = record(cached, CAT)
+    path.rename(cached.folder / 'store')
+    path.symlink_to(cached.folder / 'store')
+    os.utime(cached.data / CAT)
+
+    def fail(path, contents):
+        raise tf.errors.ResourceExhaustedError(None, None, 'No space left on device')
+
+    monkeypatch.setattr(tf_retrain, 'write_whole', fail)
+    assert created(cached.cache()) == []
+    monkeypatch.undo()
+    monkeypatch.chdir(cached.folder)
+    assert path.is_symlink()
+    replace(cached, CAT)
+    assert created(cached.cache()) == [CAT]
+    cached.check_bottlenecks(CAT)
+    assert not path.is_symlink()
+
+
+@pytest.mark.parametrize('error', [PermissionError(13, ''), OSError(5, ''), OSError(116, '')])
+def test_a_record_that_cannot_be_read_is_not_taken_for_a_missing_one(cached, monkeypatch, error):
+    """It may be of another user, or a drive may fail: the cache file may be that of another image."""
+    replace(cached, CAT)
+
+    def fail(path, mode):
+        if path == f'bottlenecks/.records/{CAT}.rec'.encode():
+            raise error
+        return open(path, mode)
+
+    monkeypatch.setattr(tf_retrain, 'open', fail, raising=False)
+    out = cached.cache()
+    assert f'The record cannot be read, recreating bottleneck bottlenecks/{CAT}.txt\n' in out
+    assert created(out) == [CAT]
+    monkeypatch.undo()
+    monkeypatch.chdir(cached.folder)
+    assert created(cached.cache()) == []
+    cached.check_bottlenecks(CAT)
+
+
 def test_a_folder_in_place_of_a_record_is_named(cached):
     record = cached.folder / f'bottlenecks/.records/{CAT}.rec'
     record.unlink()
