@@ -434,7 +434,7 @@ def test_a_link_in_place_of_a_record_stays_if_no_other_can_be_written(cached, mo
 
 @pytest.mark.parametrize('error', [PermissionError(13, ''), OSError(5, ''), OSError(116, '')])
 def test_a_record_that_cannot_be_read_is_not_taken_for_a_missing_one(cached, monkeypatch, error):
-    """It may be of another user, or a drive may fail: the cache file may be that of another image."""
+    """It may be another user's, or a drive may fail: the cache file may be of another image."""
     replace(cached, CAT)
 
     def fail(path, mode):
