@@ -2987,8 +2987,8 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
 # Cache
 
 RECORD_VERSION = 3
-# Recorded in place of the time of an image that changed during the run. No image has this time (a
-# missing one has -1), so the next run compares the contents.
+# Recorded in place of the time of an image that changed during the run, or whose header could not
+# be read. No image has this time (a missing one has -1), so the next run reads the image.
 NO_TIME = -2
 # What may decide whether an image can be decoded. After it changes, images are tried again.
 DECODER = f'TensorFlow {tf.__version__}, Pillow {PIL.__version__}, {MAX_PIXELS} pixels'
@@ -3096,11 +3096,11 @@ def is_memory_scarce() -> bool:
     return False
 
 
-def load_header(path: str) -> Header:
-    """Returns the header of an image file, as far as it can be read."""
+def load_header(path: str) -> Header | None:
+    """Returns the header of an image file, or None if the file cannot be read now."""
     with contextlib.suppress(UserError, tf.errors.OpError), open_file(path) as file:
         return read_header(file)
-    return Header()
+    return None
 
 
 def parse_record(text: bytes) -> CacheRecord | None:
@@ -3169,7 +3169,7 @@ class BottleneckCache:
         self.written = 0
 
     def save_record(
-        self, row: int, image_digest: int | None, outcome: int | str, header: Header
+        self, row: int, image_digest: int | None, outcome: int | str, header: Header | None
     ) -> None:
         """Records what was found in an image.
 
@@ -3178,6 +3178,8 @@ class BottleneckCache:
         run compares the contents. A change of rights or hard links counts, too, as it cannot be
         told from the `cp -p` of another image. Without a digest, there would be nothing to compare.
         Then nothing is recorded if the size or time has changed.
+
+        A header of None stands for one that could not be read now: the next run tries it again.
 
         Raises OpError if the record cannot be written: then its cache file must not be written
         either.
@@ -3189,11 +3191,11 @@ class BottleneckCache:
         may_differ = image_digest is not None and now != status
         record = CacheRecord(
             size=max(status.size, 0),  # it is -1 if there was no image when the run began
-            time=NO_TIME if may_differ else status.modified,
+            time=NO_TIME if may_differ or header is None else status.modified,
             digest=image_digest,
             model=self.backbone.checksum,
             outcome=outcome,
-            **header._asdict(),
+            **(header or Header())._asdict(),
             decoder=DECODER,
         )
         self.records[row] = record  # this run goes by it, even if it cannot be written
@@ -3225,7 +3227,7 @@ class BottleneckCache:
             gfile.remove(self.paths[row])
 
     def try_to_save_record(
-        self, row: int, image_digest: int | None, outcome: int | str, header: Header
+        self, row: int, image_digest: int | None, outcome: int | str, header: Header | None
     ) -> None:
         """Does what save_record() does, but ignores a failure: the next run finds it out again."""
         with contextlib.suppress(tf.errors.OpError, UserError):
@@ -3234,9 +3236,11 @@ class BottleneckCache:
     def fits(self, row: int, record: CacheRecord) -> bool:
         """Tells whether a record holds, provided that its image is unchanged: compare() finds out.
 
-        With NO_TIME, the recorded size may be that of other contents, so it is not compared.
+        With NO_TIME, the recorded size may be that of other contents than the digest. Then the
+        digest alone is compared.
         """
-        if record.size != self.statuses[row].size and record.time != NO_TIME:
+        is_size_known = record.time != NO_TIME or record.digest is None
+        if is_size_known and record.size != self.statuses[row].size:
             return False
         if isinstance(record.outcome, str):  # why it cannot be decoded, whatever the network is
             return record.decoder == DECODER
@@ -3281,7 +3285,7 @@ class BottleneckCache:
             # The digest is None if trust_unrecorded() made the record: it does not read the image.
             # Then an image of the same size counts as unchanged.
             if record.digest in (image_digest, None):
-                header = Header(record.orientation, record.bits)
+                header: Header | None = Header(record.orientation, record.bits)
                 if record.digest is None or record.time == NO_TIME:
                     # It may be that of other contents, which the image had for a while.
                     header = load_header(self.images.paths[row])
@@ -4753,12 +4757,12 @@ class Start(NamedTuple):
 
     time: datetime.datetime
     monotonic: float  # seconds of a clock that is never set back
-    logs: list[str]  # the event files of earlier runs
+    logs: list[str] | None  # the event files of earlier runs; None if they could not be listed
 
 
 def note_start(summaries_dir: str) -> Start:
     """Returns the start of a run, now."""
-    logs: list[str] = []
+    logs = None
     with extra('the removal of earlier logs'):
         logs, _ = list_logs(summaries_dir)
     return Start(datetime.datetime.now(), time.monotonic(), logs)
@@ -4779,6 +4783,8 @@ def list_logs(summaries_dir: str) -> tuple[list[str], list[str]]:
 
 def clear_events(summaries_dir: str, start: Start) -> None:
     """Removes the logs of earlier runs, unless they are still at work."""
+    if start.logs is None:  # note_start() has said why
+        return
     now, others = list_logs(summaries_dir)
     new_owners = {get_owner(path) for path in now if path not in start.logs} - {get_process()}
     is_shared = bool(new_owners)

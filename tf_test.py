@@ -367,6 +367,8 @@ def load_file(path: str, what: str) -> bytes:
         raise UserError(
             f"The {what} '{path}' cannot be read: it has more than {MAX_FILE_SIZE:,} bytes."
         )
+    if what == 'image' and is_folder(path):  # find_images() could not list it
+        raise UserError(f"The folder '{path}' cannot be listed. Check its drive and its rights.")
     try:
         return tf.io.read_file(to_bytes(path)).numpy()
     except tf.errors.OpError as error:

@@ -13,7 +13,7 @@ import pytest
 from helpers import build_model, created, load_backbone, run_v1
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image
 
 import tf_retrain
 from tf_retrain import UserError, gfile, tf
@@ -333,6 +333,35 @@ def test_an_image_that_is_replaced_while_the_cache_gets_records(job, monkeypatch
     monkeypatch.chdir(job.folder)
     assert created(job.cache()) == []
     job.check_bottlenecks(CAT)
+
+
+def test_the_orientation_of_an_image_that_cannot_be_read_while_its_file_gets_a_record(
+    job, monkeypatch
+):
+    """Its drive fails for a moment. The next run reads it."""
+    path = job.photographs(cat=4, dog=4).data / CAT
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.open(path).save(path, exif=exif)
+    write_original_cache(job)
+    open_file = tf_retrain.open_file
+
+    def fail_to_open(name):
+        if name.endswith(CAT):
+            raise UserError('Input/output error')
+        return open_file(name)
+
+    monkeypatch.setattr(tf_retrain, 'open_file', fail_to_open)
+    assert 'sideways' not in job.cache()
+    monkeypatch.undo()
+    monkeypatch.chdir(job.folder)
+    assert 'that the camera stored sideways, and that are used as stored: 1.' in job.cache()
+    assert 'that the camera stored sideways, and that are used as stored: 1.' in job.cache()
+    read = count_reads(monkeypatch)
+    job.cache()
+    assert not [name for name in read if name.endswith('.jpg')]
+    path.write_bytes((job.data / DOG).read_bytes())  # it has another size
+    assert created(job.cache()) == [CAT]
 
 
 def test_an_image_that_comes_back_during_a_run(job, monkeypatch):

@@ -443,7 +443,7 @@ def test_a_folder_that_cannot_be_read_is_one_line(trained, label, monkeypatch):
     monkeypatch.setattr(tf_test, 'list_names', list_names)
     out, err = label.fails('1 of 86 images could not be labeled', 'data')
     assert len(out.splitlines()) == 85
-    assert err.startswith("ERROR: The image 'data/cat' cannot be read: ")
+    assert err.startswith("ERROR: The folder 'data/cat' cannot be listed. Check its drive and its")
 
 
 def test_the_heatmap_of_what_pillow_cannot_read(trained, label, tmp_path):

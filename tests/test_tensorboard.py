@@ -447,6 +447,21 @@ def test_events_of_the_future_are_old_ones(job):
     assert not events.exists()
 
 
+def test_logs_that_cannot_be_listed_stay(job, monkeypatch):
+    """The drive fails for a moment. They are not taken for those of another run."""
+    job.photographs(cat=30, dog=30)
+    log = job.folder / 'logs/train' / name_log('other.2')
+    log.parent.mkdir(parents=True)
+    log.touch()
+    os.utime(log, (10**9, 10**9))
+    list_logs = mock.Mock(wraps=tf_retrain.list_logs, side_effect=[OSError(5, 'I/O'), mock.DEFAULT])
+    monkeypatch.setattr(tf_retrain, 'list_logs', list_logs)
+    out = job.main()
+    assert 'WARNING: the removal of earlier logs left out (OSError: ' in out
+    assert 'another run' not in out
+    assert log.exists()
+
+
 def clear_events(folder):
     """As a run that starts now."""
     tf_retrain.clear_events(str(folder), tf_retrain.note_start(str(folder)))
