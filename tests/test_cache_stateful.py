@@ -144,13 +144,21 @@ def compute_bottlenecks(rows, paths, backbone, service=None):
     """Yields what the program's own yields, in batches of two, and counts it."""
     found = []
     for row, path in zip(rows, paths, strict=True):
-        Run.current.run.step()
-        content = pathlib.Path(path).read_bytes()
+        try:
+            Run.current.run.step()
+            content = pathlib.Path(path).read_bytes()
+        except (FileNotFoundError, tf.errors.UnavailableError):
+            continue
         Run.current.run.computed[path] += 1
         if (bottleneck := compute(content, backbone.checksum)) is not None:
             found.append((row, int(tf_retrain.compute_digest(content)), bottleneck))
     for start in range(0, len(found), 2):
         yield map(np.array, zip(*found[start : start + 2], strict=True))
+
+
+def decode(content, is_upright):
+    if content.startswith(b'bad'):
+        raise tf_retrain.ImageError('it is damaged')
 
 
 def read_header(file):
@@ -164,12 +172,26 @@ PATCHES = [
         tf_retrain,
         load_files=load_files,
         compute_bottlenecks=compute_bottlenecks,
+        decode=decode,
         read_header=read_header,
         run_ahead=iter,  # each run has its thread
     ),
     mock.patch.multiple(gfile, remove=remove, rename=rename),
     mock.patch.object(tf_retrain, 'print', be_quiet, create=True),
     mock.patch.object(tf_retrain.tqdm, 'write', be_quiet),
+]
+
+
+def fail(cache, name):
+    raise tf.errors.UnavailableError(None, None, 'the drive is away')
+
+
+# What may become of an image, or of the drive, during a run.
+CHANGES = [
+    lambda cache, name: cache.replace(name, False),
+    lambda cache, name: cache.replace(name, True),
+    lambda cache, name: cache.image(name).unlink(),
+    fail,
 ]
 
 
@@ -292,21 +314,25 @@ class Cache(RuleBasedStateMachine):
     @rule(
         name=st.sampled_from(NAMES),
         is_new=st.booleans(),
-        is_bad=st.booleans(),
+        has_records=st.booleans(),
+        change=st.sampled_from(CHANGES),
         changed_at=st.integers(0, 16),
     )
-    def replace_during_a_run(self, name, is_new, is_bad, changed_at):
-        """Afterwards, the image is put back with the time that it had."""
+    def change_during_a_run(self, name, is_new, has_records, change, changed_at):
+        """Afterwards, the image is put back with the time that it had, if it was touched."""
         path = self.image(name)
         if is_new:
             self.replace(name, False)
         if not path.exists():
             return
+        if not has_records:
+            self.delete_the_records()
         content, time = path.read_bytes(), path.stat().st_mtime_ns
-        run = self.start(change=lambda: self.replace(name, is_bad), changed_at=changed_at)
+        run = self.start(change=lambda: change(self, name), changed_at=changed_at)
         run.thread.join()
-        path.write_bytes(content)
-        os.utime(path, ns=(time, time))
+        if change != fail:
+            path.write_bytes(content)
+            os.utime(path, ns=(time, time))
         self.run_once()
 
     @rule(name=st.sampled_from(NAMES))
@@ -342,7 +368,6 @@ class Cache(RuleBasedStateMachine):
     def delete_a_cache_file(self, name):
         self.cached(name).unlink(missing_ok=True)
 
-    @rule()
     def delete_the_records(self):
         """A cache file without a record is believed, as documented: all are made current first."""
         self.run_once()
@@ -350,6 +375,11 @@ class Cache(RuleBasedStateMachine):
         unreadable = [name for name in NAMES if self.expected(name) is None]
         for name in unreadable:
             self.cached(name).unlink(missing_ok=True)
+        return unreadable
+
+    @rule()
+    def run_without_records(self):
+        unreadable = self.delete_the_records()
         run = self.start()
         run.thread.join()
         assert {*run.computed} <= {str(self.image(name)) for name in unreadable}
@@ -372,14 +402,15 @@ def test_whatever_users_do():
     run_state_machine_as_test(Cache, settings=search)
 
 
-@pytest.mark.parametrize('is_bad', [False, True])
-def test_an_image_that_changes_at_any_step_of_a_run(is_bad):
+@pytest.mark.parametrize('has_records', [False, True])
+@pytest.mark.parametrize('change', CHANGES)
+def test_an_image_that_changes_at_any_step_of_a_run(change, has_records):
     """And that is put back with its time afterwards."""
     for changed_at in range(10):
         cache = Cache()
         try:
             cache.replace(NAMES[1], False)
-            cache.replace_during_a_run(NAMES[0], True, is_bad, changed_at)
+            cache.change_during_a_run(NAMES[0], True, has_records, change, changed_at)
         finally:
             cache.teardown()
 
