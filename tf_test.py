@@ -989,9 +989,12 @@ def keep_first_frame(contents: bytes) -> bytes:
     (tensorflow/core/lib/gif/gif_io.cc). So the others are cut off if none is larger. Raises
     ImageError if too many pixels are left.
     """
-    first_width, first_height, end = next(read_frames(contents), (0, 0, len(contents)))
-    width = height = pixels = 0
-    for frame_width, frame_height, _ in read_frames(contents):
+    frames = read_frames(contents)
+    first_width, first_height, end = next(frames, (0, 0, len(contents)))
+    width = first_width
+    height = first_height
+    pixels = width * height
+    for frame_width, frame_height, _ in frames:
         width = max(width, frame_width)
         height = max(height, frame_height)
         pixels += frame_width * frame_height
