@@ -529,6 +529,8 @@ def ensure_avx() -> None:
 
 def explain_import_error(error: Exception) -> str:
     """Returns what to do about a package that cannot be imported."""
+    if isinstance(error, FileNotFoundError):  # of tempfile.gettempdir(), which TensorFlow calls
+        return f'{error.strerror}. Make space there, or set TMPDIR to a folder on another drive.'
     if not isinstance(error, ImportError):  # Keras' settings are damaged, or the memory is full
         settings = os.path.join(os.getenv('KERAS_HOME', '~/.keras'), 'keras.json')
         return f'TensorFlow cannot be imported ({error!r}). If there is a {settings}, delete it.'
@@ -571,7 +573,7 @@ try:
     import numpy as np
     import orjson
     import PIL
-    from PIL import ExifTags, Image, ImageDraw, ImageFont
+    from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
     from tqdm import tqdm
 
     with silenced_libraries(), paused_collector():
@@ -593,6 +595,8 @@ from tensorflow.python.grappler import tf_optimizer
 tf.get_logger().setLevel('ERROR')
 np.seterr(all='ignore')  # no warnings: numbers that are too large show in the cross entropy
 Image.MAX_IMAGE_PIXELS = None  # Pillow does not warn: MAX_PIXELS decides
+# Photoshop's texts are longer than 1 MiB. Pillow would refuse the whole header for that.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 warnings.filterwarnings('ignore', module='PIL')  # a file that cannot be decoded is reported anyway
 
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))
@@ -3472,6 +3476,12 @@ def report_headers(records: list[CacheRecord | None], is_upright: bool) -> int:
         print(
             'WARNING: images that the camera stored sideways, and that are used as stored: '
             f'{sideways}. Add --upright to turn them, here and to tf_test.py.'
+        )
+    unknown = sum(record.bits is None for record in known)
+    if unknown:
+        print(
+            'WARNING: images whose orientation cannot be read, and that are used as stored: '
+            f'{unknown}. If they lie on their side, open them, and save them again.'
         )
     deep = sum(record.bits == 16 for record in known)
     if deep:

@@ -224,6 +224,8 @@ def ensure_avx() -> None:
 
 def explain_import_error(error: Exception) -> str:
     """Returns what to do about a package that cannot be imported."""
+    if isinstance(error, FileNotFoundError):  # of tempfile.gettempdir(), which TensorFlow calls
+        return f'{error.strerror}. Make space there, or set TMPDIR to a folder on another drive.'
     if not isinstance(error, ImportError):  # Keras' settings are damaged, or the memory is full
         settings = os.path.join(os.getenv('KERAS_HOME', '~/.keras'), 'keras.json')
         return f'TensorFlow cannot be imported ({error!r}). If there is a {settings}, delete it.'
@@ -285,6 +287,8 @@ from tensorflow.io import gfile
 
 tf.get_logger().setLevel('ERROR')
 Image.MAX_IMAGE_PIXELS = None  # Pillow does not warn: MAX_PIXELS decides
+# Photoshop's texts are longer than 1 MiB. Pillow would refuse the whole header for that.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 warnings.filterwarnings('ignore', module='PIL')  # a file that cannot be decoded is reported anyway
 
 HAS_GPU = bool(tf.config.list_physical_devices('GPU'))

@@ -396,6 +396,32 @@ def test_photographs_that_lie_on_their_side_are_counted(job):
     job.check_bottlenecks('cat/phone 6.jpg')  # no pixel was changed
 
 
+def test_the_orientation_of_a_png_with_long_texts(job):
+    """ImageMagick stores Photoshop's resources as a compressed text. Pillow has a limit for it."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    contents = io.BytesIO()
+    Image.new('RGB', (40, 30)).save(contents, 'PNG', exif=exif)
+    text = b'Raw profile type 8bim\0\0' + zlib.compress(bytes(3_000_000))
+    job.photographs(cat=4, dog=4)
+    image = job.data / 'cat/photoshop.png'
+    image.write_bytes(add_chunk(contents.getvalue(), b'zTXt', text))
+    assert 'that the camera stored sideways, and that are used as stored: 1.' in job.cache()
+    assert tf_test.load_image(str(image), False)[1] == 6
+
+
+def test_an_orientation_that_cannot_be_read(job):
+    contents = io.BytesIO()
+    Image.new('RGB', (40, 30)).save(contents, 'PNG')
+    job.photographs(cat=4, dog=4)
+    image = job.data / 'cat/damaged.png'
+    image.write_bytes(add_chunk(contents.getvalue(), b'eXIf', b'XX*garbage'))
+    for _ in range(2):
+        out = job.cache()
+        assert 'WARNING: images whose orientation cannot be read, and that are used as st' in out
+        assert 'as stored: 1. If they lie on their side, open them, and save them again.' in out
+
+
 @pytest.mark.posix
 def test_photographs_that_are_left_out_are_not_counted(job):
     """They are links to a drive that is gone; with a record, and without."""

@@ -341,6 +341,27 @@ def test_without_a_folder_for_temporary_files(monkeypatch, capfd):
     assert capfd.readouterr().err == 'shown'
 
 
+FULL_DRIVE = """
+import tempfile
+tempfile.tempdir = None
+tempfile._candidate_tempdir_list = lambda: ['/missing']  # no file can be written there
+tempfile.gettempdir()
+"""
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_no_folder_for_the_temporary_files_of_tensorflow(tmp_path, script):
+    """The drive is full."""
+    (tmp_path / 'tensorflow.py').write_text(FULL_DRIVE)
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    process = run_new(script, *get_arguments(script)[1:], check=False, env=environment)
+    assert process.returncode == 1
+    assert process.stderr == (
+        "ERROR: No usable temporary directory found in ['/missing']. Make space there, or set "
+        'TMPDIR to a folder on another drive.\n'
+    )
+
+
 def test_how_to_activate_the_environment_on_windows(windows):
     line = tf_retrain.explain_import_error(ModuleNotFoundError("No module named 'numpy'"))
     assert r'Run `.venv\Scripts\activate` first' in line
