@@ -1600,7 +1600,8 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
 # (tensorflow/core/lib/jpeg/jpeg_mem.cc), and a graph needs 15 bytes of memory per pixel.
 MAX_PIXELS = 2**29 // 3
 MAX_FILE_SIZE = 2**30  # bytes: MAX_PIXELS of 3 x 16 bits
-# TensorFlow decodes the formats that begin with these, and Pillow the others.
+MAX_SIDE = 1_000_000  # pixels: libpng refuses more, and the graph takes other formats as PNG
+# Formats that begin with these are decoded by decode_by_tensorflow(), others by decode_by_pillow().
 JPEG, PNG, GIF = b'\xff\xd8', b'\x89P', b'GI'
 # Regular expressions for what files of a format begin with. The first match counts: a CR2 file is
 # a TIFF file too, some AVIF files begin like HEIC, and all `....ftyp` like a video.
@@ -1701,10 +1702,30 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(image, [None, None, 3])
 
 
+# A box of a HEIC that names an item (ISO/IEC 14496-12, 8.11.6.2): version 2 or 3, and flags.
+HEIC_ITEM = re.compile(rb'infe([\2\3])\0\0[\0\1]')
+
+
+def check_heic(contents: bytes) -> None:
+    """Raises ImageError for a HEIC in which the type or name of an item is not UTF-8.
+
+    pi_heif would crash (tried with 1.4).
+    """
+    for match in HEIC_ITEM.finditer(contents):
+        start = match.start() - 4  # of the box, where its size is
+        size = int.from_bytes(contents[start : start + 4], 'big')
+        # Behind the flags are an ID of two or four bytes and an index of two.
+        text_start = match.end() + (4 if match[1] == b'\2' else 6)
+        try:
+            contents[text_start : start + size].decode()
+        except UnicodeDecodeError:
+            raise ImageError('it is HEIC, and damaged')
+
+
 def open_by_pillow(file: Any) -> Image.Image:
     """Opens an image of one of FORMATS; raises KeyError for others, ImportError without pi-heif.
 
-    The file is open. Only its header is read.
+    The file is open. Only its header is read, but all of a HEIC.
     """
     name = name_format(file.read(64))
     file.seek(0)
@@ -1712,6 +1733,8 @@ def open_by_pillow(file: Any) -> Image.Image:
         import pi_heif
 
         pi_heif.register_heif_opener()
+        check_heic(file.read())
+        file.seek(0)
     return Image.open(file, formats=[FORMATS[name]])
 
 
@@ -1723,6 +1746,8 @@ def decode_by_pillow(contents: bytes) -> np.ndarray:
     """
     with open_by_pillow(io.BytesIO(contents)) as image:
         check_size(image.width * image.height)
+        if max(image.size) > MAX_SIDE:
+            raise ImageError(f'it is more than {MAX_SIDE:,} pixels wide or high')
         if image.format == 'WEBP':
             # TensorFlow takes a third of Pillow's time, but refuses alpha and animations.
             with contextlib.suppress(tf.errors.InvalidArgumentError):

@@ -271,6 +271,27 @@ def test_a_lack_of_memory_says_nothing_of_an_image(tmp_path, monkeypatch, error)
     assert tf_retrain.explain_unreadable(str(path)) == ('the memory is full', None)
 
 
+def test_a_heic_with_damaged_types_of_its_items(trained, tmp_path):
+    """pi_heif would end the program by a signal."""
+    contents = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.new('RGB', (64, 48), 'red')
+    image.save(contents, 'HEIF', exif=exif.tobytes(), xmp=b'<x:xmpmeta/>')
+    whole = contents.getvalue()
+    tf_retrain.check_heic(whole)
+    for index, text in enumerate((b'Exif', b'mime', b'rdf+xml')):
+        damaged = bytearray(whole)
+        damaged[whole.index(text)] ^= 128
+        (tmp_path / f'{index}.heic').write_bytes(damaged)
+        with pytest.raises(tf_retrain.ImageError, match='^it is HEIC, and damaged$'):
+            tf_retrain.decode(bytes(damaged), is_upright=False)
+    for images in ([tmp_path], sorted(tmp_path.iterdir())[:1]):
+        process = run('tf_test.py', *images, GRAPH, LABELS, cwd=trained.folder, check=False)
+        assert process.returncode == 1
+        assert "0.heic' cannot be labeled: it is HEIC, and damaged. Replace it" in process.stderr
+
+
 def mutate(contents, generator):
     """Returns contents that are cut, or have some bytes changed."""
     contents = bytearray(contents)

@@ -300,6 +300,10 @@ BAD = {
         lambda p: save(p, 'TIFF', Image.new('F', (9, 9))),
         'its samples are signed, or have 32 bits',
     ),
+    'wide.bmp': (
+        lambda p: save(p, 'BMP', Image.new('L', (1_000_001, 1))),
+        'it is more than 1,000,000 pixels wide or high',
+    ),
     'html.jpg': (
         lambda p: p.write_text('<!doctype html><title>404</title>'),
         'it is a web page (HTML), which is not read',
