@@ -11,6 +11,7 @@ This is tf_retrain.py, function by function, with one more flag, and one more se
 
 import argparse
 import atexit
+import concurrent.futures
 import contextlib
 import dataclasses
 import datetime
@@ -25,7 +26,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing.pool
 import os
 import pathlib
 import platform
@@ -697,12 +697,30 @@ def until_stopped(items: Iterable) -> Iterator:
         raise KeyboardInterrupt
 
 
-def wait_for(result: multiprocessing.pool.AsyncResult, seconds: float) -> Any:
-    """Returns what a thread does; raises multiprocessing.TimeoutError if that takes too long."""
+def start_thread(function: Callable, *arguments: Any, **options: Any) -> concurrent.futures.Future:
+    """Calls a function in a thread, for which the end of the program does not wait.
+
+    It would wait for the threads of concurrent.futures.ThreadPoolExecutor, and those of
+    multiprocessing.pool need a semaphore in /dev/shm, which may be full.
+    """
+    future: concurrent.futures.Future = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function(*arguments, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
+
+
+def wait_for(future: concurrent.futures.Future, seconds: float) -> Any:
+    """Returns what a thread does; raises concurrent.futures.TimeoutError if that takes too long."""
     end = time.monotonic() + seconds
-    while not result.ready() and time.monotonic() < end:
-        result.wait(1)  # in parts: Python may hear a stop only after the wait
-    return result.get(0)
+    while not future.done() and time.monotonic() < end:
+        concurrent.futures.wait([future], 1)  # in parts: Python may hear a stop only after the wait
+    return future.result(0)
 
 
 def protect_outputs() -> None:
@@ -2287,11 +2305,10 @@ def download_timeout() -> Iterator[None]:
 
     def look_up_in_thread(*arguments: Any, **options: Any) -> Any:
         # Python hears no signal while the system waits for a name server, which may be gone.
-        with multiprocessing.pool.ThreadPool(1) as thread:
-            try:
-                return wait_for(thread.apply_async(look_up, arguments, options), DOWNLOAD_TIMEOUT)
-            except multiprocessing.TimeoutError:
-                raise OSError(f'no name server has answered for {DOWNLOAD_TIMEOUT} s')
+        try:
+            return wait_for(start_thread(look_up, *arguments, **options), DOWNLOAD_TIMEOUT)
+        except concurrent.futures.TimeoutError:
+            raise OSError(f'no name server has answered for {DOWNLOAD_TIMEOUT} s')
 
     with download_lock:
         timeout, look_up = socket.getdefaulttimeout(), socket.getaddrinfo
@@ -2890,18 +2907,17 @@ def run_service(address: str, network: Callable, batches: tf.data.Dataset) -> It
     policy = tf.data.experimental.service.ShardingPolicy.DYNAMIC
     distribute = tf.data.experimental.service.distribute(policy, address)
     computed = batches.map(lambda keys, digests, images: (keys, digests, network(images)))
+
+    def call_with_timeout(function: Callable, *arguments: Any) -> Any:
+        # It may wait forever, for a dispatcher that hangs or a worker that died.
+        return wait_for(start_thread(function, *arguments), DATA_SERVICE_TIMEOUT)
+
     try:
-        with multiprocessing.pool.ThreadPool(1) as thread:
-
-            def call_with_timeout(function: Callable, *arguments: Any) -> Any:
-                # It may wait forever, for a dispatcher that hangs or a worker that died.
-                return wait_for(thread.apply_async(function, arguments), DATA_SERVICE_TIMEOUT)
-
-            dataset = call_with_timeout(computed.apply, distribute)
-            iterator = call_with_timeout(dataset.as_numpy_iterator)
-            while batch := call_with_timeout(next, iterator, None):
-                yield batch
-    except (tf.errors.OpError, multiprocessing.TimeoutError) as error:
+        dataset = call_with_timeout(computed.apply, distribute)
+        iterator = call_with_timeout(dataset.as_numpy_iterator)
+        while batch := call_with_timeout(next, iterator, None):
+            yield batch
+    except (tf.errors.OpError, concurrent.futures.TimeoutError) as error:
         reason = f'nothing came for {DATA_SERVICE_TIMEOUT} s'
         if isinstance(error, tf.errors.OpError):
             reason = describe(error)
@@ -2949,16 +2965,19 @@ def run_ahead(batches: Generator) -> Iterator:
     be written. Only the end of the program waits: Python would abort in the middle of a batch, or
     while TensorFlow ends the threads that make the next ones.
     """
-    thread = multiprocessing.pool.ThreadPool(1)
-    result = thread.apply_async(next, (batches, None))
+    future = start_thread(next, batches, None)
+
+    def close_after_the_batch_in_hand() -> None:
+        concurrent.futures.wait([future])
+        batches.close()
+
     try:
-        while batch := result.get():
-            result = thread.apply_async(next, (batches, None))
+        while batch := future.result():
+            future = start_thread(next, batches, None)
             yield batch
     finally:
-        end = thread.apply_async(batches.close)  # behind the batch in hand
-        thread.close()  # terminate() would leave the batch in hand without a result
-        atexit.register(end.wait, DRIVE_TIMEOUT)
+        end = start_thread(close_after_the_batch_in_hand)
+        atexit.register(concurrent.futures.wait, [end], DRIVE_TIMEOUT)
 
 
 def compute_bottlenecks(
@@ -3178,8 +3197,9 @@ def read_records(paths: list[str]) -> list[CacheRecord | None]:
     # Files on gs:// and its like take long, and local ones so little that threads would only wait
     # for each other. load_files() would take three times as long for them.
     thread_count = 32 if any('://' in path for path in paths) else 1
-    with multiprocessing.pool.ThreadPool(thread_count) as threads:
-        return list(until_stopped(threads.imap(read_record, paths, chunksize=16)))
+    parts = np.array_split(np.array(paths, object), thread_count)
+    futures = [start_thread(lambda part: list(map(read_record, part)), part) for part in parts]
+    return [record for future in futures for record in wait_for(future, math.inf)]
 
 
 class BottleneckCache:
@@ -3775,7 +3795,7 @@ def report_suspects(images: Images, scored: Iterable, flags: argparse.Namespace)
         words = f'{own}  {images.labels[best_classes[row]]} {best_scores[row]:.2f}'
         print(escape(f'{images.paths[row]:>70}  {words}'))
         if len(pictures) < SHOWN_IMAGES:
-            thumbnail = load_thumbnail(images.paths[row], 299, flags.upright)
+            thumbnail = load_thumbnail(images.paths[row], flags.upright)
             pictures[f'{words}/{images.files[row]}'] = thumbnail
     print(
         'Look at these images, here or in TensorBoard. Move those in a wrong folder, and run the '
@@ -4792,6 +4812,7 @@ LOG_NAME = re.compile(rf'{re.escape(LOG_START)}\d{{11,}}\.(.+)\.(\d+)$')
 # A run on another computer may still be at work if it wrote its log up to this many seconds before
 # this run started: it may be in a long step, or the clock there may be wrong.
 OTHER_RUNS = 60
+THUMBNAIL_SIZE = 299, 299  # pixels
 SHOWN_IMAGES = 100  # misclassified or suspect images, at most
 MAX_HISTOGRAM = 1_000_000  # numbers: of more, only a sample is counted
 SAMPLE_SIZE = 100_000
@@ -5019,8 +5040,8 @@ class SummaryWriter:
         print(f'WARNING: --summaries_dir: {describe(error)}. Nothing more is logged there.')
 
 
-def load_thumbnail(path: str, side: int, is_upright: bool) -> Image.Image:
-    """Returns an image, at most `side` pixels wide and high.
+def load_thumbnail(path: str, is_upright: bool) -> Image.Image:
+    """Returns an image, reduced to THUMBNAIL_SIZE if it is larger.
 
     What cannot be read becomes a gray square.
     """
@@ -5029,16 +5050,16 @@ def load_thumbnail(path: str, side: int, is_upright: bool) -> Image.Image:
         if name_format(contents) == 'JPEG':
             thumbnail = open_by_pillow(io.BytesIO(contents))
             check_size(thumbnail.width * thumbnail.height)
-            thumbnail.draft('RGB', (side, side))  # decodes it no larger than needed
+            thumbnail.draft('RGB', THUMBNAIL_SIZE)  # decodes it no larger than needed
             thumbnail = thumbnail.convert('RGB')
         else:
             thumbnail = Image.fromarray(decode(contents, is_upright=False))
-        thumbnail.thumbnail((side, side))
+        thumbnail.thumbnail(THUMBNAIL_SIZE)
         if is_upright:
             turned = turn(np.asarray(thumbnail), get_orientation(contents))
             thumbnail = Image.fromarray(turned)
         return thumbnail
-    return Image.new('RGB', (side, side), 'gray')
+    return Image.new('RGB', THUMBNAIL_SIZE, 'gray')
 
 
 def name_in_picture(label: str, number: int) -> str:
@@ -5105,20 +5126,19 @@ def load_misclassified(images: Images, tested: Tested, is_upright: bool) -> dict
     It ends with a warning at the first image of a drive that hangs.
     """
     pictures = {}
-    with multiprocessing.pool.ThreadPool(1) as thread:
-        for row, predicted in itertools.islice(tested.misclassified, SHOWN_IMAGES):
-            path = images.paths[row]
-            label = images.labels[images.classes[row]]
-            name = f'misclassified/{label} classified as {images.labels[predicted]}'
-            thumbnail = thread.apply_async(load_thumbnail, (path, 299, is_upright))
-            try:
-                pictures[f'{name}/{images.files[row]}'] = thumbnail.get(DRIVE_TIMEOUT)
-            except multiprocessing.TimeoutError:
-                print(
-                    f'WARNING: misclassified images are missing in TensorBoard: {escape(path)} '
-                    f'did not come within {DRIVE_TIMEOUT} s. Check the drive.'
-                )
-                break
+    for row, predicted in itertools.islice(tested.misclassified, SHOWN_IMAGES):
+        path = images.paths[row]
+        label = images.labels[images.classes[row]]
+        name = f'misclassified/{label} classified as {images.labels[predicted]}'
+        thumbnail = start_thread(load_thumbnail, path, is_upright)
+        try:
+            pictures[f'{name}/{images.files[row]}'] = thumbnail.result(DRIVE_TIMEOUT)
+        except concurrent.futures.TimeoutError:
+            print(
+                f'WARNING: misclassified images are missing in TensorBoard: {escape(path)} did not '
+                f'come within {DRIVE_TIMEOUT} s. Check the drive.'
+            )
+            break
     return pictures
 
 

@@ -231,7 +231,7 @@ def test_a_worker_decodes_no_gif():
 def test_thumbnails_of_all_formats(tmp_path):
     for path, png in write_all(tmp_path / 'formats').values():
         found, expected = (
-            np.asarray(tf_retrain.load_thumbnail(str(file), 299, False)) for file in (path, png)
+            np.asarray(tf_retrain.load_thumbnail(str(file), False)) for file in (path, png)
         )
         np.testing.assert_array_equal(found, expected, path.name)
 

@@ -202,13 +202,11 @@ def test_the_end_of_the_program_waits_for_the_batch_in_hand(monkeypatch):
     for batch in tf_retrain.run_ahead(compute()):
         assert batch == 'first'
         break
-    ((wait, timeout),) = registered
+    ((wait, futures, timeout),) = registered
     assert timeout == tf_retrain.DRIVE_TIMEOUT
-    result = wait.__self__
-    wait(0)
-    assert not result.ready()
+    assert not wait(futures, 0).done
     comes_back.set()
-    wait(60)
+    wait(futures, 60)
     assert ended == ['in hand']
 
 

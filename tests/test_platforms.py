@@ -1,7 +1,9 @@
 """Other systems, and other places where a run starts: what they lack is taken away here."""
 
+import _multiprocessing
 import contextlib
 import io
+import multiprocessing
 import ntpath
 import os
 import pathlib
@@ -360,6 +362,16 @@ def test_no_folder_for_the_temporary_files_of_tensorflow(tmp_path, script):
         "ERROR: No usable temporary directory found in ['/missing']. Make space there, or set "
         'TMPDIR to a folder on another drive.\n'
     )
+
+
+def test_no_space_for_semaphores(job, monkeypatch):
+    """/dev/shm is full or missing, as in some containers."""
+    fail = mock.Mock(side_effect=OSError(28, 'No space left on device'))
+    monkeypatch.setattr(_multiprocessing, 'SemLock', fail)
+    with pytest.raises(OSError, match='No space'):
+        multiprocessing.Lock()
+    job.photographs(cat=30, dog=30)
+    assert 'python3 tf_test.py' in job.main('--flip_left_right').splitlines()[-1]
 
 
 def test_how_to_activate_the_environment_on_windows(windows):

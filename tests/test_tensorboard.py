@@ -263,7 +263,7 @@ def test_thumbnails(tmp_path):
     wide, broken, gone = (tmp_path / f'{name}.png' for name in ('wide', 'broken', 'gone'))
     Image.new('RGB', (600, 200), 'red').save(wide)
     broken.write_bytes(wide.read_bytes()[:100])
-    found = [tf_retrain.load_thumbnail(str(path), 299, False) for path in (wide, broken, gone)]
+    found = [tf_retrain.load_thumbnail(str(path), False) for path in (wide, broken, gone)]
     assert [picture.size for picture in found] == [(299, 100), (299, 299), (299, 299)]
     colours = [picture.getpixel((5, 5)) for picture in found]
     assert colours == [(255, 0, 0), (128, 128, 128), (128, 128, 128)]
@@ -274,7 +274,7 @@ def test_the_limit_on_pixels_holds_for_thumbnails(tmp_path, monkeypatch):
     monkeypatch.setattr(tf_retrain, 'MAX_PIXELS', 600 * 200 - 1)
     for kind in ('JPEG', 'PNG', 'WEBP'):
         Image.new('RGB', (600, 200), 'red').save(tmp_path / kind, kind)
-        thumbnail = tf_retrain.load_thumbnail(str(tmp_path / kind), 299, False)
+        thumbnail = tf_retrain.load_thumbnail(str(tmp_path / kind), False)
         assert thumbnail.getpixel((5, 5)) == (128, 128, 128)
 
 
