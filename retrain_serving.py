@@ -246,7 +246,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         '--precision',
         choices=['float32', 'bfloat16'],
         default='float32',
-        help='format of the numbers that the network computes with' + DEFAULT,
+        help='format of the numbers that bottlenecks are computed with' + DEFAULT,
     )
     network = group.add_mutually_exclusive_group()
     network.add_argument(
@@ -958,7 +958,7 @@ def ensure_replaceable(path: str, flag: str) -> None:
     this tries to rename an empty folder to the file. That always fails, and the error tells why.
     """
     target = os.path.realpath(to_bytes(path))
-    if is_special(path) or os.path.isdir(target):
+    if is_special(path):
         raise UserError(f"{flag}: '{path}' is not a plain file. Name another one.")
     try:
         status = os.lstat(target)
@@ -1713,9 +1713,9 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
 
 
 def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
-    """Returns a JPEG, PNG or GIF as the graph decodes it, uint8 [height, width, 3].
+    """Returns a JPEG, PNG or GIF, uint8 [height, width, 3]: JPEG and PNG as the graph decodes them.
 
-    That is the first frame of an animated GIF. Fails before it decodes an image whose header says
+    Of an animated GIF, that is the first frame. Fails before it decodes an image whose header says
     that it has more than MAX_PIXELS pixels.
     """
     is_small = count_pixels(contents) <= MAX_PIXELS
@@ -3240,8 +3240,8 @@ class BottleneckCache:
 
         A header of None stands for one that could not be read now: the next run tries it again.
 
-        Raises OpError if the record cannot be written: then its cache file must not be written
-        either.
+        Raises OpError or UserError if the record cannot be written: then its cache file must not be
+        written either.
         """
         status = self.statuses[row]
         now = get_status(self.images.paths[row])
@@ -3320,7 +3320,7 @@ class BottleneckCache:
         return (record.size, record.time) == (status.size, status.modified)
 
     def trust_unrecorded(self) -> None:
-        """Records cache files without a readable record as they are (bottlenecks/README.md)."""
+        """Records cache files as they are if their record is missing or damaged."""
         has_record = np.array([record is not None for record in self.records])
         # Of an image that is missing, the size and time to record are not known.
         has_image = np.array([status.size >= 0 for status in self.statuses])
@@ -3582,7 +3582,7 @@ def cache_bottlenecks(
 # What the images say
 
 DUPLICATE_SIMILARITY = 0.99  # cosine of two bottlenecks
-MAX_COMPARED = 25_000  # images: all pairs of more would take longer than five seconds
+MAX_COMPARED = 25_000  # images: of more, comparing all pairs would take many seconds
 FOLDS = 5  # of the cross-validation
 
 
@@ -4414,7 +4414,7 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
     print(f'Final test accuracy = {100 * right / count:.1f}% (N={count})')
     advice = ''
     if high - low > 0.1:
-        advice = f' About {4 * count} test images would halve the width of the interval.'
+        advice = f' {4 * count} test images would at least halve its width.'
     print(f'95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%.{advice}')
     print_table(tested.classes, tested.predictions, images.labels)
     if len(images.labels) > TABLE_CLASSES:

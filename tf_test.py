@@ -892,9 +892,9 @@ def count_pixels(contents: tf.Tensor) -> tf.Tensor:
 
 
 def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
-    """Returns a JPEG, PNG or GIF as the graph decodes it, uint8 [height, width, 3].
+    """Returns a JPEG, PNG or GIF, uint8 [height, width, 3]: JPEG and PNG as the graph decodes them.
 
-    That is the first frame of an animated GIF. Fails before it decodes an image whose header says
+    Of an animated GIF, that is the first frame. Fails before it decodes an image whose header says
     that it has more than MAX_PIXELS pixels.
     """
     is_small = count_pixels(contents) <= MAX_PIXELS
@@ -1495,7 +1495,7 @@ def draw_heatmap(pixels: np.ndarray, heatmap: np.ndarray, title: str) -> Image.I
     gray = Image.fromarray(pixels).convert('L').convert('RGB')
     shares = np.maximum(heatmap, 0) / max(heatmap.max(), 1e-12)
     paint_red(gray, shares)
-    font_size = max(16, gray.width // 40)
+    font_size = min(max(16, gray.width // 40), 400)
     font = ImageFont.load_default(font_size)
     line = font_size * 3 // 2
     width = max(gray.width, 8 + int(font.getlength(title)))
@@ -1597,6 +1597,7 @@ class Classes:
         # Translated labels have capitals, and so have those of names without a-z and 0-9: 'КОТ'.
         names = of_trained_labels | of_labels
         in_lower_case = {name.lower(): index for name, index in names.items()}
+        # The same name may mean several classes: then the folder counts, and else the exact name.
         return in_lower_case | names | of_folders
 
     def find(self, path: str) -> int | None:

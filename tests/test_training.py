@@ -377,7 +377,7 @@ def test_accuracy_and_its_interval(trained):
     assert (
         f'Final test accuracy = {100 * right / count:.1f}% (N={count})\n'
         f'95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%. '
-        f'About {4 * count} test images would halve the width of the interval.\n'
+        f'{4 * count} test images would at least halve its width.\n'
     ) in trained.process.stdout
 
 
