@@ -817,6 +817,13 @@ def test_the_mean_of_the_positions_is_the_logit(trained):
     assert np.mean(heatmaps, axis=(1, 2)) == pytest.approx(logits, rel=1e-3, abs=1e-4)
 
 
+def test_the_text_on_the_heatmap_of_a_long_strip():
+    """The picture is not many times as high as the strip."""
+    pixels = np.zeros((10, 20_000, 3), np.uint8)
+    picture = tf_test.draw_heatmap(pixels, np.ones((1, 9)), 'cat 0.9')
+    assert picture.size == (20_000, 10 + 2 * 600)
+
+
 def test_heatmaps_of_each_network(networks, label, tmp_path):
     """All of these end in the mean of a map, and affine ops after it."""
     files = [networks.folder / name for name in FILES]

@@ -458,6 +458,7 @@ def test_logs_that_cannot_be_listed_stay(job, monkeypatch):
     monkeypatch.setattr(tf_retrain, 'list_logs', list_logs)
     out = job.main()
     assert 'WARNING: the removal of earlier logs left out (OSError: ' in out
+    assert out.count('left out') == 1
     assert 'another run' not in out
     assert log.exists()
 
