@@ -1,6 +1,7 @@
 """The cache of bottlenecks: what is computed, whatever happened to images, files and records."""
 
 import importlib.metadata
+import itertools
 import json
 import os
 import re
@@ -343,14 +344,19 @@ def test_an_image_that_cannot_be_read_while_its_file_gets_a_record(job, monkeypa
     exif[ExifTags.Base.Orientation] = 6
     Image.open(path).save(path, exif=exif)
     write_original_cache(job)
-    open_file = tf_retrain.open_file
+    open_file, load_files = tf_retrain.open_file, tf_retrain.load_files
 
     def fail_to_open(name):
         if name.endswith(CAT):
             raise UserError('Input/output error')
         return open_file(name)
 
+    def fail_to_load(rows, paths, load):
+        is_readable = np.array([not path.endswith(CAT) for path in paths], bool)
+        return load_files(rows[is_readable], list(itertools.compress(paths, is_readable)), load)
+
     monkeypatch.setattr(tf_retrain, 'open_file', fail_to_open)
+    monkeypatch.setattr(tf_retrain, 'load_files', fail_to_load)
     assert 'sideways' not in job.cache()
     monkeypatch.undo()
     monkeypatch.chdir(job.folder)
