@@ -529,7 +529,8 @@ def ensure_avx() -> None:
 
 def explain_import_error(error: Exception) -> str:
     """Returns what to do about a package that cannot be imported."""
-    if isinstance(error, FileNotFoundError):  # of tempfile.gettempdir(), which TensorFlow calls
+    # It comes from tempfile.gettempdir(), which TensorFlow calls.
+    if isinstance(error, FileNotFoundError) and 'temporary directory' in str(error):
         return f'{error.strerror}. Make space there, or set TMPDIR to a folder on another drive.'
     if not isinstance(error, ImportError):  # Keras' settings are damaged, or the memory is full
         settings = os.path.join(os.getenv('KERAS_HOME', '~/.keras'), 'keras.json')
