@@ -3039,8 +3039,8 @@ def read_bottlenecks(paths: list[str], size: int) -> tuple[np.ndarray, np.ndarra
 # Cache
 
 RECORD_VERSION = 3
-# Recorded in place of the time of an image that changed during the run, or whose header could not
-# be read. No image has this time (a missing one has -1), so the next run reads the image.
+# Recorded in place of the time of an image that changed during the run. No image has this time (a
+# missing one has -1), so the next run compares the contents.
 NO_TIME = -2
 # What may decide whether an image can be decoded. After it changes, images are tried again.
 DECODER = f'TensorFlow {tf.__version__}, Pillow {PIL.__version__}, {MAX_PIXELS} pixels'
@@ -3069,6 +3069,11 @@ class CacheRecord:
     bits: int | None  # of the image's Header
     decoder: str
     version: int = RECORD_VERSION
+
+    @property
+    def lacks_header(self) -> bool:
+        """Tells whether the header of an image that can be decoded could not be read."""
+        return self.bits is None and isinstance(self.outcome, int)
 
 
 # In place of a record that may be there, but cannot be read now. It holds for no image: none has
@@ -3148,11 +3153,11 @@ def is_memory_scarce() -> bool:
     return False
 
 
-def load_header(path: str) -> Header | None:
-    """Returns the header of an image file, or None if the file cannot be read now."""
+def load_header(path: str) -> Header:
+    """Returns the header of an image file, as far as it can be read."""
     with contextlib.suppress(UserError, tf.errors.OpError), open_file(path) as file:
         return read_header(file)
-    return None
+    return Header()
 
 
 def parse_record(text: bytes) -> CacheRecord | None:
@@ -3222,7 +3227,7 @@ class BottleneckCache:
         self.written = 0
 
     def save_record(
-        self, row: int, image_digest: int | None, outcome: int | str, header: Header | None
+        self, row: int, image_digest: int | None, outcome: int | str, header: Header
     ) -> None:
         """Records what was found in an image.
 
@@ -3231,8 +3236,6 @@ class BottleneckCache:
         run compares the contents. A change of rights or hard links counts, too, as it cannot be
         told from the `cp -p` of another image. Without a digest, there would be nothing to compare.
         Then nothing is recorded if the size or time has changed.
-
-        A header of None stands for one that could not be read now: the next run tries it again.
 
         Raises OpError or UserError if the record cannot be written: then its cache file must not be
         written either.
@@ -3244,11 +3247,11 @@ class BottleneckCache:
         may_differ = image_digest is not None and now != status
         record = CacheRecord(
             size=max(status.size, 0),  # it is -1 if there was no image when the run began
-            time=NO_TIME if may_differ or header is None else status.modified,
+            time=NO_TIME if may_differ else status.modified,
             digest=image_digest,
             model=self.backbone.checksum,
             outcome=outcome,
-            **(header or Header())._asdict(),
+            **header._asdict(),
             decoder=DECODER,
         )
         self.records[row] = record  # this run goes by it, even if it cannot be written
@@ -3280,7 +3283,7 @@ class BottleneckCache:
             gfile.remove(self.paths[row])
 
     def try_to_save_record(
-        self, row: int, image_digest: int | None, outcome: int | str, header: Header | None
+        self, row: int, image_digest: int | None, outcome: int | str, header: Header
     ) -> None:
         """Does what save_record() does, but ignores a failure: the next run finds it out again."""
         with contextlib.suppress(tf.errors.OpError, UserError):
@@ -3289,11 +3292,9 @@ class BottleneckCache:
     def fits(self, row: int, record: CacheRecord) -> bool:
         """Tells whether a record holds, provided that its image is unchanged: compare() finds out.
 
-        With NO_TIME, the recorded size may be that of other contents than the digest. Then the
-        digest alone is compared.
+        With NO_TIME, the recorded size may be that of other contents, so it is not compared.
         """
-        is_size_known = record.time != NO_TIME or record.digest is None
-        if is_size_known and record.size != self.statuses[row].size:
+        if record.size != self.statuses[row].size and record.time != NO_TIME:
             return False
         if isinstance(record.outcome, str):  # why it cannot be decoded, whatever the network is
             return record.decoder == DECODER
@@ -3329,7 +3330,7 @@ class BottleneckCache:
     def find_unchanged(self, records: dict[int, CacheRecord]) -> Iterator[int]:
         """Yields the rows of images whose contents are those of their records, {row: record}.
 
-        Records their new modification times.
+        Records their new modification times, and headers that could not be read before.
         """
         rows = np.array(list(records), int)
         paths = [self.images.paths[row] for row in rows]
@@ -3338,9 +3339,9 @@ class BottleneckCache:
             # The digest is None if trust_unrecorded() made the record: it does not read the image.
             # Then an image of the same size counts as unchanged.
             if record.digest in (image_digest, None):
-                header: Header | None = Header(record.orientation, record.bits)
-                if record.digest is None or record.time == NO_TIME:
-                    # It may be that of other contents, which the image had for a while.
+                header = Header(record.orientation, record.bits)
+                # With NO_TIME, it may be that of other contents, which the image had for a while.
+                if record.digest is None or record.time == NO_TIME or record.lacks_header:
                     header = load_header(self.images.paths[row])
                 self.try_to_save_record(row, int(image_digest), record.outcome, header)
                 yield int(row)
@@ -3348,8 +3349,8 @@ class BottleneckCache:
     def compare(self) -> tuple[np.ndarray, dict[int, str]]:
         """Returns the rows to compute, and {row: reason} of images that cannot be decoded.
 
-        An image is read only if its record has another modification time, or none, but fits in all
-        else.
+        An image is read only if its record has another modification time, or no header, but fits in
+        all else.
         """
         self.trust_unrecorded()
         fitting = {
@@ -3358,10 +3359,12 @@ class BottleneckCache:
             if record and self.fits(row, record)
         }
         current = {
-            row for row, record in fitting.items() if record.time == self.statuses[row].modified
+            row
+            for row, record in fitting.items()
+            if record.time == self.statuses[row].modified and not record.lacks_header
         }
-        retimed = {row: record for row, record in fitting.items() if row not in current}
-        current.update(self.find_unchanged(retimed))
+        remaining = {row: record for row, record in fitting.items() if row not in current}
+        current.update(self.find_unchanged(remaining))
         outcomes = {row: fitting[row].outcome for row in current}
         reasons = {row: reason for row, reason in outcomes.items() if isinstance(reason, str)}
         return np.setdiff1d(np.arange(len(self.paths)), list(outcomes)), reasons
