@@ -336,6 +336,14 @@ def test_an_image_that_is_replaced_while_the_cache_gets_records(job, monkeypatch
     job.check_bottlenecks(CAT)
 
 
+def test_an_image_that_cannot_be_decoded_is_not_read_again(cached, monkeypatch):
+    (cached.data / 'cat/damaged.jpg').write_bytes(b'\xff\xd8')
+    assert "'data/cat/damaged.jpg' is left out: " in cached.cache()
+    read = count_reads(monkeypatch)
+    assert "'data/cat/damaged.jpg' is left out: " in cached.cache()
+    assert not [name for name in read if name.endswith('.jpg')]
+
+
 @pytest.mark.parametrize('is_replaced', [False, True])
 def test_an_image_that_cannot_be_read_while_its_file_gets_a_record(job, monkeypatch, is_replaced):
     """Its drive fails for a moment. The next run reads its orientation."""
