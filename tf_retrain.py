@@ -695,7 +695,8 @@ def start_thread(function: Callable, *arguments: Any, **options: Any) -> concurr
     """Calls a function in a thread, for which the end of the program does not wait.
 
     It would wait for the threads of concurrent.futures.ThreadPoolExecutor, and those of
-    multiprocessing.pool need a semaphore in /dev/shm, which may be full.
+    multiprocessing.pool need a semaphore in /dev/shm, which may be full. Raises UserError if the
+    system allows no more threads.
     """
     future: concurrent.futures.Future = concurrent.futures.Future()
 
@@ -705,7 +706,10 @@ def start_thread(function: Callable, *arguments: Any, **options: Any) -> concurr
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    try:
+        threading.Thread(target=work, daemon=True).start()
+    except RuntimeError as error:
+        raise UserError(f'{error}: too many programs run. Close some, and run the command again.')
     return future
 
 
@@ -2970,8 +2974,9 @@ def run_ahead(batches: Generator) -> Iterator:
             future = start_thread(next, batches, None)
             yield batch
     finally:
-        end = start_thread(close_after_the_batch_in_hand)
-        atexit.register(concurrent.futures.wait, [end], DRIVE_TIMEOUT)
+        with contextlib.suppress(UserError):  # without another thread, nothing waits for the batch
+            end = start_thread(close_after_the_batch_in_hand)
+            atexit.register(concurrent.futures.wait, [end], DRIVE_TIMEOUT)
 
 
 def compute_bottlenecks(

@@ -364,6 +364,21 @@ def test_no_folder_for_the_temporary_files_of_tensorflow(tmp_path, script):
     )
 
 
+def test_no_more_threads(job, monkeypatch):
+    """The user has as many processes as the system allows."""
+    job.photographs(cat=4, dog=4)
+    flags = parse(*job.arguments())
+    monkeypatch.chdir(job.folder)
+    images = tf_retrain.list_images(flags)
+    backbone = tf_retrain.load_backbone(flags)
+    fail = mock.Mock(side_effect=RuntimeError("can't start new thread"))
+    monkeypatch.setattr(tf_retrain.threading.Thread, 'start', fail)
+    with pytest.raises(
+        tf_retrain.UserError, match="^can't start new thread: too many programs run. Close"
+    ):
+        tf_retrain.cache_bottlenecks(images, backbone, flags)
+
+
 def test_no_space_for_semaphores(job, monkeypatch):
     """/dev/shm is full or missing, as in some containers."""
     fail = mock.Mock(side_effect=OSError(28, 'No space left on device'))
