@@ -3364,12 +3364,14 @@ class BottleneckCache:
             if record and self.fits(row, record)
         }
         current = {
-            row
-            for row, record in fitting.items()
-            if record.time == self.statuses[row].modified and not record.lacks_header
+            row for row, record in fitting.items() if record.time == self.statuses[row].modified
         }
-        remaining = {row: record for row, record in fitting.items() if row not in current}
-        current.update(self.find_unchanged(remaining))
+        unread = {
+            row: record
+            for row, record in fitting.items()
+            if row not in current or record.lacks_header
+        }
+        current.update(self.find_unchanged(unread))
         outcomes = {row: fitting[row].outcome for row in current}
         reasons = {row: reason for row, reason in outcomes.items() if isinstance(reason, str)}
         return np.setdiff1d(np.arange(len(self.paths)), list(outcomes)), reasons

@@ -365,7 +365,8 @@ def test_an_image_that_cannot_be_read_while_its_file_gets_a_record(job, monkeypa
 
     monkeypatch.setattr(tf_retrain, 'open_file', fail_to_open)
     monkeypatch.setattr(tf_retrain, 'load_files', fail_to_load)
-    assert 'sideways' not in job.cache()
+    out = job.cache()
+    assert 'sideways' not in out and 'left out' not in out
     monkeypatch.undo()
     monkeypatch.chdir(job.folder)
     if is_replaced:
