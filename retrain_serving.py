@@ -4399,7 +4399,7 @@ def test(
     return Tested(rows, images.classes[rows], np.concatenate(predictions))
 
 
-def get_interval(right: int, count: int) -> tuple[float, float]:
+def get_interval(right: float, count: int) -> tuple[float, float]:
     """Returns Wilson's 95 % interval of a share (Wilson 1927, https://doi.org/10.2307/2276774)."""
     z = 1.96
     share = right / count
@@ -4408,6 +4408,17 @@ def get_interval(right: int, count: int) -> tuple[float, float]:
     variance = share * (1 - share) / count + z * z / (4 * count * count)
     half_width = z * math.sqrt(variance) / widening
     return max(0.0, center - half_width), min(1.0, center + half_width)
+
+
+def count_for_half_interval(right: int, count: int) -> int:
+    """Returns how many images of the same accuracy have an interval of half the width."""
+
+    def get_width(size: int) -> float:
+        low, high = get_interval(right / count * size, size)
+        return high - low
+
+    largest = get_width(count) / 2
+    return next(size for size in itertools.count(count) if get_width(size) <= largest)
 
 
 def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace) -> None:
@@ -4425,7 +4436,8 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
     print(f'Final test accuracy = {100 * right / count:.1f}% (N={count})')
     advice = ''
     if high - low > 0.1:
-        advice = f' {4 * count} test images would at least halve its width.'
+        needed = count_for_half_interval(right, count)
+        advice = f' About {needed} test images would halve the width of the interval.'
     print(f'95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%.{advice}')
     print_table(tested.classes, tested.predictions, images.labels)
     if len(images.labels) > TABLE_CLASSES:

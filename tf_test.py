@@ -1760,7 +1760,7 @@ def get_set_of_file(
     return get_set(os.path.join(image_dir, file), testing, validation)
 
 
-def get_interval(right: int, count: int) -> tuple[float, float]:
+def get_interval(right: float, count: int) -> tuple[float, float]:
     """Returns Wilson's 95 % interval of a share (Wilson 1927, https://doi.org/10.2307/2276774)."""
     z = 1.96
     share = right / count

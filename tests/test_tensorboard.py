@@ -69,7 +69,7 @@ def test_misclassified_images_are_listed(confused):
 # Only the class that a label is confused with may be further right than 80 columns.
 TABLE = """\
 Final test accuracy = 40.0% (N=20)
-95% confidence interval: 21.9 to 61.3%. 80 test images would at least halve its width.
+95% confidence interval: 21.9 to 61.3%. About 92 test images would halve the width of the interval.
 class                     images   right   wrong  precision  most confused with
 cat                            6       3       3     100.0%  none (2)
 dog                            5       5       0      50.0%

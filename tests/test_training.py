@@ -365,6 +365,15 @@ def test_record(trained):
     assert totals['testing'] == len(trained.test_images())
 
 
+@pytest.mark.parametrize(('right', 'count', 'needed'), [(26, 26, 56), (12, 20, 92), (0, 5, 14)])
+def test_how_many_images_halve_the_interval(right, count, needed):
+    """Near 0 and 100 %, twice as many do; in the middle, a little more than four times as many."""
+    assert tf_retrain.count_for_half_interval(right, count) == needed
+    low, high = tf_retrain.get_interval(right, count)
+    half_low, half_high = tf_retrain.get_interval(right / count * needed, needed)
+    assert half_high - half_low == pytest.approx((high - low) / 2, rel=0.05)
+
+
 def test_accuracy_and_its_interval(trained):
     """Advice comes with an interval that is wide."""
     test = read_record(trained.folder / trained.flags['output_graph'])['test']
@@ -374,10 +383,11 @@ def test_accuracy_and_its_interval(trained):
     assert test['accuracy'] == right / count > 0.9
     low, high = tf_retrain.get_interval(right, count)
     assert test['interval'] == [low, high]
+    needed = tf_retrain.count_for_half_interval(right, count)
     assert (
         f'Final test accuracy = {100 * right / count:.1f}% (N={count})\n'
         f'95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%. '
-        f'{4 * count} test images would at least halve its width.\n'
+        f'About {needed} test images would halve the width of the interval.\n'
     ) in trained.process.stdout
 
 
