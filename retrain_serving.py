@@ -3352,8 +3352,11 @@ class BottleneckCache:
             # Then an image of the same size counts as unchanged.
             if record.digest in (image_digest, None):
                 header = Header(record.orientation, record.bits)
+                # With --upright, an image whose header could not be read was not turned. Its record
+                # says so until its bottleneck is computed again.
+                is_to_read = record.lacks_header and not self.backbone.is_upright
                 # With NO_TIME, it may be that of other contents, which the image had for a while.
-                if record.digest is None or record.time == NO_TIME or record.lacks_header:
+                if record.digest is None or record.time == NO_TIME or is_to_read:
                     header = load_header(self.images.paths[row])
                 self.try_to_save_record(row, int(image_digest), record.outcome, header)
                 yield int(row)

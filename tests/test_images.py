@@ -426,6 +426,22 @@ def test_an_orientation_that_cannot_be_read(job):
         assert 'as stored: 1. If they lie on their side, open them, and save them again.' in out
 
 
+def test_an_orientation_that_is_read_too_late_for_upright(job, monkeypatch):
+    """The bottleneck is that of the image as it is stored, and the warning stays."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(job.photographs(cat=4, dog=4).data / 'cat/phone.jpg', exif=exif)
+    monkeypatch.setattr(tf_retrain, 'read_header', lambda file: tf_retrain.Header())
+    job.cache('--upright')
+    monkeypatch.undo()
+    warning = 'images whose orientation cannot be read, and that are used as stored: '
+    assert f'{warning}9.' in job.cache('--upright')
+    (job.folder / 'bottlenecks/cat/phone.jpg_upright.txt').unlink()
+    out = job.cache('--upright')
+    assert created(out) == ['cat/phone.jpg_upright']
+    assert f'{warning}8.' in out
+
+
 @pytest.mark.posix
 def test_photographs_that_are_left_out_are_not_counted(job):
     """They are links to a drive that is gone; with a record, and without."""
