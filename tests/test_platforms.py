@@ -319,17 +319,33 @@ raise ImportError('libfoo.so.1: cannot open shared object file')
 """
 
 
+FULL_DRIVE = """
+import tempfile
+tempfile.tempdir = None
+tempfile._candidate_tempdir_list = lambda: ['/missing']  # no file can be written there
+tempfile.gettempdir()
+"""
+# {what stands for TensorFlow: what the program says}. What libraries write is shown only then.
+FAILED_IMPORTS = {
+    BROKEN: [
+        'libfoo says why',
+        'ERROR: libfoo.so.1: cannot open shared object file. See "Problems" in README.md.',
+    ],
+    FULL_DRIVE: [
+        "ERROR: No usable temporary directory found in ['/missing']. Make space there, or set "
+        'TMPDIR to a folder on another drive.'
+    ],
+}
+
+
 @pytest.mark.parametrize('script', SCRIPTS)
-def test_a_library_that_is_missing(tmp_path, script):
-    """What the libraries write is shown only then."""
-    (tmp_path / 'tensorflow.py').write_text(BROKEN)
+@pytest.mark.parametrize('module', FAILED_IMPORTS)
+def test_tensorflow_cannot_be_imported(tmp_path, script, module):
+    (tmp_path / 'tensorflow.py').write_text(module)
     environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
     process = run_new(script, *get_arguments(script)[1:], check=False, env=environment)
     assert process.returncode == 1
-    assert process.stderr.splitlines() == [
-        'libfoo says why',
-        'ERROR: libfoo.so.1: cannot open shared object file. See "Problems" in README.md.',
-    ]
+    assert process.stderr.splitlines() == FAILED_IMPORTS[module]
 
 
 def test_without_a_folder_for_temporary_files(monkeypatch, capfd):
@@ -341,27 +357,6 @@ def test_without_a_folder_for_temporary_files(monkeypatch, capfd):
         raise ImportError('no')
     os.write(2, b'shown')
     assert capfd.readouterr().err == 'shown'
-
-
-FULL_DRIVE = """
-import tempfile
-tempfile.tempdir = None
-tempfile._candidate_tempdir_list = lambda: ['/missing']  # no file can be written there
-tempfile.gettempdir()
-"""
-
-
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_no_folder_for_the_temporary_files_of_tensorflow(tmp_path, script):
-    """The drive is full."""
-    (tmp_path / 'tensorflow.py').write_text(FULL_DRIVE)
-    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
-    process = run_new(script, *get_arguments(script)[1:], check=False, env=environment)
-    assert process.returncode == 1
-    assert process.stderr == (
-        "ERROR: No usable temporary directory found in ['/missing']. Make space there, or set "
-        'TMPDIR to a folder on another drive.\n'
-    )
 
 
 def test_no_more_threads(job, monkeypatch):
