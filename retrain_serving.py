@@ -1778,6 +1778,9 @@ def decode_by_pillow(contents: bytes) -> np.ndarray:
         check_size(image.width * image.height)
         if max(image.size) > MAX_SIDE:
             raise ImageError(f'it is more than {MAX_SIDE:,} pixels wide or high')
+        if image.format == 'TIFF':  # a tile is decoded as a whole, and may be larger than the image
+            tile_width = image.tag_v2.get(ExifTags.Base.TileWidth, 0)
+            check_size(tile_width * image.tag_v2.get(ExifTags.Base.TileLength, 0))
         if image.format == 'WEBP':
             # TensorFlow takes a third of Pillow's time, but refuses alpha and animations.
             with contextlib.suppress(tf.errors.InvalidArgumentError):

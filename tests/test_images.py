@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 from helpers import COLOURS, Job, build_model, created, parse, run_v1, write_photographs
-from PIL import Image
+from PIL import ExifTags, Image
 
 import tf_retrain
 import tf_test
@@ -386,6 +386,21 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(job, monkey
         assert f"WARNING: 'data/cat/{name}.jpg' is left out: {reason}" in out
     assert 'cat/large.jpg' in created(out)
     assert len(created(out)) == 9
+
+
+def test_the_limit_on_pixels_holds_for_the_tiles_of_a_tiff(monkeypatch):
+    """They may be larger than the image."""
+    tile = zlib.compress(bytes(400 * 304))
+    # The compression 8 is deflate. The tile lies behind the header and the tags.
+    tags = {'ImageWidth': 64, 'ImageLength': 64, 'BitsPerSample': 8, 'Compression': 8}
+    tags |= {'PhotometricInterpretation': 1, 'TileWidth': 400, 'TileLength': 304}
+    tags |= {'TileOffsets': 8 + 2 + 9 * 12 + 4, 'TileByteCounts': len(tile)}
+    entries = [struct.pack('<HHII', ExifTags.Base[name], 4, 1, tags[name]) for name in tags]
+    contents = struct.pack('<2sHIH', b'II', 42, 8, 9) + b''.join(entries) + bytes(4) + tile
+    assert tf_retrain.decode(contents, is_upright=False).shape == (64, 64, 3)
+    monkeypatch.setattr(tf_retrain, 'MAX_PIXELS', 120_000)
+    with pytest.raises(tf_retrain.ImageError, match='^it has 121,600 pixels, more than 120,000$'):
+        tf_retrain.decode(contents, is_upright=False)
 
 
 def test_photographs_that_lie_on_their_side_are_counted(job):
