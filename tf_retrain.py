@@ -1725,8 +1725,9 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     return tf.ensure_shape(image, [None, None, 3])
 
 
-# A box of a HEIC that names an item (ISO/IEC 14496-12, 8.11.6.2): version 2 or 3, and flags.
-HEIC_ITEM = re.compile(rb'infe([\2\3])\0\0[\0\1]')
+# A box of a HEIC that names an item (ISO/IEC 14496-12, 8.11.6.2): its size, below 65,536 bytes, its
+# version, up to 3, and three bytes of flags.
+HEIC_ITEM = re.compile(rb'(\0\0..)infe([\0-\3])...', re.DOTALL)
 
 
 def check_heic(contents: bytes) -> None:
@@ -1735,12 +1736,12 @@ def check_heic(contents: bytes) -> None:
     pi_heif would crash (tried with 1.4).
     """
     for match in HEIC_ITEM.finditer(contents):
-        start = match.start() - 4  # of the box, where its size is
-        size = int.from_bytes(contents[start : start + 4], 'big')
+        size = int.from_bytes(match[1], 'big')
+        end = match.start() + size if size else len(contents)
         # Behind the flags are an ID of two or four bytes and an index of two.
-        text_start = match.end() + (4 if match[1] == b'\2' else 6)
+        text_start = match.end() + (6 if match[2] == b'\3' else 4)
         try:
-            contents[text_start : start + size].decode()
+            contents[text_start:end].decode()
         except UnicodeDecodeError:
             raise ImageError('it is HEIC, and damaged')
 
