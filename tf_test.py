@@ -1945,11 +1945,16 @@ def ensure_outside_images(training: Training | None, flags: argparse.Namespace) 
             f"--heatmap: '{flags.heatmap}' is in the --image_dir of the training. Name a file "
             'elsewhere.'
         )
+    if not flags.sort_into:
+        return
     parents = [os.path.join(image_dir, name) for name in ('', *training.set_folders)]
-    if flags.sort_into and resolve(flags.sort_into) in map(resolve, parents):
+    is_read = resolve(flags.sort_into) in map(resolve, parents)
+    # Beside train/ and val/, a folder may become the test set.
+    may_be_set = training.set_folders and resolve(flags.sort_into).parent == resolve(image_dir)
+    if is_read or may_be_set:
         raise UserError(
-            f"--sort_into: '{flags.sort_into}' has the class folders of the training, which would "
-            'train on it. Name another folder.'
+            f"--sort_into: '{flags.sort_into}' is where the training looks for class folders, and "
+            'would train on it. Name another folder.'
         )
 
 

@@ -312,11 +312,25 @@ def test_images_are_not_sorted_into_what_is_trained_on(trained, label, monkeypat
     monkeypatch.chdir(trained.folder)
     before = sorted(trained.data.rglob('*'))
     for folder in ('data', 'data/', trained.data):
-        message = '^--sort_into: .* has the class folders of the training, which would train on it'
+        message = '^--sort_into: .* is where the training looks for class folders, and would train'
         label.fails(message, f'--sort_into={folder}', *sorted(before)[1:3])
     assert sorted(trained.data.rglob('*')) == before
     label('--sort_into=data/sorted', trained.test_image())  # no class folder, and so not trained on
     shutil.rmtree(trained.data / 'sorted')
+
+
+def test_images_are_not_sorted_into_a_set_of_the_training(trained):
+    """The test set of the next training would have the labels that this one gave."""
+    training = tf_test.load_graph(str(trained.folder / GRAPH)).training
+    training = training._replace(set_folders={'train': 'training', 'val': 'validation'})
+    for name in ('val', 'test'):
+        flags = parse('x.jpg', GRAPH, LABELS, f'--sort_into={trained.data / name}')
+        with pytest.raises(
+            tf_test.UserError, match='is where the training looks for class folders'
+        ):
+            tf_test.ensure_outside_images(training, flags)
+    flags.sort_into = str(trained.data.parent / 'test')
+    tf_test.ensure_outside_images(training, flags)
 
 
 def test_a_heatmap_is_no_photograph_to_train_on(trained, label):
