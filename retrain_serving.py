@@ -4882,16 +4882,11 @@ def clear_events(summaries_dir: str, start: Start) -> None:
     if start.logs is None:  # note_start() has said why
         return
     now, others = list_logs(summaries_dir)
-    new_owners = {get_owner(path) for path in now if path not in start.logs} - {get_process()}
-    is_shared = bool(new_owners)
-    ended = {get_owner(path) for path in now if os.path.basename(os.path.dirname(path)) == 'test'}
-    at_work = {path for path in start.logs if is_at_work(path, start, ended)}
-    # Another run may have written the suspects already, and so have closed their file.
-    owners_at_work = new_owners | {get_owner(path) for path in at_work}
+    other_runs = find_runs_at_work(now, start)
     locked = []
     for path in start.logs:
-        if path in at_work or get_owner(path) in owners_at_work:
-            is_shared = True
+        # A run at work keeps all of its logs, also those that it has written and closed already.
+        if get_owner(path) in other_runs:
             continue
         try:
             gfile.remove(path)
@@ -4904,7 +4899,7 @@ def clear_events(summaries_dir: str, start: Start) -> None:
             f'WARNING: logs of an earlier run stay, as they cannot be removed: {name_some(locked)}.'
             ' On Windows, end TensorBoard before the next run.'
         )
-    if is_shared:
+    if other_runs:
         print(
             f'WARNING: another run logs to {summaries_dir} at the same time, or did a moment ago. '
             'Name another --summaries_dir to tell the two apart in TensorBoard.'
@@ -4914,6 +4909,14 @@ def clear_events(summaries_dir: str, start: Start) -> None:
             'WARNING: logs of other programs stay, and TensorBoard shows them together with those '
             f'of this run: {name_some(others)}. Name another --summaries_dir.'
         )
+
+
+def find_runs_at_work(now: list[str], start: Start) -> set[tuple[str, ...]]:
+    """Returns get_owner() of other runs that still write logs, given the event files of now."""
+    before = start.logs or []
+    new = {get_owner(path) for path in now if path not in before} - {get_process()}
+    ended = {get_owner(path) for path in now if os.path.basename(os.path.dirname(path)) == 'test'}
+    return new | {get_owner(path) for path in before if is_at_work(path, start, ended)}
 
 
 def is_recent(path: str, start: Start, margin: int) -> bool:
