@@ -3343,10 +3343,11 @@ class BottleneckCache:
             header = load_header(self.images.paths[row])
             self.try_to_save_record(row, None, int(self.cache_digests[row]), header)
 
-    def find_unchanged(self, records: dict[int, CacheRecord]) -> Iterator[int]:
-        """Yields the rows of images whose contents are those of their records, {row: record}.
+    def compare_contents(self, records: dict[int, CacheRecord]) -> Iterator[tuple[int, bool]]:
+        """Yields (row, whether its contents are those of its record), given {row: record}.
 
-        Records their new modification times, and headers that could not be read before.
+        Images that cannot be read are left out. Records new modification times of unchanged images,
+        and headers that could not be read before.
         """
         rows = np.array(list(records), int)
         paths = [self.images.paths[row] for row in rows]
@@ -3354,7 +3355,8 @@ class BottleneckCache:
             record = records[row]
             # The digest is None if trust_unrecorded() made the record: it does not read the image.
             # Then an image of the same size counts as unchanged.
-            if record.digest in (image_digest, None):
+            is_unchanged = record.digest in (image_digest, None)
+            if is_unchanged:
                 header = Header(record.orientation, record.bits)
                 # With --upright, an image whose header could not be read was not turned. Its record
                 # says so until its bottleneck is computed again.
@@ -3363,7 +3365,7 @@ class BottleneckCache:
                 if record.digest is None or record.time == NO_TIME or is_to_read:
                     header = load_header(self.images.paths[row])
                 self.try_to_save_record(row, int(image_digest), record.outcome, header)
-                yield int(row)
+            yield int(row), is_unchanged
 
     def compare(self) -> tuple[np.ndarray, dict[int, str]]:
         """Returns the rows to compute, and {row: reason} of images that cannot be decoded.
@@ -3377,16 +3379,17 @@ class BottleneckCache:
             for row, record in enumerate(self.records)
             if record and self.fits(row, record)
         }
-        current = {
-            row for row, record in fitting.items() if record.time == self.statuses[row].modified
+        # An image that is not read, or cannot be, is unchanged if its time is.
+        is_unchanged = {
+            row: record.time == self.statuses[row].modified for row, record in fitting.items()
         }
-        unread = {
+        to_read = {
             row: record
             for row, record in fitting.items()
-            if row not in current or record.lacks_header
+            if record.lacks_header or not is_unchanged[row]
         }
-        current.update(self.find_unchanged(unread))
-        outcomes = {row: fitting[row].outcome for row in current}
+        is_unchanged.update(self.compare_contents(to_read))
+        outcomes = {row: record.outcome for row, record in fitting.items() if is_unchanged[row]}
         reasons = {row: reason for row, reason in outcomes.items() if isinstance(reason, str)}
         return np.setdiff1d(np.arange(len(self.paths)), list(outcomes)), reasons
 

@@ -441,6 +441,17 @@ def test_an_orientation_that_cannot_be_read(job):
         assert 'as stored: 1. If they lie on their side, open them, and save them again.' in out
 
 
+def test_an_image_that_is_read_for_its_orientation_is_compared(job, monkeypatch):
+    """Its size and time say nothing of a change, but its contents do."""
+    job.photographs(cat=4, dog=4)
+    monkeypatch.setattr(tf_retrain, 'read_header', lambda file: tf_retrain.Header())
+    for color in ('red', 'blue'):
+        image = job.data / 'cat/damaged.bmp'
+        Image.new('RGB', (40, 30), color).save(image)
+        os.utime(image, (1e9, 1e9))
+        assert 'cat/damaged.bmp' in created(job.cache())
+
+
 def test_an_orientation_that_is_read_too_late_for_upright(job, monkeypatch):
     """The bottleneck is that of the image as it is stored, and the warning stays."""
     exif = Image.Exif()
