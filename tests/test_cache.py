@@ -122,8 +122,8 @@ VALID = ','.join(map(str, np.arange(2048, dtype=np.float32))).encode()
 DAMAGE = st.tuples(st.binary(max_size=300), st.integers(0, len(VALID)), st.integers(0, 50))
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(DAMAGE, min_size=10, max_size=30))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(DAMAGE, min_size=25, max_size=30))
 def test_fuzzed_cache_files(tmp_path, damages):
     """Only what Python too reads as 2,048 finite numbers is believed."""
     texts = [VALID, *(VALID[:at] + junk + VALID[at + cut :] for junk, at, cut in damages)]

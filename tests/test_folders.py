@@ -692,6 +692,15 @@ def test_sorted_images_can_go_back_into_the_data(trained, tmp_path, monkeypatch,
     assert os.listdir(tmp_path / 'again') == ['red fox']
 
 
+@pytest.mark.posix
+def test_what_is_no_record_is_ignored(tmp_path):
+    """A FIFO would be waited for."""
+    os.mkfifo(tmp_path / 'fifo.json')
+    (tmp_path / 'deep.json').write_text('[' * 200_000)
+    for name in ('fifo', 'deep'):
+        assert tf_test.load_training(str(tmp_path / name), b'') is None
+
+
 def test_a_record_of_another_training_is_a_warning(trained, tmp_path):
     record = json.loads((trained.folder / f'{GRAPH}.json').read_text())
     (tmp_path / 'graph.pb').write_bytes((trained.folder / GRAPH).read_bytes())

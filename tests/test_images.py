@@ -9,11 +9,12 @@ import shutil
 import struct
 import tempfile
 import zlib
+from unittest import mock
 
 import numpy as np
 import pytest
 from helpers import COLOURS, Job, build_model, created, parse, run_v1, write_photographs
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, PngImagePlugin
 
 import tf_retrain
 import tf_test
@@ -441,6 +442,17 @@ def test_an_orientation_that_cannot_be_read(job):
         assert 'as stored: 1. If they lie on their side, open them, and save them again.' in out
 
 
+def test_the_header_of_a_png_is_read_without_its_pixels(monkeypatch):
+    """They may be too many."""
+    contents = io.BytesIO()
+    Image.new('RGB', (40, 30)).save(contents, 'PNG')
+    contents.seek(0)
+    load = mock.Mock()
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, 'load', load)
+    assert tf_retrain.read_header(contents) == (None, 8)
+    load.assert_not_called()
+
+
 def test_an_image_that_is_read_for_its_orientation_is_compared(job, monkeypatch):
     """Its size and time say nothing of a change, but its contents do."""
     job.photographs(cat=4, dog=4)
@@ -645,11 +657,15 @@ def test_names_that_would_break_a_line_are_escaped(job):
     job.photographs(cat=20, dog=20)
     (job.data / 'cat/cat 1.jpg').rename(job.data / 'cat/new\nline\ttab.jpg')
     shutil.copy(job.data / 'dog/dog 1.jpg', job.data / 'cat/copy\rof.jpg')
-    out = job.main('--find_suspects=41', how_many_training_steps='2')
+    (job.data / 'dog/note\nbook.txt').touch()
+    flags = '--find_suspects=41', '--print_misclassified_test_images'
+    out = job.main(*flags, how_many_training_steps='2', testing_percentage='60')
+    assert 'passed over: note\\nbook.txt' in out
     assert '\nCreating bottleneck at bottlenecks/cat/new\\nline\\ttab.jpg.txt\n' in out
     assert '\r' not in out
     assert '\t' not in out
-    assert out.count('copy\\rof.jpg') >= 3  # as a bottleneck, a near copy and a suspect
+    # As a bottleneck, a near copy, a suspect and a misclassified image.
+    assert out.count('copy\\rof.jpg') >= 4
 
 
 def test_a_class_called_unsure_is_a_warning(job):

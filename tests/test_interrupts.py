@@ -21,7 +21,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from forks import Fork
-from helpers import GRAPH, ROOT, Job, created, read_all, run, run_new, run_v1, send, serve
+from helpers import GRAPH, ROOT, Job, created, parse, read_all, run, run_new, run_v1, send, serve
 
 import tf_retrain
 
@@ -182,6 +182,25 @@ def test_a_stop_before_the_training_leaves_the_old_outputs(
         job.main('--find_suspects=1')
     assert graph.read_text() == 'old'
     assert os.listdir(graph.parent) == ['unoptimized_model.pb']
+
+
+def test_a_stop_before_the_first_step_has_learned_nothing(job, monkeypatch, signals):
+    stop_at(monkeypatch, 'train_step', signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        job.photographs(cat=20, dog=20).main()
+    assert list(job.folder.glob('trained_model/*')) == []
+
+
+def test_a_stop_that_is_dropped_ends_the_searches(signals):
+    """Each of them at its next block or step."""
+    bottlenecks = np.ones([2, 8], np.float32)
+    images = tf_retrain.Images('d', ['a', 'b'], None, np.arange(2), np.full(2, 'training'))
+    flags = parse('--image_dir=d', '--how_many_training_steps=9')
+    tf_retrain.stop_requested.set()
+    with pytest.raises(KeyboardInterrupt):
+        next(tf_retrain.compare_bottlenecks(bottlenecks, np.arange(2)))
+    with pytest.raises(KeyboardInterrupt):
+        tf_retrain.train_fold(images, bottlenecks, np.random.default_rng(0), mock.Mock(), flags)
 
 
 def test_the_end_of_the_program_waits_for_the_batch_in_hand(monkeypatch):
@@ -477,8 +496,11 @@ def test_a_stop_that_fails_a_batch_ends_the_training_early(job, monkeypatch, sig
 
     job.photographs(cat=20, dog=20)
     monkeypatch.setattr(tf_retrain, 'compute_distorted', compute)
+    # What fails later does not fail because of the stop.
+    monkeypatch.setattr(tf_retrain, 'write_pictures', mock.Mock(side_effect=ValueError('too much')))
     out = job.main('--flip_left_right')
     assert 'Ctrl-C: what was learned so far will be tested and written.' in out
+    assert 'WARNING: the pictures for TensorBoard left out (ValueError: too much)' in out
     assert out.splitlines()[-1].startswith('python3 tf_test.py')
     assert (job.folder / 'trained_model/unoptimized_model.pb').exists()
 

@@ -230,6 +230,17 @@ def test_a_copy_does_not_replace_one_that_came_meanwhile(tmp_path, monkeypatch):
     assert found == {'x.jpg': b'of another run', 'x 2.jpg': b'own'}
 
 
+def test_images_of_one_name_and_size_and_time_are_both_sorted(tmp_path):
+    for number in '12':
+        path = tmp_path / number / 'x.jpg'
+        path.parent.mkdir()
+        path.write_text(number)
+        os.utime(path, (1e9, 1e9))
+        tf_test.place(str(path), 'cat', f'{tmp_path}/sorted')
+    found = {path.name: path.read_text() for path in (tmp_path / 'sorted/cat').iterdir()}
+    assert found == {'x.jpg': '1', 'x 2.jpg': '2'}
+
+
 def test_two_runs_that_sort_the_same_images_at_once(tmp_path, monkeypatch):
     (tmp_path / 'x.jpg').write_bytes(b'own')
     link = os.link
@@ -420,6 +431,17 @@ def test_a_heatmap_replaces_only_plain_files(trained, label, tmp_path):
             f'--heatmap={tmp_path}/{name}',
             image,
         )
+
+
+def test_a_heatmap_is_written_whole(trained, label, monkeypatch, tmp_path):
+    heatmap = tmp_path / 'heatmap.png'
+    label(f'--heatmap={heatmap}', trained.test_image())
+    before = heatmap.read_bytes()
+    monkeypatch.setattr(os, 'replace', mock.Mock(side_effect=OSError('No space left on device')))
+    message = '^--heatmap: .* cannot be written .*No space left on device'
+    label.fails(message, f'--heatmap={heatmap}', trained.data / 'cat/cat 1.jpg')
+    assert heatmap.read_bytes() == before
+    assert os.listdir(tmp_path) == ['heatmap.png']
 
 
 @pytest.mark.parametrize('images', [['data/cat/cat 0.jpg'], ['data/cat']])
@@ -723,6 +745,7 @@ ERRORS = [  # image, graph and labels
     ('cat.jpg graph graph', "The labels file 'graph' is not text. "),
     ('cat.jpg graph empty', "'empty' has 0 labels, but 'graph' has 3 classes. Name files of one"),
     ('cat.jpg graph other', "'other' has 1 labels, but 'graph' has 3 classes. Name files of one"),
+    ('cat.jpg graph more', "'more' has 4 labels, but 'graph' has 3 classes. Name files of one"),
     ('cat.jpg model labels', "'labels' has 3 labels, but 'model' has 10 classes. Name files of"),
 ]
 
@@ -739,6 +762,7 @@ def odd_files(trained, tmp_path_factory):
         (folder / name).symlink_to(trained.folder / target)
     (folder / 'empty').touch()
     (folder / 'other').write_text('dog\n')
+    (folder / 'more').write_text('cat\ndog\nother\nmore\n')
     (folder / 'folder').mkdir()
     os.mkfifo(folder / 'pipe')  # nobody writes into it: it would be waited for
     Image.new('1', (20_000, 20_000)).save(folder / 'huge.png')  # it would take all memory

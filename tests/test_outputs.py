@@ -16,6 +16,7 @@ import tf_retrain
 import tf_test
 from tf_retrain import tf
 
+FORBIDDEN = tf.errors.PermissionDeniedError(None, None, 'Permission denied')
 NO_SPACE = tf.errors.ResourceExhaustedError(None, None, 'No space left on device')
 GRAPH, LABELS = 'trained_model/unoptimized_model.pb', 'trained_model/labels.txt'
 OPTIMIZED, RECORD = 'trained_model/o.pb', f'{GRAPH}.json'
@@ -37,11 +38,14 @@ def existing(job):
     return {path for path in OUTPUTS if (job.folder / path).exists()}
 
 
-@pytest.mark.parametrize('failing', [GRAPH, LABELS, OPTIMIZED, RECORD])
-def test_an_output_that_fails_is_the_only_one_that_is_missing(job, monkeypatch, failing):
+@pytest.mark.parametrize(
+    ('failing', 'problem'),
+    [(GRAPH, NO_SPACE), (LABELS, FORBIDDEN), (OPTIMIZED, NO_SPACE), (RECORD, FORBIDDEN)],
+)
+def test_an_output_that_fails_is_the_only_one_that_is_missing(job, monkeypatch, failing, problem):
     def refuse(path, contents, write_whole=retrain_serving.write_whole):
         if path == failing:
-            raise NO_SPACE
+            raise problem
         write_whole(path, contents)
 
     monkeypatch.setattr(retrain_serving, 'write_whole', refuse)
@@ -51,7 +55,7 @@ def test_an_output_that_fails_is_the_only_one_that_is_missing(job, monkeypatch, 
     if failing == RECORD:
         assert error is None
     else:
-        assert f'could not be written: {failing} (No space left on device). Written: ' in error
+        assert f'could not be written: {failing} ({problem.message}). Written: ' in error
         assert error.endswith('Fix this, and run the command again with a new --saved_model_dir.')
 
 
@@ -128,8 +132,22 @@ class Killed(BaseException):
     """What stands for SIGKILL."""
 
 
-def write_training(folder, labels, renames=None):
-    """Writes graph and labels of a tiny network; is killed after some renames of files."""
+def killed_after(operations, patch):
+    """Makes all further operations on files fail. SIGKILL would leave no time for them either."""
+    left = iter(range(operations))
+    for name in ('makedirs', 'GFile', 'rename', 'remove'):
+        original = getattr(tf_retrain.gfile, name)
+
+        def operate(*arguments, original=original, **options):
+            if next(left, None) is None:
+                raise Killed
+            return original(*arguments, **options)
+
+        patch.setattr(tf_retrain.gfile, name, operate)
+
+
+def write_training(folder, labels, operations=99):
+    """Writes graph, labels and record of a tiny network; is killed after some operations."""
     graph_def = tf.compat.v1.GraphDef()
     graph_def.node.add(name='DecodeJpeg/contents', op='Const')
     graph_def.node.add(name='bottleneck', op='Identity', input=['DecodeJpeg/contents'])
@@ -139,45 +157,46 @@ def write_training(folder, labels, renames=None):
     head = tf_retrain.Head(layer, labels)
     paths = f'--output_graph={folder}/g.pb', f'--output_labels={folder}/l.txt'
     flags = parse('--image_dir=unused', *paths)
-    left = iter(range(99 if renames is None else renames))
-
-    def rename(*arguments, original=tf_retrain.gfile.rename, **options):
-        if next(left, None) is None:
-            raise Killed
-        original(*arguments, **options)
-
+    files = np.array([f'{label}/1.jpg' for label in labels], object)
+    sets = np.full(len(labels), 'training')
+    images = tf_retrain.Images('unused', labels, files, np.arange(len(labels)), sets)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tf_retrain.gfile, 'rename', rename)
-        tf_retrain.write_outputs(tf_retrain.create_writers(backbone, head, flags))
+        killed_after(operations, patch)
+        tf_retrain.write_results(images, backbone, head, None, {'problem': None}, flags, None)
 
 
 def check(folder):
-    """Returns what tf_test.py makes of graph and labels: 'same', or an error or warning."""
+    """Tells whether graph and labels are of one training, as tf_test.py finds out."""
     flags = tf_test.create_labeling_parser().parse_args(
         ['x.jpg', f'{folder}/g.pb', f'{folder}/l.txt']
     )
     labels = tf_test.load_labels(flags.labels)
     graph = tf_test.load_graph(flags.graph)
     tf_test.check_labels(labels, graph, flags)
+    # The record of another training is not believed.
+    assert graph.training is None or graph.training.folders == graph.labels
     return labels == graph.labels
 
 
-@pytest.mark.parametrize('renames', range(3))
-def test_a_kill_between_two_outputs_never_swaps_labels(tmp_path, renames):
+def test_a_kill_between_two_operations_never_swaps_labels(tmp_path):
     """The labels of another training, in another order: with them, a cat would be a dog."""
-    write_training(tmp_path, ['dog', 'cat'])
-    assert check(tmp_path)
-    try:
-        write_training(tmp_path, ['cat', 'dog'], renames)
-    except Killed:
-        assert renames < 2
-    if renames == 1:
-        with pytest.raises(
-            tf_test.UserError, match='in another order, such as .* Name files of one'
-        ):
-            check(tmp_path)
-    else:
+    mismatches = []
+    for operations in range(99):
+        write_training(tmp_path, ['dog', 'cat'])
         assert check(tmp_path)
+        try:
+            write_training(tmp_path, ['cat', 'dog'], operations)
+            break
+        except Killed:
+            pass
+        try:
+            assert check(tmp_path)
+        except tf_test.UserError as error:
+            assert 'in another order, such as ' in str(error)
+            mismatches.append(operations)
+    assert operations > 9
+    assert mismatches  # between the renames of the graph and of the labels
+    assert check(tmp_path)
 
 
 def test_translated_labels_are_a_warning(tmp_path, capsys):
@@ -571,6 +590,10 @@ def test_errors_of_tensorflow_say_the_reason():
 
 def test_the_path_in_an_error_stays_relative():
     assert tf_retrain.describe(OSError('../b/x.tmp; No space left.')) == '../b/x.tmp; No space left'
+
+
+def test_an_error_without_a_message_has_a_name():
+    assert tf_retrain.describe(KeyboardInterrupt()) == 'KeyboardInterrupt'
 
 
 @pytest.mark.posix

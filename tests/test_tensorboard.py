@@ -1,6 +1,7 @@
 """What TensorBoard shows: curves, distributions, graph and pictures; and the table of classes."""
 
 import collections
+import datetime
 import importlib
 import io
 import itertools
@@ -269,6 +270,14 @@ def test_thumbnails(tmp_path):
     assert colours == [(255, 0, 0), (128, 128, 128), (128, 128, 128)]
 
 
+@pytest.mark.posix
+def test_a_thumbnail_of_what_became_a_fifo(tmp_path):
+    os.mkfifo(tmp_path / 'x.jpg')
+    thumbnail = tf_retrain.load_thumbnail(str(tmp_path / 'x.jpg'), False)
+    assert thumbnail.getpixel((5, 5)) == (128, 128, 128)
+    assert tf_retrain.read_start(str(tmp_path / 'x.jpg')) == b''
+
+
 def test_the_limit_on_pixels_holds_for_thumbnails(tmp_path, monkeypatch):
     """Of an image that has changed since its bottleneck was computed."""
     monkeypatch.setattr(tf_retrain, 'MAX_PIXELS', 600 * 200 - 1)
@@ -366,10 +375,27 @@ def test_what_another_run_writes_at_the_same_time_is_left_alone(job, monkeypatch
     monkeypatch.setattr(tf_retrain, 'list_dir', list_and_remove)
     out = job.main()
     assert out.count('WARNING: another run logs to logs at the same time') == 1
+    assert 'logs of an earlier run stay' not in out
     assert events.read_bytes() == b'of another run'
     assert len(list(events.parent.iterdir())) == 2
     assert removed
     assert os.listdir(job.folder / 'logs/suspects') == []
+
+
+def test_what_was_written_since_the_run_started_stays(tmp_path, capsys):
+    """By a run on this computer that has closed its log since, or ended."""
+    (tmp_path / 'train').mkdir()
+    host, _ = tf_retrain.get_process()
+    old, other = (tmp_path / 'train' / name_log(f'{host}.9999999{i}') for i in (1, 2))
+    for path in (old, other):
+        path.touch()
+        os.utime(path, (1e9, 1e9))
+    start = tf_retrain.note_start(str(tmp_path))
+    start = start._replace(time=start.time - datetime.timedelta(seconds=9))
+    other.touch()
+    tf_retrain.clear_events(str(tmp_path), start)
+    assert 'another run logs to' in capsys.readouterr().out
+    assert os.listdir(tmp_path / 'train') == [other.name]
 
 
 @pytest.mark.skipif(not os.path.exists('/proc/self/fd'), reason='only Linux tells who has a file')
@@ -546,6 +572,7 @@ def test_a_log_folder_that_cannot_be_cleared_is_a_warning(job, monkeypatch):
     logs = job.folder / 'logs/train'
     logs.mkdir(parents=True)
     os.mkfifo(logs / name_log('host.7'))
+    os.utime(logs / name_log('host.7'), (1e9, 1e9))
     job.photographs(cat=20, dog=20).main(how_many_training_steps='2')
     assert (logs / name_log('host.7')).is_fifo()
     with open(os.fsencode(logs) + b'/\xff', 'w'):
