@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import functools
 import gc
 import gzip
@@ -1030,7 +1031,8 @@ def is_same_or_inside(path: str, folder: str) -> bool:
 def list_dir(path: str) -> list[str]:
     """Returns the sorted names in a folder, or [] if there is no such folder.
 
-    Raises UserError if a name is not UTF-8, and PermissionDeniedError if the folder cannot be read.
+    Raises UserError if the drive fails or a name is not UTF-8, and PermissionDeniedError if the
+    folder cannot be read.
     """
     if '://' in path:
         names = gfile.listdir(path) if gfile.isdir(path) else []
@@ -1043,6 +1045,8 @@ def list_dir(path: str) -> list[str]:
     except PermissionError as error:
         raise tf.errors.PermissionDeniedError(None, None, f'{path}; {error.strerror}')
     except OSError as error:
+        if error.errno == errno.ELOOP:  # a link that leads to itself
+            return []
         raise UserError(f"'{path}' cannot be listed: {error.strerror}. Check the drive.")
     except UnicodeDecodeError as error:
         name = error.object
@@ -1239,10 +1243,17 @@ def is_hidden(name: str) -> bool:
 def is_lost_folder(path: str) -> bool:
     """Tells whether a path that was listed may be a folder on a drive that is gone.
 
-    It leads nowhere, as a link may do, and its name has no extension.
+    It leads nowhere or to itself, as a link may do, and its name has no extension; or the drive
+    fails, as one does whose server has gone.
     """
-    has_extension = bool(os.path.splitext(path)[1])
-    return not has_extension and '://' not in path and not os.path.exists(to_bytes(path))
+    if '://' in path:
+        return False
+    try:
+        os.stat(to_bytes(path))
+    except OSError as error:
+        has_extension = bool(os.path.splitext(path)[1])
+        return not has_extension or error.errno not in (errno.ENOENT, errno.ELOOP)
+    return False
 
 
 def count_images(path: str) -> int:
@@ -1311,13 +1322,14 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
         path = os.path.join(image_dir, name)
         if is_hidden(name):
             continue
-        if not gfile.isdir(path):
-            loose_images += is_image(name)
-            if is_lost_folder(path):
-                print(f'WARNING: {escape(path)} leads nowhere. It is not used as a class.')
-            continue
         try:
-            folders[name] = list_class_folder(path)
+            if is_lost_folder(path):
+                list_dir(path)  # raises UserError if the drive fails
+                print(f'WARNING: {escape(path)} leads nowhere. It is not used as a class.')
+            elif gfile.isdir(path):
+                folders[name] = list_class_folder(path)
+            else:
+                loose_images += is_image(name)
         except tf.errors.PermissionDeniedError:  # as of lost+found
             print(f'WARNING: {escape(path)} cannot be read. It is not used as a class.')
     if loose_images:

@@ -13,6 +13,7 @@ is retrain.py of TensorFlow's image_retraining example.
 import argparse
 import contextlib
 import dataclasses
+import errno
 import filecmp
 import functools
 import gc
@@ -583,10 +584,17 @@ def is_folder(path: str) -> bool:
 def is_lost_folder(path: str) -> bool:
     """Tells whether a path that was listed may be a folder on a drive that is gone.
 
-    It leads nowhere, as a link may do, and its name has no extension.
+    It leads nowhere or to itself, as a link may do, and its name has no extension; or the drive
+    fails, as one does whose server has gone.
     """
-    has_extension = bool(os.path.splitext(path)[1])
-    return not has_extension and '://' not in path and not os.path.exists(to_bytes(path))
+    if '://' in path:
+        return False
+    try:
+        os.stat(to_bytes(path))
+    except OSError as error:
+        has_extension = bool(os.path.splitext(path)[1])
+        return not has_extension or error.errno not in (errno.ENOENT, errno.ELOOP)
+    return False
 
 
 def is_linked_folder(path: str) -> bool:

@@ -1,6 +1,7 @@
 """Folders as people have them: split already, with sub-folders, links, `~`; a folder to test on."""
 
 import dataclasses
+import errno
 import json
 import os
 import pathlib
@@ -99,6 +100,38 @@ def test_a_link_that_leads_nowhere_is_named(touch, tmp_path, capsys):
     out = capsys.readouterr().out
     assert 'WARNING: d/fox leads nowhere. It is not used as a class.\n' in out
     assert out.count('leads nowhere') == 1
+
+
+@pytest.mark.parametrize('name', ['wolf', 'St. Bernard'])
+def test_a_folder_on_a_drive_that_fails_is_an_error(touch, tmp_path, monkeypatch, name):
+    """As of a server that has gone: its class would be missing from the new graph."""
+    touch(*(f'd/{label}/{i}.jpg' for label in ('cat', 'dog', name) for i in range(9)))
+    stat_of, list_of = os.stat, os.listdir
+
+    def fail(path, original):
+        if os.fsencode(path).endswith(name.encode()):
+            raise OSError(errno.ENOTCONN, 'Transport endpoint is not connected', path)
+        return original(path)
+
+    monkeypatch.setattr(os, 'stat', lambda path, **options: fail(path, stat_of))
+    monkeypatch.setattr(os, 'listdir', lambda path: fail(path, list_of))
+    monkeypatch.chdir(tmp_path)
+    message = f"^'d/{name}' cannot be listed: Transport endpoint is not connected. Check the drive"
+    with pytest.raises(UserError, match=message):
+        tf_retrain.list_class_folders('d')
+    # tf_test.py says that it cannot be read, as of an image.
+    assert f'd/{name}' in tf_test.find_images('d', None)
+
+
+@pytest.mark.posix
+def test_links_that_lead_to_themselves(touch, tmp_path, monkeypatch, capsys):
+    touch('d/cat/1.jpg')
+    for name in ('fox', 'notes.txt'):
+        (tmp_path / 'd' / name).symlink_to(name)
+    monkeypatch.chdir(tmp_path)
+    assert list(tf_retrain.list_class_folders('d')) == ['cat']
+    assert 'WARNING: d/fox leads nowhere.' in capsys.readouterr().out
+    assert list(tf_test.find_images('d', None)) == ['d/cat/1.jpg', 'd/fox']
 
 
 @pytest.mark.posix
