@@ -1045,8 +1045,6 @@ def list_dir(path: str) -> list[str]:
     except PermissionError as error:
         raise tf.errors.PermissionDeniedError(None, None, f'{path}; {error.strerror}')
     except OSError as error:
-        if error.errno == errno.ELOOP:  # a link that leads to itself
-            return []
         raise UserError(f"'{path}' cannot be listed: {error.strerror}. Check the drive.")
     except UnicodeDecodeError as error:
         name = error.object
