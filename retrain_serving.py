@@ -1329,7 +1329,8 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
             continue
         try:
             if is_lost_folder(path):
-                list_dir(path)  # raises UserError if the drive fails
+                if not os.path.islink(to_bytes(path)):
+                    list_dir(path)  # raises UserError, as the drive fails
                 print(f'WARNING: {escape(path)} leads nowhere. It is not used as a class.')
             elif gfile.isdir(path):
                 folders[name] = list_class_folder(path)
