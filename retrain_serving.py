@@ -1320,7 +1320,11 @@ def report_passed_over(path: str, image_count: int, others: list[str]) -> None:
 
 
 def list_class_folders(image_dir: str) -> dict[str, list[str]]:
-    """Returns {class folder: its images}, both sorted."""
+    """Returns {class folder: its images}, both sorted.
+
+    Raises UserError for a folder on a drive that fails: its class would be missing from the graph.
+    A link that leads nowhere is a warning.
+    """
     folders = {}
     loose_images = 0
     for name in list_dir(image_dir):
@@ -1330,7 +1334,7 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
         try:
             if is_lost_folder(path):
                 if not os.path.islink(to_bytes(path)):
-                    list_dir(path)  # raises UserError, as the drive fails
+                    list_dir(path)  # raises the error of the drive
                 print(f'WARNING: {escape(path)} leads nowhere. It is not used as a class.')
             elif gfile.isdir(path):
                 folders[name] = list_class_folder(path)

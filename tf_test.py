@@ -1956,9 +1956,10 @@ def ensure_outside_images(training: Training | None, flags: argparse.Namespace) 
     if not flags.sort_into:
         return
     parents = [os.path.join(image_dir, name) for name in ('', *training.set_folders)]
-    is_read = resolve(flags.sort_into) in map(resolve, parents)
+    target = resolve(flags.sort_into)
+    is_read = target in map(resolve, parents)
     # Beside train/ and val/, a folder may become the test set.
-    may_be_set = training.set_folders and resolve(flags.sort_into).parent == resolve(image_dir)
+    may_be_set = training.set_folders and target.parent == resolve(image_dir)
     if is_read or may_be_set:
         raise UserError(
             f"--sort_into: '{flags.sort_into}' is where the training looks for class folders, and "

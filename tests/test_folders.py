@@ -102,6 +102,7 @@ def test_a_link_that_leads_nowhere_is_named(touch, tmp_path, capsys):
     assert out.count('leads nowhere') == 1
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize('name', ['wolf', 'St. Bernard'])
 def test_a_folder_on_a_drive_that_fails_is_an_error(touch, tmp_path, monkeypatch, name):
     """As of a server that has gone: its class would be missing from the new graph."""
