@@ -116,6 +116,8 @@ def test_a_folder_on_a_drive_that_fails_is_an_error(touch, tmp_path, monkeypatch
 
     monkeypatch.setattr(os, 'stat', lambda path, **options: fail(path, stat_of))
     monkeypatch.setattr(os, 'listdir', lambda path: fail(path, list_of))
+    # TensorFlow calls such a folder none.
+    monkeypatch.setattr(tf_retrain.gfile, 'isdir', os.path.isdir)
     monkeypatch.chdir(tmp_path)
     message = f"^'d/{name}' cannot be listed: Transport endpoint is not connected. Check the drive"
     with pytest.raises(UserError, match=message):
