@@ -1422,14 +1422,14 @@ def check_nohash(image_dir: str, class_folders: Iterable[str]) -> None:
 
 def ensure_image_dir(image_dir: str) -> None:
     """Raises UserError if there is no such folder, or if it cannot be read."""
+    try:
+        list_dir(image_dir)  # first, as isdir() is False, too, if the drive fails
+    except tf.errors.PermissionDeniedError:
+        raise UserError(f"--image_dir: '{image_dir}' cannot be read. Check its rights.")
     if not gfile.isdir(image_dir):
         raise UserError(
             f"--image_dir: there is no folder '{image_dir}'. Name the one with your class folders."
         )
-    try:
-        list_dir(image_dir)
-    except tf.errors.PermissionDeniedError:
-        raise UserError(f"--image_dir: '{image_dir}' cannot be read. Check its rights.")
 
 
 def has_class_folders(path: str) -> bool:
@@ -4669,10 +4669,15 @@ def describe_test(tested: Tested, class_count: int) -> dict[str, Any]:
     return {**facts, 'confusion_cells': tested.count_cells().tolist()}
 
 
+def get_record_path(graph: str) -> str:
+    """Returns the path of the record of the run that wrote a graph."""
+    return f'{graph}.json'
+
+
 def write_record(record: dict[str, Any], flags: argparse.Namespace) -> None:
     """Writes the record of the run beside the graph."""
     text = json.dumps(record, indent=2)
-    write_whole(f'{flags.output_graph}.json', f'{text}\n'.encode())
+    write_whole(get_record_path(flags.output_graph), f'{text}\n'.encode())
 
 
 def rename_outputs(flags: argparse.Namespace) -> argparse.Namespace:
@@ -4720,7 +4725,7 @@ def list_outputs(flags: argparse.Namespace) -> list[tuple[str, str]]:
     """Returns (flag, path) of each file that the end of the run writes."""
     outputs = [
         ('--output_graph', flags.output_graph),
-        ('--output_graph', f'{flags.output_graph}.json'),
+        ('--output_graph', get_record_path(flags.output_graph)),
         ('--output_labels', flags.output_labels),
     ]
     if flags.optimized_graph:
@@ -4812,7 +4817,7 @@ def check_outputs(flags: argparse.Namespace) -> None:
     for flag, path in outputs:
         ensure_writable_dir(os.path.dirname(follow_link(path)), flag)
         ensure_replaceable(path, flag)
-    record = f'{flags.output_graph}.json'
+    record = get_record_path(flags.output_graph)
     if is_other_file(record):
         raise UserError(
             f"--output_graph: the record of the run would replace '{record}', which is no record. "
@@ -5223,7 +5228,7 @@ def report_start(images: Images, backbone: Backbone) -> None:
 
 
 def report_end(
-    writers: dict[str, Callable],
+    written: list[str],
     failures: dict[str, str],
     head: Head,
     problem: str | None,
@@ -5235,8 +5240,7 @@ def report_end(
     """
     if failures:
         problems = '; '.join(f'{output} ({reason})' for output, reason in failures.items())
-        written = [output for output in writers if output not in failures] or ['nothing']
-        missing = f'could not be written: {problems}. Written: {", ".join(written)}.'
+        missing = f'could not be written: {problems}. Written: {", ".join(written) or "nothing"}.'
         if problem:
             raise UserError(f'{problem}. What was learned {missing} {EARLIER_OUTPUTS}')
         advice = 'Fix this, and run the same command again.'
@@ -5297,14 +5301,16 @@ def write_results(
     if export:
         writers[SAVED_MODEL] = functools.partial(export, backbone, head)
     results, failures = write_outputs(writers)
+    written = list(results)
     if flags.output_graph in results:
         with extra('the record of the run'):
             record = create_record(images, backbone, head, tested, flags) | facts
             record['graph_checksum'] = results[flags.output_graph]
             write_record(record, flags)
+            written.append(get_record_path(flags.output_graph))
     with extra('the pictures for TensorBoard'):
         write_pictures(images, head, tested, flags)
-    report_end(writers, failures, head, facts['problem'], flags)
+    report_end(written, failures, head, facts['problem'], flags)
 
 
 def main(flags: argparse.Namespace, export: Callable | None = None) -> None:

@@ -447,15 +447,21 @@ def check_name(name: str) -> str:
     return name
 
 
+def get_record_path(graph: str) -> str:
+    """Returns the path of the record of the run that wrote a graph."""
+    return f'{graph}.json'
+
+
 def load_training(path: str, contents: bytes) -> Training | None:
     """Returns what the record beside a graph says. `contents` are those of the graph's file.
 
     Returns None if there is no readable record, or, with a warning, if it is of another training.
     """
-    if not gfile.exists(to_bytes(f'{path}.json')):
+    record_path = get_record_path(path)
+    if not gfile.exists(to_bytes(record_path)):
         return None
     try:
-        record = json.loads(load_file(f'{path}.json', 'record'))
+        record = json.loads(load_file(record_path, 'record'))
         flags = record['flags']
         training = Training(
             folders=[check_name(folder) for folder in record['folders']],
@@ -471,7 +477,7 @@ def load_training(path: str, contents: bytes) -> Training | None:
         return None
     if is_own:
         return training
-    print(f"WARNING: '{path}.json' is of another training than '{path}'.", file=sys.stderr)
+    print(f"WARNING: '{record_path}' is of another training than '{path}'.", file=sys.stderr)
     return None
 
 
@@ -1989,7 +1995,7 @@ def check_flags(flags: argparse.Namespace, is_single: bool) -> None:
             raise UserError(f"{flag}: '{path}' is not on this computer. Name a path that is.")
     if flags.heatmap and not is_folder(os.path.dirname(flags.heatmap) or '.'):
         raise UserError(f"--heatmap: there is no folder for '{flags.heatmap}'. Make it first.")
-    for path in (*flags.images, flags.graph, flags.labels, f'{flags.graph}.json'):
+    for path in (*flags.images, flags.graph, flags.labels, get_record_path(flags.graph)):
         if flags.heatmap and is_same_path(flags.heatmap, path):
             raise UserError(f"--heatmap: '{path}' is read. Name another file.")
         if flags.sort_into and is_same_path(flags.sort_into, path):

@@ -311,7 +311,8 @@ def test_an_unfinished_training_whose_outputs_fail_says_both(job, monkeypatch):
     monkeypatch.setattr(tf_retrain, 'write_whole', refuse)
     message = (
         r'^gone\. What was learned could not be written: .*/labels\.txt\.unfinished_\w+ \(full\). '
-        r'Written: .*\.pb\.unfinished_\w+\. The outputs of an earlier training are as they were\.$'
+        r'Written: .*\.pb\.unfinished_\w+, .*\.json\. '
+        r'The outputs of an earlier training are as they were\.$'
     )
     job.photographs(cat=30, dog=30).fails(message, '--flip_left_right')
 

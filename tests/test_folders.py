@@ -122,6 +122,8 @@ def test_a_folder_on_a_drive_that_fails_is_an_error(touch, tmp_path, monkeypatch
     message = f"^'d/{name}' cannot be listed: Transport endpoint is not connected. Check the drive"
     with pytest.raises(UserError, match=message):
         tf_retrain.list_class_folders('d')
+    with pytest.raises(UserError, match=message):
+        tf_retrain.ensure_image_dir(f'd/{name}')
     # tf_test.py says that it cannot be read, as of an image.
     assert f'd/{name}' in tf_test.find_images('d', None)
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import zlib
 from unittest import mock
 
@@ -55,8 +56,12 @@ def test_an_output_that_fails_is_the_only_one_that_is_missing(job, monkeypatch, 
     if failing == RECORD:
         assert error is None
     else:
-        assert f'could not be written: {failing} ({problem.message}). Written: ' in error
-        assert error.endswith('Fix this, and run the command again with a new --saved_model_dir.')
+        pattern = r'could not be written: (.*) \((.*)\)\. Written: (.*)\. (Fix this, .*)'
+        missing, reason, written, advice = re.fullmatch(pattern, error).groups()
+        assert (missing, reason) == (failing, problem.message)
+        names = written.replace('the SavedModel', 'saved/1/saved_model.pb')
+        assert set(names.split(', ')) == existing(job)
+        assert advice == 'Fix this, and run the command again with a new --saved_model_dir.'
 
 
 @pytest.mark.parametrize(
