@@ -1040,11 +1040,11 @@ def list_dir(path: str) -> list[str]:
     try:
         # gfile.listdir() would take an error of the drive for the end of the folder.
         return sorted(name.decode() for name in os.listdir(to_bytes(path)))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
     except PermissionError as error:
         raise tf.errors.PermissionDeniedError(None, None, f'{path}; {error.strerror}')
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return []
         raise UserError(f"'{path}' cannot be listed: {error.strerror}. Check the drive.")
     except UnicodeDecodeError as error:
         name = error.object
@@ -1238,20 +1238,20 @@ def is_hidden(name: str) -> bool:
     return name.startswith('.') or name.lower() in SYSTEM_FOLDERS
 
 
-def is_lost_folder(path: str) -> bool:
-    """Tells whether a path that was listed may be a folder on a drive that is gone.
+def may_be_folder(path: str) -> bool:
+    """Tells whether a path that was listed is a folder, or may be one on a drive that is gone.
 
-    It leads nowhere or to itself, as a link may do, and its name has no extension; or the drive
-    fails, as one does whose server has gone.
+    The latter leads nowhere or to itself, as a link may do, and its name has no extension; or the
+    drive fails, as one does whose server has gone.
     """
     if '://' in path:
-        return False
+        return gfile.isdir(path)
     try:
-        os.stat(to_bytes(path))
+        mode = os.stat(to_bytes(path)).st_mode  # once, as the next answer may be another one
     except OSError as error:
         has_extension = bool(os.path.splitext(path)[1])
         return not has_extension or error.errno not in (errno.ENOENT, errno.ELOOP)
-    return False
+    return stat.S_ISDIR(mode)
 
 
 def count_images(path: str) -> int:
@@ -1283,7 +1283,8 @@ def list_class_folder(path: str) -> list[str]:
     if others:
         report_passed_over(path, len(images), others)
     if not images:
-        print(f'WARNING: {escape(path)} has no images. It is not used as a class.')
+        problem = 'has no images' if gfile.exists(path) else 'leads nowhere'
+        print(f'WARNING: {escape(path)} {problem}. It is not used as a class.')
     return images
 
 
@@ -1316,7 +1317,6 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
     """Returns {class folder: its images}, both sorted.
 
     Raises UserError for a folder on a drive that fails: its class would be missing from the graph.
-    A link that leads nowhere is a warning.
     """
     folders = {}
     loose_images = 0
@@ -1325,11 +1325,7 @@ def list_class_folders(image_dir: str) -> dict[str, list[str]]:
         if is_hidden(name):
             continue
         try:
-            if is_lost_folder(path):
-                if not os.path.islink(to_bytes(path)):
-                    list_dir(path)  # raises the error of the drive
-                print(f'WARNING: {escape(path)} leads nowhere. It is not used as a class.')
-            elif gfile.isdir(path):
+            if may_be_folder(path):
                 folders[name] = list_class_folder(path)
             else:
                 loose_images += is_image(name)

@@ -587,20 +587,20 @@ def is_folder(path: str) -> bool:
     return False
 
 
-def is_lost_folder(path: str) -> bool:
-    """Tells whether a path that was listed may be a folder on a drive that is gone.
+def may_be_folder(path: str) -> bool:
+    """Tells whether a path that was listed is a folder, or may be one on a drive that is gone.
 
-    It leads nowhere or to itself, as a link may do, and its name has no extension; or the drive
-    fails, as one does whose server has gone.
+    The latter leads nowhere or to itself, as a link may do, and its name has no extension; or the
+    drive fails, as one does whose server has gone.
     """
     if '://' in path:
-        return False
+        return gfile.isdir(path)
     try:
-        os.stat(to_bytes(path))
+        mode = os.stat(to_bytes(path)).st_mode  # once, as the next answer may be another one
     except OSError as error:
         has_extension = bool(os.path.splitext(path)[1])
         return not has_extension or error.errno not in (errno.ENOENT, errno.ELOOP)
-    return False
+    return stat.S_ISDIR(mode)
 
 
 def is_linked_folder(path: str) -> bool:
@@ -644,8 +644,8 @@ def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
             continue
         for name in reversed(names):
             inner = os.path.join(path, name)
-            is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or is_folder(inner)
-            is_wanted |= is_lost_folder(inner)  # fails as an image that cannot be read
+            # A folder on a drive that is gone fails as an image that cannot be read.
+            is_wanted = name.lower().endswith(IMAGE_EXTENSIONS) or may_be_folder(inner)
             is_sorted_dir = sorted_dir and is_same_path(inner, sorted_dir)
             if is_wanted and not is_hidden(name) and not is_sorted_dir:
                 (linked if is_linked_folder(inner) else remaining).append(inner)

@@ -129,6 +129,27 @@ def test_a_folder_on_a_drive_that_fails_is_an_error(touch, tmp_path, monkeypatch
 
 
 @pytest.mark.posix
+def test_a_drive_that_fails_once(touch, tmp_path, monkeypatch):
+    """As sshfs does when it connects again: no class is missing from the graph, and no label."""
+    touch('d/cat/1.jpg', 'd/dog/1.jpg')
+    monkeypatch.chdir(tmp_path)
+    original = os.stat
+    failed = []
+
+    def fail_once(path, **options):
+        if os.fsencode(path) == b'd/dog' and not failed:
+            failed.append(path)
+            raise OSError(errno.EIO, 'Input/output error', path)
+        return original(path, **options)
+
+    monkeypatch.setattr(os, 'stat', fail_once)
+    assert tf_retrain.list_class_folders('d') == {'cat': ['1.jpg'], 'dog': ['1.jpg']}
+    assert failed
+    failed.clear()
+    assert list(tf_test.find_images('d', None)) == ['d/cat/1.jpg', 'd/dog/1.jpg']
+
+
+@pytest.mark.posix
 def test_links_that_lead_to_themselves(touch, tmp_path, monkeypatch, capsys):
     touch('d/cat/1.jpg')
     for name in ('fox', 'notes.txt'):

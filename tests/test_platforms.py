@@ -76,7 +76,7 @@ def test_the_split_is_the_same_on_windows(tmp_path, windows, monkeypatch):
     isdir, listdir = tf.io.gfile.isdir, os.listdir
     monkeypatch.setattr(tf.io.gfile, 'isdir', lambda path: isdir(path.replace('\\', '/')))
     monkeypatch.setattr(os, 'listdir', lambda path: listdir(path.replace(b'\\', b'/')))
-    monkeypatch.setattr(tf_retrain, 'is_lost_folder', lambda path: False)
+    monkeypatch.setattr(tf_retrain, 'may_be_folder', tf.io.gfile.isdir)
     for typed in ('d', 'd/', 'd\\'):
         images = tf_retrain.list_images(parse(f'--image_dir={typed}'))
         assert images.paths[0] in ('d\\a\\0.jpg', 'd/a\\0.jpg')
