@@ -130,12 +130,16 @@ def to_path(text: str) -> str:
 PERCENTAGE = checked(int, lambda value: 0 <= value <= 100, 'a whole number from 0 to 100')
 COUNT = checked(int, lambda value: value >= 0, 'a whole number, 0 or more')
 COUNT_FROM_1 = checked(int, lambda value: value >= 1, 'a whole number, 1 or more')
-# A batch of more bottlenecks than this would fill the memory.
-BATCH = checked(int, lambda value: 1 <= value <= 100_000, 'a whole number from 1 to 100,000')
-BATCH_OR_ALL = checked(
-    int, lambda value: 1 <= value <= 100_000 or value == -1, 'from 1 to 100,000, or -1 for all'
+MAX_BATCH = 100_000  # more bottlenecks would fill the memory
+BATCH = checked(
+    int, lambda value: 1 <= value <= MAX_BATCH, f'a whole number from 1 to {MAX_BATCH:,}'
 )
-# Smaller numbers are 0 in float32, and larger ones are not finite.
+BATCH_OR_ALL = checked(
+    int,
+    lambda value: 1 <= value <= MAX_BATCH or value == -1,
+    f'a whole number from 1 to {MAX_BATCH:,}, or -1 for all',
+)
+# Far smaller numbers are 0 in float32, and far larger ones are not finite.
 RATE = checked(float, lambda value: 1e-37 < value < 1e38, 'a small number above 0, such as 0.05')
 # Raises UnicodeEncodeError, a ValueError, for names that are not UTF-8.
 PATH = checked(lambda text: to_path(text).encode().decode(), bool, 'a name in UTF-8')
@@ -722,7 +726,7 @@ def start_thread(function: Callable, *arguments: Any, **options: Any) -> concurr
 
 
 def wait_for(future: concurrent.futures.Future, seconds: float) -> Any:
-    """Returns what a thread does; raises concurrent.futures.TimeoutError if that takes too long."""
+    """Returns the result of a thread; raises concurrent.futures.TimeoutError after `seconds`."""
     end = time.monotonic() + seconds
     while not future.done() and time.monotonic() < end:
         concurrent.futures.wait([future], 1)  # in parts: Python may hear a stop only after the wait
@@ -753,7 +757,7 @@ def finish_run(*signal_and_frame: object) -> None:
 
 
 def describe(error: BaseException) -> str:
-    """Returns the message of an error, without the stack, op and node in those of TensorFlow."""
+    """Returns the message of an error, without the stack, op and node that TensorFlow adds."""
     message = getattr(error, 'message', '') or str(error)
     end = r'\n\s*\[\[.*|{{(function_)?node .*?}} *| \[Op:\w+\].*'
     message = re.sub(end, '', message, flags=re.DOTALL)
@@ -812,6 +816,29 @@ def to_bytes(path: str) -> bytes:
     return path.encode(errors='surrogateescape')
 
 
+# What the status of a path fails with if there is nothing.
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+def exists(path: str) -> bool:
+    """Tells whether there is something at a path.
+
+    Raises UserError if the drive fails, where gfile.exists() is False, too. Without the right to
+    look it up it is False: then nothing can be written there, either.
+    """
+    if '://' in path:
+        return gfile.exists(path)
+    try:
+        os.stat(to_bytes(path))
+    except PermissionError:
+        return False
+    except OSError as error:
+        if error.errno in MISSING:
+            return False
+        raise UserError(f"'{path}' cannot be looked up: {error.strerror}. Check the drive.")
+    return True
+
+
 def is_special(path: str) -> bool:
     """Tells whether a path leads to what is neither a file nor a folder, such as a FIFO or device.
 
@@ -828,7 +855,10 @@ def is_special(path: str) -> bool:
 
 @contextlib.contextmanager
 def open_file(path: str) -> Iterator[IO[bytes] | gfile.GFile]:
-    """Opens a file to read; raises UserError if it is not a plain one, or cannot be read."""
+    """Opens a file to read; raises UserError if it is not a plain one, or cannot be read.
+
+    On gs:// and its like, a failure is an OpError.
+    """
     if is_special(path):
         raise UserError(f"'{path}' is not a plain file. Delete it, or name another file.")
     try:
@@ -1050,7 +1080,7 @@ def list_dir(path: str) -> list[str]:
     except PermissionError as error:
         raise tf.errors.PermissionDeniedError(None, None, f'{path}; {error.strerror}')
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+        if error.errno in MISSING:
             return []
         raise UserError(f"'{path}' cannot be listed: {error.strerror}. Check the drive.")
     except UnicodeDecodeError as error:
@@ -1103,8 +1133,8 @@ SET_FOLDERS = {
 }
 # Folders that systems make beside photographs, for thumbnails and deleted files, in lower case.
 SYSTEM_FOLDERS = ('@eadir', '#recycle', '$recycle.bin', '__macosx')
-UNSURE = 'unsure'  # printed in place of a label below --min_score
-UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
+UNSURE = 'unsure'  # what tf_test.py prints in place of a label below --min_score
+UNKNOWN = 'unknown'  # what tf_test.py prints in place of a label at or below --unknown
 FEW_IMAGES = 20  # per class: with fewer, the original warns
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
 
@@ -1113,7 +1143,7 @@ MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo 
 class Images:
     """The images: a row each, sorted by class and file. All other arrays share these rows."""
 
-    folder: str  # --image_dir as typed
+    folder: str  # --image_dir, as to_path() returns it: get_set() hashes it
     labels: list[str]  # of the classes
     files: np.ndarray  # 'class folder/file' of each image
     classes: np.ndarray  # indices into labels
@@ -1181,8 +1211,8 @@ def get_label(folder: str) -> str:
 
     That is its name in lower case. Each run of characters other than a-z and 0-9 becomes one space,
     or nothing at either end. If nothing is left, the original's label was ' ', and here it is the
-    name as it is. Names that look the same have the same label: macOS stores letters such as 'ä' in
-    another form, which becomes NFC.
+    name, in which each run of white space becomes one space. Names that look the same have the same
+    label: macOS stores letters such as 'ä' in another form, which becomes NFC.
     """
     name = unicodedata.normalize('NFC', folder)
     label = re.sub(r'[^a-z0-9]+', ' ', name.lower()).strip()
@@ -1248,16 +1278,17 @@ def is_hidden(name: str) -> bool:
 def may_be_folder(path: str) -> bool:
     """Tells whether a path that was listed is a folder, or may be one on a drive that is gone.
 
-    The latter leads nowhere or to itself, as a link may do, and its name has no extension; or the
-    drive fails, as one does whose server has gone.
+    If it cannot be looked up, it may be one, unless it leads nowhere or to itself, as a link may
+    do, and its name has an extension.
     """
     if '://' in path:
         return gfile.isdir(path)
     try:
         mode = os.stat(to_bytes(path)).st_mode  # once, as the next answer may be another one
     except OSError as error:
+        leads_nowhere = error.errno in MISSING
         has_extension = bool(os.path.splitext(path)[1])
-        return not has_extension or error.errno not in (errno.ENOENT, errno.ELOOP)
+        return not (leads_nowhere and has_extension)
     return stat.S_ISDIR(mode)
 
 
@@ -1290,7 +1321,7 @@ def list_class_folder(path: str) -> list[str]:
     if others:
         report_passed_over(path, len(images), others)
     if not images:
-        problem = 'has no images' if gfile.exists(path) else 'leads nowhere'
+        problem = 'has no images' if exists(path) else 'leads nowhere'
         print(f'WARNING: {escape(path)} {problem}. It is not used as a class.')
     return images
 
@@ -1621,14 +1652,14 @@ def check_sets(images: Images, flags: argparse.Namespace) -> None:
         'validation': flags.validation_percentage > 0,
         'training': True,
     }
-    for name in is_wanted:
+    for name, is_needed in is_wanted.items():
         empty = find_empty_classes(images, name)
         folders = [folder for folder, set_ in images.set_folders.items() if set_ == name]
         remedy = 'Add images, or change --testing_percentage or --validation_percentage.'
         if folders:
             paths = ' or '.join(os.path.join(images.folder, folder) for folder in folders)
             remedy = f'Put some that can be read into the class folders in {paths}.'
-        if empty and (is_wanted[name] or folders):
+        if empty and (is_needed or folders):
             print(
                 f'WARNING: no {name} image in {len(empty)} of {len(images.labels)} classes: '
                 f'{name_some(empty)}. {remedy}'
@@ -1738,14 +1769,12 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     message = [f'The image has more than {MAX_PIXELS:,} pixels.']
     with tf.control_dependencies([tf.raw_ops.Assert(condition=is_small, data=message)]):
         contents = tf.identity(contents)
-    # For JPEG and PNG, the result is that of the graph's DecodeJpeg.
     image = tf.io.decode_image(contents, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3])
 
 
-# A box of a HEIC that names an item (ISO/IEC 14496-12, 8.11.6.2): its size, below 65,536 bytes, its
-# version, up to 3, and three bytes of flags.
-HEIC_ITEM = re.compile(rb'(\0\0..)infe([\0-\3])...', re.DOTALL)
+# The size and the type of a box of a HEIC that names an item (ISO/IEC 14496-12, 4.2 and 8.11.6).
+HEIC_ITEM = re.compile(b'(....)infe', re.DOTALL)
 
 
 def check_heic(contents: bytes) -> None:
@@ -1755,9 +1784,16 @@ def check_heic(contents: bytes) -> None:
     """
     for match in HEIC_ITEM.finditer(contents):
         size = int.from_bytes(match[1], 'big')
+        start = match.end()
+        if size == 1:  # it is behind the type, as a number of eight bytes
+            size = int.from_bytes(contents[start : start + 8], 'big')
+            start += 8
         end = match.start() + size if size else len(contents)
-        # Behind the flags are an ID of two or four bytes and an index of two.
-        text_start = match.end() + (6 if match[2] == b'\3' else 4)
+        version = contents[start : start + 1]
+        if end > len(contents) or version > b'\3':  # no box: an image may have any bytes
+            continue
+        # Behind the version are three bytes of flags, an ID of two or four, and an index of two.
+        text_start = start + (10 if version == b'\3' else 8)
         try:
             contents[text_start:end].decode()
         except UnicodeDecodeError:
@@ -2050,8 +2086,8 @@ def fetch(url: str, name: str, largest: int) -> bytes:
 def download(url: str, path: str, find: Callable[[bytes], bytes], kind: str, largest: int) -> bytes:
     """Downloads a file of at most `largest` bytes to `path`, and returns what find() finds in it.
 
-    Raises UserError after DOWNLOAD_ATTEMPTS failures. One is that find() returns nothing: then the
-    file is not of the kind that the message names. After a failure, `path` is as it was.
+    Raises UserError after DOWNLOAD_ATTEMPTS failures. A file in which find() finds nothing is a
+    failure, too: the message says that it is not `kind`. After a failure, `path` is as it was.
     """
     for attempt in range(DOWNLOAD_ATTEMPTS):
         time.sleep(attempt)
@@ -2072,10 +2108,22 @@ def download(url: str, path: str, find: Callable[[bytes], bytes], kind: str, lar
 def suggest_local_network(model_dir: str) -> str:
     """Returns a sentence that names a network that is in the folder already, or ''."""
     for size in MOBILENET_SIZES:
-        if gfile.exists(os.path.join(model_dir, MOBILENET_GRAPH_NAME.format(size))):
+        if exists(os.path.join(model_dir, MOBILENET_GRAPH_NAME.format(size))):
             flag = f'--architecture=mobilenet_{size}'
             return f'Or add {flag}, whose network is in {model_dir or "."} already.'
     return ''
+
+
+def is_downloaded(path: str) -> bool:
+    """Tells whether a file is there, or would have to be downloaded.
+
+    Raises UserError if it is a link that leads nowhere: a download would be written to where it
+    leads, such as into the store of git-annex or DVC, under the name of another file.
+    """
+    is_there = exists(path)
+    if not is_there and os.path.islink(to_bytes(path)):
+        raise UserError(f"'{path}' leads nowhere. Restore what it leads to, or delete the link.")
+    return is_there
 
 
 def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str:
@@ -2084,12 +2132,12 @@ def maybe_download_and_extract(model_dir: str, url: str, graph_name: str) -> str
     If it is missing, it is taken out of the archive at `url`, which is downloaded if need be.
     """
     graph_path = os.path.join(model_dir, graph_name)
-    if gfile.exists(graph_path):
+    if is_downloaded(graph_path):
         return graph_path
     ensure_writable_dir(os.path.dirname(graph_path), '--model_dir')
     archive_path = os.path.join(model_dir, os.path.basename(url))
     graph = b''
-    if gfile.exists(archive_path):
+    if is_downloaded(archive_path):
         graph = extract(read_file(archive_path), graph_name)
         if not graph:
             broken = f'{archive_path}.broken'
@@ -2138,7 +2186,7 @@ class InputFormat(NamedTuple):
 class Backbone:
     """A pretrained network up to its bottleneck: all that depends on the kind of network."""
 
-    source: str  # path or handle of the model
+    source: str  # path, handle, or name and version of Keras: for messages and the record
     graph_def: GraphDef  # from DecodeJpeg/contents to the bottleneck, for TensorFlow 1 too
     checksum: int  # differs between models
     bottleneck: str  # the node of the bottlenecks, float [N, bottleneck_size]
@@ -2372,10 +2420,11 @@ def fetch_weights(
         digest = hashlib.new(algorithm, contents, usedforsecurity=False).hexdigest()
         return contents if digest == file_hash else b''
 
-    if gfile.exists(path) and find(read_file(path)):
+    is_there = is_downloaded(path)
+    if is_there and find(read_file(path)):
         return path
     ensure_writable_dir(os.path.dirname(path), '--model_dir or KERAS_HOME')
-    if gfile.exists(path):
+    if is_there:
         broken = f'{path}.broken'
         gfile.rename(path, broken, overwrite=True)
         print(f'{path} is damaged, or not what this Keras needs: renamed to {broken}.')
@@ -2599,19 +2648,27 @@ def find_feature_vector(module: Any, handle: str) -> tuple[Callable, InputFormat
     )
 
 
-def get_folder_checksum(folder: str) -> int:
-    """Returns the CRC-32 of the files in and below a folder, in the order of their paths.
+def find_files(folder: str) -> Iterator[str]:
+    """Yields the paths of the files in and below a folder; raises UserError if the drive fails.
 
-    Hidden files and folders do not count: the Finder of macOS adds its .DS_Store to each folder
-    that it shows.
+    Hidden files and folders are skipped: the Finder of macOS adds its .DS_Store to each folder that
+    it shows.
     """
-    walk = gfile.walk(folder)
-    paths = [os.path.join(parent, name) for parent, _, names in walk for name in names]
+    for name in list_dir(folder):
+        path = os.path.join(folder, name)
+        if is_hidden(name):
+            continue
+        if gfile.isdir(path):  # if that fails, a folder is read as a file, which is an error
+            yield from find_files(path)
+        else:
+            yield path
+
+
+def get_folder_checksum(folder: str) -> int:
+    """Returns the CRC-32 of the files in and below a folder, in the order of their paths."""
     checksum = 0
-    for path in sorted(paths):
-        names = path.removeprefix(folder).split(os.sep)
-        if not any(map(is_hidden, names)):
-            checksum = zlib.crc32(read_file(path), checksum)
+    for path in sorted(find_files(folder)):
+        checksum = zlib.crc32(read_file(path), checksum)
     return checksum
 
 
@@ -2703,7 +2760,10 @@ def prepend_decoding(
 
 
 def optimize(graph_def: GraphDef, output: str, optimizer: str) -> GraphDef:
-    """Returns a graph up to a node after an optimizer of tensorflow/core/grappler/optimizers."""
+    """Returns a graph up to the node `output`, rewritten by an optimizer.
+
+    The optimizers are in tensorflow/core/grappler/optimizers.
+    """
     meta_graph = tf.compat.v1.MetaGraphDef(graph_def=graph_def)
     meta_graph.collection_def['train_op'].node_list.value.append(output)  # what it must keep
     config = tf.compat.v1.ConfigProto()
@@ -3145,7 +3205,7 @@ def ensure_folders_are_there(paths: Iterable[str]) -> None:
 def explain_unreadable(path: str) -> tuple[str, int | None]:
     """Returns why an image could not be used, and the digest of its contents.
 
-    The digest is None if the reason lies elsewhere, and may be gone at the next run.
+    The digest is None if the reason is not in the contents: it may be gone at the next run.
     """
     if is_special(path):
         return 'it is not a plain file', None
@@ -3219,7 +3279,7 @@ def read_record(path: str) -> CacheRecord | None:
 
 
 def read_records(paths: list[str]) -> list[CacheRecord | None]:
-    """Returns what read_record() does of each file."""
+    """Returns read_record() of each file, in their order."""
     # Files on gs:// and its like take long, and local ones so little that threads would only wait
     # for each other. load_files() would take three times as long for them.
     thread_count = 32 if any('://' in path for path in paths) else 1
@@ -3231,8 +3291,8 @@ def read_records(paths: list[str]) -> list[CacheRecord | None]:
 class BottleneckCache:
     """The cache files of some images and one network, and their bottlenecks.
 
-    Each cache file has a record, .records/<folder>/<file>.rec. A cache file on disk is always the
-    one of its record: the old cache file is removed before a record with another outcome is
+    Each cache file, <name>.txt, has a record, .records/<name>.rec. A cache file on disk is always
+    the one of its record: the old cache file is removed before a record with another outcome is
     written, and the new cache file is written after it. So a kill at any moment leaves a missing
     file, and never a wrong one.
     """
@@ -3415,7 +3475,7 @@ class BottleneckCache:
             if gfile.isdir(path):
                 raise UserError(f"--bottleneck_dir: '{path}' is a folder. Delete it.")
             if self.cache_digests[row] < 0:
-                reason = 'Invalid float found' if gfile.exists(path) else ''
+                reason = 'Invalid float found' if exists(path) else ''
             elif record is UNREADABLE_RECORD:
                 reason = 'The record cannot be read'
             elif record and record.outcome == self.cache_digests[row]:
@@ -3477,7 +3537,7 @@ class BottleneckCache:
         """Computes and writes the bottlenecks of some rows; returns those that have none after it.
 
         With `is_strict`, it ends soon after one has failed, which is the first of those returned.
-        This is not for a service, whose batches come in any order.
+        A service must be called without it: its batches come in any order.
         """
         left = set(rows.tolist())
         paths = [self.images.paths[row] for row in rows]
@@ -3621,8 +3681,8 @@ FOLDS = 5  # of the cross-validation
 def get_scale(bottlenecks: np.ndarray) -> np.ndarray:
     """Returns the factor that scales each bottleneck to length 1, float [N, 1].
 
-    It is 0 for a bottleneck whose own numbers are all the same, such as 0: this has no direction,
-    and so is similar to no other.
+    It is 0 for a bottleneck whose own numbers are all the same, such as 0: this says nothing about
+    the image, which so is similar to no other.
     """
     lengths = np.linalg.norm(bottlenecks, axis=1, keepdims=True)
     is_constant = np.ptp(bottlenecks, axis=1, keepdims=True) == 0
@@ -3635,7 +3695,7 @@ def to_units(bottlenecks: np.ndarray) -> np.ndarray:
 
 
 def get_group_norms(bottlenecks: np.ndarray) -> np.ndarray:
-    """Returns the norm of each group of eight numbers of a bottleneck, float [N, size / 8]."""
+    """Returns the norms of groups of eight numbers of each bottleneck, [N, ceil(size / 8)]."""
     starts = np.arange(0, bottlenecks.shape[1], 8)
     blocks = np.array_split(bottlenecks, 1 + len(bottlenecks) // 1024)
     squares = [np.add.reduceat(np.square(block), starts, axis=1) for block in blocks]
@@ -3858,10 +3918,10 @@ class Evaluation(NamedTuple):
 class FinalLayer:
     """The new last layer: softmax(bottlenecks @ weights + biases).
 
-    Weights, [bottleneck size, classes], start from a truncated normal of stddev 0.001, biases from
-    0. The loss is the softmax cross entropy, mean over the batch; every step is one of plain
-    gradient descent. It is in NumPy, as a step is two small products of matrices, which take a
-    third of the time of a call into TensorFlow. With many classes, WideLayer is faster.
+    Weights, [bottleneck size, classes], are initialized from a truncated normal of stddev 0.001,
+    biases with 0. The loss is the mean softmax cross entropy of the batch, minimized by plain
+    stochastic gradient descent. It is in NumPy, as a step is two small matrix products, which take
+    a third of the time of a call into TensorFlow. With many classes, WideLayer is faster.
     """
 
     def __init__(
@@ -3896,7 +3956,7 @@ class FinalLayer:
     def train(self, bottlenecks: np.ndarray, classes: np.ndarray) -> Evaluation:
         """Takes one step, and returns the evaluation of the batch as it was before the step."""
         before = self.evaluate(bottlenecks, classes)
-        # The gradient of the cross entropy by the logits is (scores - one-hot labels) / N.
+        # The gradient of the loss with respect to the logits is (scores - one-hot labels) / N.
         step = before.scores.copy()
         step[np.arange(len(classes)), classes] -= 1
         step *= self.learning_rate / len(classes)
@@ -3910,7 +3970,10 @@ class FinalLayer:
         return bottlenecks @ self.weights
 
     def move_weights(self, bottlenecks: np.ndarray, step: np.ndarray) -> None:
-        """Moves the weights by a step of the logits, float [N, classes]."""
+        """Takes the step of the weights.
+
+        `step`, float [N, classes], is the gradient of the logits times the learning rate.
+        """
         self.weights -= bottlenecks.T @ step
 
 
@@ -4335,7 +4398,7 @@ def open_logs(
     """Returns writers for the training, whose log begins with the graph, and the validation."""
     folders = {name: os.path.join(flags.summaries_dir, name) for name in ('train', 'validation')}
     writers = {name: SummaryWriter(folder) for name, folder in folders.items()}
-    # The frozen graph without its weights, of which 88 MB would take long to copy.
+    # The frozen graph without its weights, of which 87 MB would take long to copy.
     structure = hide_weights(backbone.graph_def)
     final_nodes = create_final_nodes(backbone, head, flags.final_tensor_name)
     structure.node.extend(hide_weights(final_nodes).node)
@@ -4462,7 +4525,7 @@ def report_test(images: Images, tested: Tested | None, flags: argparse.Namespace
     print(f'95% confidence interval: {100 * low:.1f} to {100 * high:.1f}%.{advice}')
     print_table(tested.classes, tested.predictions, images.labels)
     if len(images.labels) > TABLE_CLASSES:
-        print(f'{flags.output_graph}.json has the counts of all classes.')
+        print(f'{get_record_path(flags.output_graph)} has the counts of all classes.')
     if flags.print_misclassified_test_images:
         print('=== MISCLASSIFIED TEST IMAGES ===')
         for row, predicted in tested.misclassified:
@@ -4559,7 +4622,7 @@ def create_frozen_graph(backbone: Backbone, head: Head, final_tensor_name: str) 
 
 def warn_of_other_labels(path: str, contents: bytes) -> None:
     """Warns if an earlier labels file has other contents."""
-    if gfile.exists(path) and read_file(path) != contents:
+    if exists(path) and read_file(path) != contents:
         print(
             f'WARNING: {escape(path)} had other labels, or another order. Replace it together with '
             'the graph wherever they are used.'
@@ -4745,8 +4808,8 @@ def ensure_outside_module(folder: str, flag: str, flags: argparse.Namespace) -> 
 def check_folders(flags: argparse.Namespace) -> None:
     """Raises UserError if the path of an output is that of a folder of the run, or of one above it.
 
-    The folder need not exist yet, as in --output_graph=x with --bottleneck_dir=x/y. An output in a
-    SavedModel, which is another folder that must stay as it is, is refused, too.
+    The folder need not exist yet, as in --output_graph=x with --bottleneck_dir=x/y. An output in
+    the folder of a SavedModel is refused, too: such a folder must stay as it is.
     """
     outputs = list_outputs(flags)
     folders = [os.path.dirname(path) for _, path in outputs]
@@ -4755,11 +4818,11 @@ def check_folders(flags: argparse.Namespace) -> None:
     for flag, path in outputs:
         # As a file, the output could be neither a folder of the run nor have one in it.
         if any(is_same_or_inside(folder, path) for folder in folders):
-            raise UserError(f"{flag}: '{path}' is a folder by another flag. Name another file.")
+            raise UserError(
+                f"{flag}: '{path}' is used as a folder by another flag. Name another file."
+            )
         parent = os.path.dirname(follow_link(path))
-        if all(
-            gfile.exists(os.path.join(parent, name)) for name in ('saved_model.pb', 'variables')
-        ):
+        if all(exists(os.path.join(parent, name)) for name in ('saved_model.pb', 'variables')):
             raise UserError(f"{flag}: '{path}' is in the folder of a SavedModel. Name another one.")
 
 
@@ -4785,7 +4848,7 @@ def is_other_file(path: str) -> bool:
 
     Raises UserError if there is one that cannot be read: it may be another user's.
     """
-    if not gfile.exists(path):
+    if not exists(path):
         return False
     with open_file(path) as file:
         start = file.read(100)
@@ -4845,7 +4908,7 @@ def check_outputs_and_images(images: Images, flags: argparse.Namespace) -> None:
     for flag, output in list_outputs(flags):
         if is_in_cache(output, images, flags.bottleneck_dir):
             raise UserError(f'{flag}: {output} is in the cache. Name another file.')
-        if is_image(os.path.basename(follow_link(output))) and gfile.exists(output):
+        if is_image(os.path.basename(follow_link(output))) and exists(output):
             real_output = os.path.realpath(to_bytes(output))
             if any(os.path.realpath(to_bytes(path)) == real_output for path in images.paths):
                 raise UserError(f'{flag}: {output} is what the training reads. Name another file.')
@@ -4897,7 +4960,7 @@ def list_logs(summaries_dir: str) -> tuple[list[str], list[str]]:
 
 
 def clear_events(summaries_dir: str, start: Start) -> None:
-    """Removes the logs of earlier runs, unless they are still at work."""
+    """Removes the logs of earlier runs that are no longer at work."""
     if start.logs is None:  # note_start() has said why
         return
     now, others = list_logs(summaries_dir)
@@ -5184,7 +5247,7 @@ def load_misclassified(images: Images, tested: Tested, is_upright: bool) -> dict
         name = f'misclassified/{label} classified as {images.labels[predicted]}'
         thumbnail = start_thread(load_thumbnail, path, is_upright)
         try:
-            pictures[f'{name}/{images.files[row]}'] = thumbnail.result(DRIVE_TIMEOUT)
+            pictures[f'{name}/{images.files[row]}'] = wait_for(thumbnail, DRIVE_TIMEOUT)
         except concurrent.futures.TimeoutError:
             print(
                 f'WARNING: misclassified images are missing in TensorBoard: {escape(path)} did not '
@@ -5256,7 +5319,8 @@ def report_end(
     if head.familiarity and UNKNOWN not in head.labels:
         percentage = 5 if len(head.familiarity.similarities) >= 100 else 10
         print(
-            f"To get 'unknown' for images unlike yours, add --unknown {percentage}: see README.md."
+            f"To get 'unknown' for images unlike yours, add --unknown {percentage} to the command "
+            'below: see README.md.'
         )
     if flags.optimized_graph:
         print(f'Wrote the optimized graph {shlex.quote(flags.optimized_graph)}')
@@ -5367,7 +5431,7 @@ def check_saved_model_dir(saved_model_dir: str) -> None:
     """
     flag = '--saved_model_dir'
     folder = saved_model_dir.rstrip(f'/{os.sep}')
-    if gfile.exists(folder) and not gfile.isdir(folder):
+    if exists(folder) and not gfile.isdir(folder):
         raise UserError(
             f"{flag}: '{saved_model_dir}' is a file. Name a folder, such as "
             'trained_model_serving/1.'
@@ -5409,15 +5473,21 @@ def check_saved_model_dir(saved_model_dir: str) -> None:
 
 def ensure_apart(flags: argparse.Namespace) -> None:
     """Raises UserError if something else would be written into the folder of the SavedModel."""
-    paths = list_outputs(flags)
-    paths.append(('--bottleneck_dir', flags.bottleneck_dir))
-    paths.append(('--summaries_dir', flags.summaries_dir))
-    paths.append(('--model_dir', flags.model_dir))
     if not flags.saved_model_dir.rstrip(f'/{os.sep}'):
         raise UserError('--saved_model_dir: / is no new folder. Name trained_model_serving/1.')
-    for flag, path in paths:
+    outputs = list_outputs(flags)
+    folders = [
+        ('--bottleneck_dir', flags.bottleneck_dir),
+        ('--summaries_dir', flags.summaries_dir),
+        ('--model_dir', flags.model_dir),
+    ]
+    for flag, path in outputs + folders:
         if is_same_or_inside(path, flags.saved_model_dir):
             raise UserError(f'{flag}: {path} is in --saved_model_dir. Name another one.')
+    for flag, path in outputs:
+        # As a file, the output could not have the folder of the SavedModel in it.
+        if is_inside(flags.saved_model_dir, path):
+            raise UserError(f"{flag}: '{path}' is above --saved_model_dir. Name another file.")
 
 
 def ensure_renamable(folder: str, flag: str) -> None:
@@ -5454,7 +5524,10 @@ class Classifier(tf.Module):
             self.familiarity = Familiarity(*[tf.constant(array) for array in head.familiarity])
 
     def decode_and_resize(self, contents: tf.Tensor) -> tf.Tensor:
-        """Returns an encoded image as the network wants it: float [*size, 3]."""
+        """Returns an encoded image, resized: float [*size, 3].
+
+        It is not turned, even if the training had --upright: see data/README.md.
+        """
         image = decode_by_tensorflow(contents)
         return resize_bilinear(image[tf.newaxis], self.image_size)[0]
 
@@ -5522,7 +5595,7 @@ def try_to_rename(folder: str, target: str) -> bool:
     try:
         gfile.rename(folder, target)
     except tf.errors.OpError:
-        if gfile.exists(target):
+        if exists(target):
             return False
         raise
     return True

@@ -129,7 +129,7 @@ def create_labeling_parser() -> argparse.ArgumentParser:
 
 
 def add_label_flags(parser: argparse.ArgumentParser) -> None:
-    count = checked(int, lambda value: value >= 1, '1 or more')
+    count = checked(int, lambda value: value >= 1, 'a whole number, 1 or more')
     score = checked(float, lambda value: 0 <= value <= 1, 'from 0 to 1')
     percentage = checked(float, lambda value: 0 <= value < 100, 'from 0 to below 100')
     parser.add_argument(
@@ -313,8 +313,8 @@ TABLE_CLASSES = 30  # with at most this many classes, the table has them all
 WORST_CLASSES = 20  # otherwise, it has this many: those with the most errors
 # Folders that systems make beside photographs, for thumbnails and deleted files, in lower case.
 SYSTEM_FOLDERS = ('@eadir', '#recycle', '$recycle.bin', '__macosx')
-UNSURE = 'unsure'  # printed in place of a label below --min_score
-UNKNOWN = 'unknown'  # printed in place of a label at or below --unknown
+UNSURE = 'unsure'  # what tf_test.py prints in place of a label below --min_score
+UNKNOWN = 'unknown'  # what tf_test.py prints in place of a label at or below --unknown
 MAX_NUM_IMAGES_PER_CLASS = 2**27 - 1  # the hash of a file name is taken modulo this plus one
 
 
@@ -328,6 +328,29 @@ class UserError(Exception):
 def to_bytes(path: str) -> bytes:
     """Returns a path in UTF-8, whatever the locale is, by which `os` encodes a str."""
     return path.encode(errors='surrogateescape')
+
+
+# What the status of a path fails with if there is nothing.
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+def exists(path: str) -> bool:
+    """Tells whether there is something at a path.
+
+    Raises UserError if the drive fails, where gfile.exists() is False, too. Without the right to
+    look it up it is False: then nothing can be written there, either.
+    """
+    if '://' in path:
+        return gfile.exists(path)
+    try:
+        os.stat(to_bytes(path))
+    except PermissionError:
+        return False
+    except OSError as error:
+        if error.errno in MISSING:
+            return False
+        raise UserError(f"'{path}' cannot be looked up: {error.strerror}. Check the drive.")
+    return True
 
 
 def is_special(path: str) -> bool:
@@ -345,7 +368,7 @@ def is_special(path: str) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """Returns the message of an error, without the stack, op and node in those of TensorFlow."""
+    """Returns the message of an error, without the stack, op and node that TensorFlow adds."""
     message = getattr(error, 'message', '') or str(error)
     end = r'\n\s*\[\[.*|{{(function_)?node .*?}} *| \[Op:\w+\].*'
     message = re.sub(end, '', message, flags=re.DOTALL)
@@ -400,7 +423,7 @@ class Training(NamedTuple):
     """What tf_test.py needs from the record of a training."""
 
     folders: list[str]  # class folders, in the order of the labels
-    image_dir: str  # as typed
+    image_dir: str  # as to_path() of the trainer returns it: get_set() hashes it
     absolute_image_dir: str
     real_image_dir: str  # where it led then, if it is a link
     set_folders: dict[str, str]  # {folder: its set} of images that were split already
@@ -408,14 +431,15 @@ class Training(NamedTuple):
     is_upright: bool
 
     def list_folders(self) -> list[str]:
-        """Returns the paths of the class folders, from --image_dir."""
+        """Returns the paths of the class folders, relative to --image_dir."""
         parents = list(self.set_folders) or ['']  # the latter if they are not split
         return [os.path.join(parent, name) for parent in parents for name in self.folders]
 
     def list_gone(self) -> list[str]:
-        """Returns the paths, from --image_dir, of folders of known images that are gone now.
+        """Returns the paths, relative to --image_dir, of folders of known images that are gone now.
 
-        If the images are split, each class has a folder in train/, but not in each other set.
+        If the images are split, each class has a folder in train/, but not in each other set. A
+        test folder does not matter: its images count as new anyway.
         """
         names = []
         for folder, set_name in (self.set_folders or {'': 'training'}).items():
@@ -458,8 +482,6 @@ def load_training(path: str, contents: bytes) -> Training | None:
     Returns None if there is no readable record, or, with a warning, if it is of another training.
     """
     record_path = get_record_path(path)
-    if not gfile.exists(to_bytes(record_path)):
-        return None
     try:
         record = json.loads(load_file(record_path, 'record'))
         flags = record['flags']
@@ -590,16 +612,17 @@ def is_folder(path: str) -> bool:
 def may_be_folder(path: str) -> bool:
     """Tells whether a path that was listed is a folder, or may be one on a drive that is gone.
 
-    The latter leads nowhere or to itself, as a link may do, and its name has no extension; or the
-    drive fails, as one does whose server has gone.
+    If it cannot be looked up, it may be one, unless it leads nowhere or to itself, as a link may
+    do, and its name has an extension.
     """
     if '://' in path:
         return gfile.isdir(path)
     try:
         mode = os.stat(to_bytes(path)).st_mode  # once, as the next answer may be another one
     except OSError as error:
+        leads_nowhere = error.errno in MISSING
         has_extension = bool(os.path.splitext(path)[1])
-        return not has_extension or error.errno not in (errno.ENOENT, errno.ELOOP)
+        return not (leads_nowhere and has_extension)
     return stat.S_ISDIR(mode)
 
 
@@ -627,8 +650,7 @@ def find_images(folder: str, sorted_dir: str | None) -> Iterator[str]:
     remaining = [folder]
     linked: list[str] = []
     while remaining or linked:
-        # Linked folders come last: if two paths lead to a folder, the one without a link counts, as
-        # it names the class.
+        # If two paths lead to a folder, the one without a link counts, as it names the class.
         path = remaining.pop() if remaining else linked.pop()
         if not is_folder(path):
             yield path
@@ -726,8 +748,7 @@ def expand(images: Iterable[str], sorted_dir: str | None) -> Iterator[str]:
     """
     for path in images:
         if path == '-':
-            paths = (line for line in read_paths() if line != '-')
-            yield from expand_list(paths, sorted_dir)
+            yield from expand_list(read_paths(), sorted_dir)
         elif is_folder(path):
             yield from find_images(path, sorted_dir)
         else:
@@ -916,14 +937,12 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
     message = [f'The image has more than {MAX_PIXELS:,} pixels.']
     with tf.control_dependencies([tf.raw_ops.Assert(condition=is_small, data=message)]):
         contents = tf.identity(contents)
-    # For JPEG and PNG, the result is that of the graph's DecodeJpeg.
     image = tf.io.decode_image(contents, channels=3, expand_animations=False)
     return tf.ensure_shape(image, [None, None, 3])
 
 
-# A box of a HEIC that names an item (ISO/IEC 14496-12, 8.11.6.2): its size, below 65,536 bytes, its
-# version, up to 3, and three bytes of flags.
-HEIC_ITEM = re.compile(rb'(\0\0..)infe([\0-\3])...', re.DOTALL)
+# The size and the type of a box of a HEIC that names an item (ISO/IEC 14496-12, 4.2 and 8.11.6).
+HEIC_ITEM = re.compile(b'(....)infe', re.DOTALL)
 
 
 def check_heic(contents: bytes) -> None:
@@ -933,9 +952,16 @@ def check_heic(contents: bytes) -> None:
     """
     for match in HEIC_ITEM.finditer(contents):
         size = int.from_bytes(match[1], 'big')
+        start = match.end()
+        if size == 1:  # it is behind the type, as a number of eight bytes
+            size = int.from_bytes(contents[start : start + 8], 'big')
+            start += 8
         end = match.start() + size if size else len(contents)
-        # Behind the flags are an ID of two or four bytes and an index of two.
-        text_start = match.end() + (6 if match[2] == b'\3' else 4)
+        version = contents[start : start + 1]
+        if end > len(contents) or version > b'\3':  # no box: an image may have any bytes
+            continue
+        # Behind the version are three bytes of flags, an ID of two or four, and an index of two.
+        text_start = start + (10 if version == b'\3' else 8)
         try:
             contents[text_start:end].decode()
         except UnicodeDecodeError:
@@ -1177,8 +1203,8 @@ def load_image(path: str, is_upright: bool) -> tuple[bytes, int]:
     """Returns an image as the graph takes it, and its EXIF orientation.
 
     A JPEG or PNG stays as it is, unless it is to be turned. All others become PNG. Raises
-    ImageError if it has too many pixels or cannot be decoded. Of a JPEG or PNG, only the size is
-    read here: the graph finds out whether it is damaged.
+    ImageError if it has too many pixels or cannot be decoded. Of a JPEG or PNG, only the header
+    is read here: the graph finds out whether it is damaged.
     """
     contents = load_file(path, 'image')
     orientation = get_orientation(contents)
@@ -1586,8 +1612,8 @@ def get_label(folder: str) -> str:
 
     That is its name in lower case. Each run of characters other than a-z and 0-9 becomes one space,
     or nothing at either end. If nothing is left, the original's label was ' ', and here it is the
-    name as it is. Names that look the same have the same label: macOS stores letters such as 'ä' in
-    another form, which becomes NFC.
+    name, in which each run of white space becomes one space. Names that look the same have the same
+    label: macOS stores letters such as 'ä' in another form, which becomes NFC.
     """
     name = unicodedata.normalize('NFC', folder)
     label = re.sub(r'[^a-z0-9]+', ' ', name.lower()).strip()
@@ -1699,7 +1725,7 @@ class Tally:
 
     @functools.cached_property
     def listed_folders(self) -> dict[pathlib.PurePath, str]:
-        """The class folders of the training: {real path: path from --image_dir}."""
+        """The class folders of the training: {real path: path relative to --image_dir}."""
         training = self.training
         if training is None:
             return {}
@@ -1975,12 +2001,14 @@ def ensure_outside_images(training: Training | None, flags: argparse.Namespace) 
 
 def check_heatmap(path: str) -> None:
     """Raises UserError if a heatmap would replace something else."""
-    if os.path.isfile(to_bytes(path)) and not is_heatmap(path):
+    if not exists(path) or is_special(path) or is_folder(path):
+        return  # save_picture() refuses what is no file
+    if not is_heatmap(path):
         raise UserError(
             f"--heatmap: '{path}' exists, and may be a photograph. Delete it, or name another "
             'file, such as heatmap.png.'
         )
-    if os.path.isfile(to_bytes(path)) and not os.stat(to_bytes(path)).st_mode & stat.S_IWUSR:
+    if not os.stat(to_bytes(path)).st_mode & stat.S_IWUSR:
         raise UserError(
             f"--heatmap: '{path}' is read-only. Make it writable, or name another file."
         )

@@ -1,6 +1,7 @@
 """Photographs, feature vectors, servers and a way to run the scripts: what many tests share."""
 
 import contextlib
+import errno
 import http.server
 import io
 import json
@@ -176,6 +177,20 @@ class Job:
         """Returns the paths of the images in the test set, sorted."""
         paths = sorted(path for path in self.data.rglob('*') if path.is_file())
         return [path for path in paths if get_set(self.folder, path, testing) == 'testing']
+
+
+def fail_once(monkeypatch, path):
+    """Has the next question for the status of a path fail, as on a drive that connects again."""
+    original = os.stat
+    errors = [OSError(errno.EIO, 'Input/output error')]
+
+    def get_status(other, **options):
+        if errors and not isinstance(other, int) and os.fsencode(other) == os.fsencode(path):
+            raise errors.pop()
+        return original(other, **options)
+
+    monkeypatch.setattr(os, 'stat', get_status)
+    return errors
 
 
 def parse(*arguments):

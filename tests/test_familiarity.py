@@ -160,7 +160,7 @@ def test_least_familiar_images_are_named(job):
     start = lines.index('=== LEAST FAMILIAR IMAGES ===')
     assert lines[start + 1].split() == ['data/cat/palm.jpg', 'cat', 'familiarity', '0.0164']
     assert len([line for line in lines if '  familiarity ' in line]) == 3
-    assert 'add --unknown 10: see README.md.' in out  # for 61 images
+    assert 'add --unknown 10 to the command below: see README.md.' in out  # for 61 images
 
 
 # tf_test.py

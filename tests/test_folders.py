@@ -12,7 +12,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from helpers import GRAPH, LABELS, parse, run, write_photographs
+from helpers import GRAPH, LABELS, fail_once, parse, run, write_photographs
 
 import tf_retrain
 import tf_test
@@ -133,20 +133,45 @@ def test_a_drive_that_fails_once(touch, tmp_path, monkeypatch):
     """As sshfs does when it connects again: no class is missing from the graph, and no label."""
     touch('d/cat/1.jpg', 'd/dog/1.jpg')
     monkeypatch.chdir(tmp_path)
-    original = os.stat
-    failed = []
-
-    def fail_once(path, **options):
-        if os.fsencode(path) == b'd/dog' and not failed:
-            failed.append(path)
-            raise OSError(errno.EIO, 'Input/output error', path)
-        return original(path, **options)
-
-    monkeypatch.setattr(os, 'stat', fail_once)
+    errors = fail_once(monkeypatch, 'd/dog')
     assert tf_retrain.list_class_folders('d') == {'cat': ['1.jpg'], 'dog': ['1.jpg']}
-    assert failed
-    failed.clear()
+    assert not errors
+    errors = fail_once(monkeypatch, 'd/dog')
     assert list(tf_test.find_images('d', None)) == ['d/cat/1.jpg', 'd/dog/1.jpg']
+    assert not errors
+
+
+# What replaces a file, or leaves it, after a look at what is there.
+LOOKS = [
+    tf_retrain.is_other_file,
+    lambda path: tf_retrain.maybe_download_and_extract(
+        *os.path.split(path), os.path.basename(path)
+    ),
+    lambda path: tf_retrain.fetch_weights(path, '', cache_subdir=''),
+    tf_test.check_heatmap,
+]
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize('look', LOOKS[1:3])
+def test_nothing_is_downloaded_to_where_a_link_leads(tmp_path, look):
+    """Such as into a store of git-annex that lacks the model for the moment."""
+    path = tmp_path / 'x'
+    path.symlink_to(tmp_path / 'store')
+    with pytest.raises(UserError, match=f"^'{path}' leads nowhere. Restore what it leads to, or"):
+        look(str(path))
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize('look', LOOKS)
+def test_a_file_on_a_drive_that_fails_once_is_not_missing(tmp_path, monkeypatch, look):
+    path = tmp_path / 'x'
+    path.write_bytes(b'x')
+    fail_once(monkeypatch, path)
+    message = f"^'{path}' cannot be looked up: Input/output error. Check the drive.$"
+    with pytest.raises((UserError, tf_test.UserError), match=message):
+        look(str(path))
+    assert [path.name for path in tmp_path.iterdir()] == ['x']
 
 
 @pytest.mark.posix

@@ -271,6 +271,41 @@ def test_a_lack_of_memory_says_nothing_of_an_image(tmp_path, monkeypatch, error)
     assert tf_retrain.explain_unreadable(str(path)) == ('the memory is full', None)
 
 
+def replace_item(heic, change):
+    """Returns a HEIC whose item of a text has another box; the boxes around it grow."""
+    start = heic.rindex(b'infe', 0, heic.index(b'mime')) - 4
+    size = int.from_bytes(heic[start : start + 4], 'big')
+    box = change(heic[start + 8 : start + size])
+    changed = bytearray(heic)
+    changed[start : start + size] = box
+    for name in (b'meta', b'iinf'):
+        position = heic.index(name) - 4
+        outer_size = int.from_bytes(heic[position : position + 4], 'big') + len(box) - size
+        changed[position : position + 4] = outer_size.to_bytes(4, 'big')
+    return bytes(changed)
+
+
+# The sizes of boxes: of eight bytes, and one that takes more than two.
+BOXES = [
+    lambda contents: struct.pack('>I4sQ', 1, b'infe', 16 + len(contents)) + contents,
+    lambda contents: (
+        struct.pack('>I4s', 70_008 + len(contents), b'infe') + contents + 70_000 * b'x'
+    ),
+]
+
+
+@pytest.mark.parametrize('create_box', BOXES)
+def test_a_heic_with_damaged_types_in_odd_boxes(create_box):
+    contents = io.BytesIO()
+    Image.new('RGB', (64, 48), 'red').save(contents, 'HEIF', xmp=b'<x:xmpmeta/>')
+    whole = replace_item(contents.getvalue(), create_box)
+    with tf_retrain.open_by_pillow(io.BytesIO(whole)) as image:
+        assert image.size == (64, 48)
+    damaged = whole.replace(b'mime', b'm\xffme')
+    with pytest.raises(tf_retrain.ImageError, match='^it is HEIC, and damaged$'):
+        tf_retrain.decode(damaged, is_upright=False)
+
+
 def test_a_heic_with_damaged_types_of_its_items(trained, tmp_path):
     """pi_heif would end the program by a signal."""
     contents = io.BytesIO()

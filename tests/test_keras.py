@@ -331,6 +331,19 @@ def test_weights_of_another_version_of_keras_are_kept(job, keras_host, monkeypat
     assert path.exists() == is_online
 
 
+def test_weights_that_came_a_moment_ago_are_kept(tmp_path, monkeypatch):
+    """Those that another run has downloaded."""
+    path = tmp_path / 'w.h5'
+
+    def arrive(*arguments):
+        path.write_bytes(b'of another run')
+
+    monkeypatch.setattr(tf_retrain, 'ensure_writable_dir', arrive)
+    monkeypatch.setattr(tf_retrain, 'download', mock.Mock())
+    assert tf_retrain.fetch_weights(str(path), '', cache_subdir='') == str(path)
+    assert [path.name for path in tmp_path.iterdir()] == ['w.h5']
+
+
 def test_weights_may_be_read_only(job, keras_host, monkeypatch):
     path = job.folder / 'home/models' / FILE
     job.photographs(cat=3, dog=3).cache('--architecture=ResNet50')

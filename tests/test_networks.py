@@ -2,6 +2,7 @@
 Hub.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -192,6 +193,30 @@ def test_module_bottlenecks(job):
     write_module(job.folder / 'module', seed=1)
     changed = 'The image or the model changed, recreating bottleneck '
     assert job.cache('--tfhub_module=module').count(changed) == 40
+
+
+def test_the_checksum_of_a_module_on_a_drive_that_fails(tmp_path, monkeypatch):
+    """It would be that of another module, and all bottlenecks would be computed again."""
+    write_module(tmp_path / 'module')
+    folder = str(tmp_path / 'module')
+
+    def fail(path, original=os.listdir):
+        if os.fsencode(path).endswith(b'variables'):
+            raise OSError(errno.EIO, 'Input/output error', path)
+        return original(path)
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(tf_retrain.UserError, match='variables. cannot be listed'),
+    ):
+        patch.setattr(os, 'listdir', fail)
+        tf_retrain.get_folder_checksum(folder)
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(tf_retrain.UserError, match='cannot be read: Is a directory'),
+    ):
+        patch.setattr(tf_retrain.gfile, 'isdir', lambda path: False)
+        tf_retrain.get_folder_checksum(folder)
 
 
 def test_a_module_of_any_image_size(tmp_path):

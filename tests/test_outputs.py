@@ -442,14 +442,15 @@ def test_an_output_is_no_folder_of_the_run(job, flag, path):
     inner = f'{path}/labels.txt' if flag == 'output_labels' else path
     outer = 'new' if flag == 'output_labels' or '/' in path else path
     job.photographs(cat=20, dog=20)
-    job.fails(f"^--output_graph: '{outer}' is a folder", **{'output_graph': outer, flag: inner})
+    message = f"^--output_graph: '{outer}' is used as a folder by another flag"
+    job.fails(message, **{'output_graph': outer, flag: inner})
     assert sorted(path.name for path in job.folder.iterdir()) == ['data', 'inception']
 
 
 @pytest.mark.parametrize('path', ['logs/train', 'logs/suspects', 'logs'])
 def test_an_output_is_no_log_folder(job, path):
     job.photographs(cat=20, dog=20)
-    job.fails(f"^--output_graph: '{path}' is a folder by another flag", output_graph=path)
+    job.fails(f"^--output_graph: '{path}' is used as a folder by another flag", output_graph=path)
 
 
 @pytest.mark.parametrize('path', ['cat', '.records', 'cat/cat 0.jpg.txt', '.records/cat/x.rec'])

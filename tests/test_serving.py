@@ -374,6 +374,16 @@ def test_nothing_else_is_written_into_the_version(job, monkeypatch, flag):
     assert not (job.folder / 'new').exists()
 
 
+def test_an_output_is_not_above_the_version(job, monkeypatch):
+    """Nor is the folder made: it would be in the way of the next command."""
+    flags = job.photographs(cat=3, dog=3).arguments('--saved_model_dir=new/1', output_graph='new')
+    monkeypatch.chdir(job.folder)
+    message = "^--output_graph: 'new' is above --saved_model_dir. Name another file"
+    with pytest.raises(retrain_serving.UserError, match=message):
+        retrain_serving.main_serving(parse(*flags))
+    assert not (job.folder / 'new').exists()
+
+
 def test_the_root_is_no_place_for_a_model(job, monkeypatch):
     flags = job.photographs(cat=3, dog=3).arguments('--saved_model_dir=/')
     monkeypatch.chdir(job.folder)

@@ -49,7 +49,10 @@ def test_output(trained):
     sets = '{training} training, {validation} validation, {testing} testing'.format(**counts)
     assert lines[1] == f'3 classes, 145 images: {sets}'
     assert lines[-4] == 'To look at the training: tensorboard --logdir logs'
-    assert lines[-3] == "To get 'unknown' for images unlike yours, add --unknown 5: see README.md."
+    assert lines[-3] == (
+        "To get 'unknown' for images unlike yours, add --unknown 5 to the command below: see "
+        'README.md.'
+    )
     files = 'trained_model/unoptimized_model.pb trained_model/labels.txt'
     assert lines[-1] == f'python3 tf_test.py <path to image> {files}'
     # TensorFlow's chatter is gone, and a bar is only for a terminal.
