@@ -816,8 +816,8 @@ def to_bytes(path: str) -> bytes:
     return path.encode(errors='surrogateescape')
 
 
-# What the status of a path fails with if there is nothing.
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+# What the status of a path fails with if there is nothing, or if the system refuses such a name.
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 def exists(path: str) -> bool:
@@ -3474,8 +3474,8 @@ class BottleneckCache:
             record = self.records[row]
             if gfile.isdir(path):
                 raise UserError(f"--bottleneck_dir: '{path}' is a folder. Delete it.")
-            if self.cache_digests[row] < 0:
-                reason = 'Invalid float found' if exists(path) else ''
+            if self.cache_digests[row] < 0:  # exists() might end the run, and this is only a line
+                reason = 'Invalid float found' if gfile.exists(path) else ''
             elif record is UNREADABLE_RECORD:
                 reason = 'The record cannot be read'
             elif record and record.outcome == self.cache_digests[row]:

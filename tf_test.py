@@ -330,8 +330,8 @@ def to_bytes(path: str) -> bytes:
     return path.encode(errors='surrogateescape')
 
 
-# What the status of a path fails with if there is nothing.
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+# What the status of a path fails with if there is nothing, or if the system refuses such a name.
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
 
 
 def exists(path: str) -> bool:
