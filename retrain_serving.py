@@ -1782,6 +1782,7 @@ def check_heic(contents: bytes) -> None:
 
     pi_heif would crash (tried with 1.4).
     """
+    unread = len(contents)
     for match in HEIC_ITEM.finditer(contents):
         size = int.from_bytes(match[1], 'big')
         start = match.end()
@@ -1792,6 +1793,9 @@ def check_heic(contents: bytes) -> None:
         version = contents[start : start + 1]
         if end > len(contents) or version > b'\3':  # no box: an image may have any bytes
             continue
+        unread -= end - match.start()
+        if unread < 0:  # boxes do not overlap, and these would take hours
+            raise ImageError('it is HEIC, and damaged')
         # Behind the version are three bytes of flags, an ID of two or four, and an index of two.
         text_start = start + (10 if version == b'\3' else 8)
         try:

@@ -5,6 +5,7 @@ exit code. Of the settings that an interpreter reads when it starts, only PYTHON
 Windows has no forks: there, each run imports TensorFlow again.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -76,7 +77,8 @@ class Fork:
         self.process.join()
 
     def send_signal(self, signum):
-        os.kill(self.process.pid, signum)
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.kill(self.process.pid, signum)
 
     def read(self):
         """Returns what the program has written so far to stdout and to stderr."""

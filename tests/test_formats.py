@@ -306,6 +306,14 @@ def test_a_heic_with_damaged_types_in_odd_boxes(create_box):
         tf_retrain.decode(damaged, is_upright=False)
 
 
+@pytest.mark.parametrize('size', [0, 14_975])
+def test_a_heic_whose_items_overlap(size):
+    """To look at each of them would take hours."""
+    item = struct.pack('>I4s', size, b'infe') + b'\0aaaaaaa'
+    with pytest.raises(tf_retrain.ImageError, match='^it is HEIC, and damaged$'):
+        tf_retrain.check_heic(CONTENTS['heic'][:24] + item * 1000)
+
+
 def test_a_heic_with_damaged_types_of_its_items(trained, tmp_path):
     """pi_heif would end the program by a signal."""
     contents = io.BytesIO()
