@@ -330,8 +330,9 @@ def to_bytes(path: str) -> bytes:
     return path.encode(errors='surrogateescape')
 
 
-# What the status of a path fails with if there is nothing, or if the system refuses such a name.
-MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL)
+# What the status of a path fails with if there is nothing, and if there can be no such name.
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+REFUSED = (errno.ENAMETOOLONG, errno.EINVAL)
 
 
 def exists(path: str) -> bool:
@@ -347,7 +348,7 @@ def exists(path: str) -> bool:
     except PermissionError:
         return False
     except OSError as error:
-        if error.errno in MISSING:
+        if error.errno in MISSING + REFUSED:
             return False
         raise UserError(f"'{path}' cannot be looked up: {error.strerror}. Check the drive.")
     return True
