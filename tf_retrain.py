@@ -1450,14 +1450,14 @@ def check_nohash(image_dir: str, class_folders: Iterable[str]) -> None:
 
 def ensure_image_dir(image_dir: str) -> None:
     """Raises UserError if there is no such folder, or if it cannot be read."""
-    try:
-        list_dir(image_dir)  # first, as isdir() is False, too, if the drive fails
-    except tf.errors.PermissionDeniedError:
-        raise UserError(f"--image_dir: '{image_dir}' cannot be read. Check its rights.")
-    if not gfile.isdir(image_dir):
+    if not exists(image_dir) or not gfile.isdir(image_dir):
         raise UserError(
             f"--image_dir: there is no folder '{image_dir}'. Name the one with your class folders."
         )
+    try:
+        list_dir(image_dir)
+    except tf.errors.PermissionDeniedError:
+        raise UserError(f"--image_dir: '{image_dir}' cannot be read. Check its rights.")
 
 
 def has_class_folders(path: str) -> bool:

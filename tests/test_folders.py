@@ -126,8 +126,6 @@ def test_a_folder_on_a_drive_that_fails_is_an_error(touch, tmp_path, monkeypatch
     message = f"^'d/{name}' cannot be listed: {os.strerror(number)}. Check the drive"
     with pytest.raises(UserError, match=message):
         tf_retrain.list_class_folders('d')
-    with pytest.raises(UserError, match=message):
-        tf_retrain.ensure_image_dir(f'd/{name}')
     # tf_test.py says that it cannot be read, as of an image.
     assert f'd/{name}' in tf_test.find_images('d', None)
 
@@ -145,7 +143,7 @@ def test_a_drive_that_fails_once(touch, tmp_path, monkeypatch):
     assert not errors
 
 
-# What replaces a file, or leaves it, after a look at what is there.
+# What asks whether a path is there, mostly to leave or to replace it.
 LOOKS = [
     tf_retrain.is_other_file,
     lambda path: tf_retrain.maybe_download_and_extract(
@@ -153,6 +151,7 @@ LOOKS = [
     ),
     lambda path: tf_retrain.fetch_weights(path, '', cache_subdir=''),
     tf_test.check_heatmap,
+    tf_retrain.ensure_image_dir,
 ]
 
 
@@ -176,6 +175,12 @@ def test_a_file_on_a_drive_that_fails_once_is_not_missing(tmp_path, monkeypatch,
     with pytest.raises((UserError, tf_test.UserError), match=message):
         look(str(path))
     assert [path.name for path in tmp_path.iterdir()] == ['x']
+
+
+@pytest.mark.posix
+def test_a_name_that_is_too_long_is_that_of_no_folder():
+    with pytest.raises(UserError, match="^--image_dir: there is no folder 'x"):
+        tf_retrain.ensure_image_dir(300 * 'x')
 
 
 @pytest.mark.posix
