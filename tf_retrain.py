@@ -1450,6 +1450,7 @@ def check_nohash(image_dir: str, class_folders: Iterable[str]) -> None:
 
 def ensure_image_dir(image_dir: str) -> None:
     """Raises UserError if there is no such folder, or if it cannot be read."""
+    # exists() raises an error if the drive fails; isdir() would call that no folder.
     if not exists(image_dir) or not gfile.isdir(image_dir):
         raise UserError(
             f"--image_dir: there is no folder '{image_dir}'. Name the one with your class folders."
@@ -1771,10 +1772,10 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
 HEIC_ITEM = re.compile(b'(....)infe', re.DOTALL)
 
 
-def check_heic(contents: bytes) -> None:
-    """Raises ImageError for a HEIC in which the type or name of an item is not UTF-8.
+def find_heic_items(contents: bytes) -> Iterator[bytes]:
+    """Yields what is in the boxes that name an item, behind their size and type.
 
-    pi_heif would crash (tried with 1.4).
+    Raises ImageError if boxes overlap: to read them all could take hours.
     """
     unread = len(contents)
     for match in HEIC_ITEM.finditer(contents):
@@ -1784,16 +1785,27 @@ def check_heic(contents: bytes) -> None:
             size = int.from_bytes(contents[start : start + 8], 'big')
             start += 8
         end = match.start() + size if size else len(contents)
-        version = contents[start : start + 1]
-        if end > len(contents) or version > b'\3':  # no box: an image may have any bytes
+        if end > len(contents):  # no box: an image may have any bytes
             continue
         unread -= end - match.start()
-        if unread < 0:  # boxes do not overlap, and these would take hours
+        if unread < 0:
             raise ImageError('it is HEIC, and damaged')
+        yield contents[start:end]
+
+
+def check_heic(contents: bytes) -> None:
+    """Raises ImageError for a HEIC in which the type or name of an item is not UTF-8.
+
+    pi_heif would crash (tried with 1.4).
+    """
+    for item in find_heic_items(contents):
+        version = item[:1]
+        if version > b'\3':  # no box, either
+            continue
         # Behind the version are three bytes of flags, an ID of two or four, and an index of two.
-        text_start = start + (10 if version == b'\3' else 8)
+        text = item[10:] if version == b'\3' else item[8:]
         try:
-            contents[text_start:end].decode()
+            text.decode()
         except UnicodeDecodeError:
             raise ImageError('it is HEIC, and damaged')
 
@@ -3472,7 +3484,8 @@ class BottleneckCache:
             record = self.records[row]
             if gfile.isdir(path):
                 raise UserError(f"--bottleneck_dir: '{path}' is a folder. Delete it.")
-            if self.cache_digests[row] < 0:  # exists() might end the run, and this is only a line
+            if self.cache_digests[row] < 0:
+                # Unlike exists(), this does not end the run if the drive fails.
                 reason = 'Invalid float found' if gfile.exists(path) else ''
             elif record is UNREADABLE_RECORD:
                 reason = 'The record cannot be read'

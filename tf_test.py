@@ -946,10 +946,10 @@ def decode_by_tensorflow(contents: tf.Tensor) -> tf.Tensor:
 HEIC_ITEM = re.compile(b'(....)infe', re.DOTALL)
 
 
-def check_heic(contents: bytes) -> None:
-    """Raises ImageError for a HEIC in which the type or name of an item is not UTF-8.
+def find_heic_items(contents: bytes) -> Iterator[bytes]:
+    """Yields what is in the boxes that name an item, behind their size and type.
 
-    pi_heif would crash (tried with 1.4).
+    Raises ImageError if boxes overlap: to read them all could take hours.
     """
     unread = len(contents)
     for match in HEIC_ITEM.finditer(contents):
@@ -959,16 +959,27 @@ def check_heic(contents: bytes) -> None:
             size = int.from_bytes(contents[start : start + 8], 'big')
             start += 8
         end = match.start() + size if size else len(contents)
-        version = contents[start : start + 1]
-        if end > len(contents) or version > b'\3':  # no box: an image may have any bytes
+        if end > len(contents):  # no box: an image may have any bytes
             continue
         unread -= end - match.start()
-        if unread < 0:  # boxes do not overlap, and these would take hours
+        if unread < 0:
             raise ImageError('it is HEIC, and damaged')
+        yield contents[start:end]
+
+
+def check_heic(contents: bytes) -> None:
+    """Raises ImageError for a HEIC in which the type or name of an item is not UTF-8.
+
+    pi_heif would crash (tried with 1.4).
+    """
+    for item in find_heic_items(contents):
+        version = item[:1]
+        if version > b'\3':  # no box, either
+            continue
         # Behind the version are three bytes of flags, an ID of two or four, and an index of two.
-        text_start = start + (10 if version == b'\3' else 8)
+        text = item[10:] if version == b'\3' else item[8:]
         try:
-            contents[text_start:end].decode()
+            text.decode()
         except UnicodeDecodeError:
             raise ImageError('it is HEIC, and damaged')
 
